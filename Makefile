@@ -1,0 +1,27 @@
+# One line a target over ordinary commands. `make demo` and `make test` set up what they need in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c tests/constraints.txt -e '.[$*]'
+	touch $@
+
+demo: $(VENV)/.train
+	$(BIN)/fastlm demo
+
+test: $(VENV)/.test
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/fastlm bench all --quick
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)

@@ -1,0 +1,34 @@
+"""fastlm: kernel-accelerated language models for PyTorch.
+
+Importing this package imports torch and nothing heavier: Triton, the CUDA module and the training
+extras are loaded when something needs them.
+"""
+
+from . import errors
+from ._dispatch import backend, explain
+from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
+from .ops.attention import scaled_dot_product_attention
+from .ops.cross_entropy import cross_entropy
+from .ops.gelu import bias_gelu, gelu
+from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.linear_cross_entropy import linear_cross_entropy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FastlmError",
+    "add_layer_norm",
+    "backend",
+    "bias_gelu",
+    "cross_entropy",
+    "errors",
+    "explain",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,202 @@
+"""The backend table: (op, device, dtype, features) -> the name of the backend that serves the call.
+
+An op registers one `Backend` per implementation. `choose` returns the first in the op's order of
+preference that supports the request; the order is by measurement, fastest first. An explicit choice
+(`with fastlm.backend(...)`, FASTLM_BACKEND) is never replaced by another: it serves the call or raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import BackendError
+
+NAMES = ("cpu", "triton", "cuda", "torch", "reference")
+
+
+class Request(NamedTuple):
+    """What a call asks of a backend: all that the choice may depend on, and hashable."""
+
+    device: str
+    dtype: torch.dtype
+    features: tuple = ()
+
+
+class Backend(NamedTuple):
+    """One implementation of an op.
+
+    Attributes:
+        name: one of `NAMES`.
+        unsupported: maps a request to the reason it cannot be served, or None where it can.
+        automatic: False for a backend that only an explicit choice may select; the reason is then
+            what `explain` shows.
+        why_not_automatic: that reason.
+    """
+
+    name: str
+    unsupported: Callable[[Request], str | None]
+    automatic: bool = True
+    why_not_automatic: str = ""
+
+
+_TABLE: dict[str, list[Backend]] = {}
+_CACHE: dict[tuple[str, Request, str | None], str] = {}
+_UNSET = object()
+_forced: contextvars.ContextVar[Any] = contextvars.ContextVar("fastlm_backend", default=_UNSET)
+_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fastlm_explaining", default=False)
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Enter an op's backends, in order of preference."""
+    _TABLE[op] = list(backends)
+
+
+def ops() -> list[str]:
+    return sorted(_TABLE)
+
+
+def backends(op: str) -> list[Backend]:
+    return _TABLE[op]
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise BackendError(f"{source}: no backend is called {name!r}; choose from {', '.join(NAMES)}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The explicitly chosen backend, or None under automatic choice."""
+    name = _forced.get()
+    if name is not _UNSET:
+        return name
+    name = os.environ.get("FASTLM_BACKEND") or None
+    return name if name is None else _check_name(name, "FASTLM_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force every fastlm op called inside onto one backend; None restores the automatic choice.
+
+    Args:
+        name: "cpu", "triton", "cuda", "torch", "reference" or None.
+
+    Raises:
+        BackendError: for an unknown name; and inside, by an op that the backend cannot serve.
+    """
+    token = _forced.set(None if name is None else _check_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: str, request: Request) -> str:
+    """Name of the backend that serves `request`, remembered per (op, request, forced backend).
+
+    Raises:
+        BackendError: if the forced backend cannot serve the request; the message says why.
+    """
+    if _explaining.get():
+        raise _Explained(op, request)
+    forced = _forced.get()
+    if forced is _UNSET:
+        forced = forced_backend()
+    key = (op, request, forced)
+    name = _CACHE.get(key)
+    if name is None:
+        name = _CACHE[key] = _choose(op, request, forced)
+    return name
+
+
+def _choose(op: str, request: Request, forced: str | None) -> str:
+    for row in _TABLE[op]:
+        if forced is None and row.automatic and row.unsupported(request) is None:
+            return row.name
+        if row.name == forced:
+            reason = row.unsupported(request)
+            if reason is not None:
+                raise BackendError(f"{op}: the {forced} backend was asked for, but {reason}")
+            return forced
+    if forced is not None:
+        raise BackendError(f"{op}: the {forced} backend was asked for, but this op has none")
+    raise BackendError(f"{op}: no backend serves {request}")
+
+
+def clear_cache() -> None:
+    """Forget remembered choices, after something that a backend's `unsupported` looks at has changed."""
+    _CACHE.clear()
+
+
+class _Explained(BaseException):
+    """Carries the request out of the op that `explain` called, before any kernel runs."""
+
+    def __init__(self, op: str, request: Request):
+        self.op, self.request = op, request
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would serve a call, and why each other one would not."""
+
+    op: str
+    request: Request
+    selected: str | None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        features = "".join(f", {name}={value}" for name, value in self.request.features)
+        lines = [f"{self.op} on {self.request.device}, {str(self.request.dtype)[6:]}{features}"]
+        lines += [f"  {name:<10} {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend `fn(*args, **kwargs)` would run on, without running it.
+
+    Args:
+        fn: a public op, such as `fastlm.layer_norm`, or any function that calls one; the first op
+            that is reached is explained.
+
+    Returns:
+        An `Explanation`; its `reasons` maps every backend name to "selected" or why it is not, and
+        printing it gives a table.
+
+    Raises:
+        BackendError: if `fn` returns without reaching a fastlm op.
+    """
+    token = _explaining.set(True)
+    try:
+        fn(*args, **kwargs)
+    except _Explained as found:
+        op, request = found.op, found.request
+    else:
+        raise BackendError(f"explain: {getattr(fn, '__name__', fn)} reached no fastlm op")
+    finally:
+        _explaining.reset(token)
+    forced = forced_backend()
+    rows = {row.name: row for row in _TABLE[op]}
+    selected = None
+    reasons = {}
+    for name in sorted(rows, key=[row.name for row in _TABLE[op]].index):
+        row = rows[name]
+        reason = row.unsupported(request)
+        if reason is None and forced not in (None, name):
+            reason = f"not asked for: {forced} is forced"
+        if reason is None and forced is None and not row.automatic:
+            reason = row.why_not_automatic
+        if reason is None and selected is not None:
+            reason = f"supported, but {selected} comes first"
+        if reason is None:
+            selected, reason = name, "selected"
+        reasons[name] = reason
+    for name in NAMES:
+        reasons.setdefault(name, f"{op} has no {name} backend")
+    return Explanation(op, request, selected, reasons)

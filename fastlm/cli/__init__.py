@@ -1,0 +1,51 @@
+"""The `fastlm` command: one verb a module, imported only when it is the one asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from ..errors import FastlmError
+
+VERBS = {
+    "prepare": "text files -> tokenizer and memory-mapped token files",
+    "train": "pretrain a GPT on prepared data",
+    "generate": "sample text from a trained model",
+    "demo": "prepare, train and generate on a small real corpus",
+    "doctor": "what is installed, what was built, which backend serves what",
+}
+
+USAGE = "usage: fastlm VERB [options]\n\n" + "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from .. import __version__
+
+        print(f"fastlm {__version__}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        print(f"fastlm: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f".{verb}", __name__).main(rest) or 0
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == "fastlm" or os.environ.get("FASTLM_DEBUG"):
+            raise
+        print(f"fastlm {verb}: needs the package {missing}; try: pip install 'fastlm[all]'", file=sys.stderr)
+        return 1
+    except (FastlmError, OSError) as error:
+        if os.environ.get("FASTLM_DEBUG"):
+            raise
+        print(f"fastlm {verb}: {error}", file=sys.stderr)
+        return 1
