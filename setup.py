@@ -12,9 +12,10 @@ from glob import glob
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-ParallelCompile("FASTLM_JOBS", needs_recompile=None).install()
+ParallelCompile("FASTLM_JOBS").install()
 
-CPU_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+CPU_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall",
+             "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns inside its own avx512fintrin.h
 
 
 def cpu_extension() -> Pybind11Extension:

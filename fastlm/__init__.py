@@ -6,6 +6,7 @@ extras are loaded when something needs them.
 
 from . import errors
 from ._dispatch import backend, explain
+from ._native import cpu_isa, cpu_isas, set_cpu_isa
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
 from .ops.attention import scaled_dot_product_attention
 from .ops.cross_entropy import cross_entropy
@@ -24,6 +25,8 @@ __all__ = [
     "add_layer_norm",
     "backend",
     "bias_gelu",
+    "cpu_isa",
+    "cpu_isas",
     "cross_entropy",
     "errors",
     "explain",
@@ -31,4 +34,5 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "scaled_dot_product_attention",
+    "set_cpu_isa",
 ]

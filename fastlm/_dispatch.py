@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _native
 from .errors import BackendError
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
@@ -128,6 +129,41 @@ def _choose(op: str, request: Request, forced: str | None) -> str:
     if forced is not None:
         raise BackendError(f"{op}: the {forced} backend was asked for, but this op has none")
     raise BackendError(f"{op}: no backend serves {request}")
+
+
+def must_trace(*tensors: torch.Tensor | None) -> bool:
+    """True where a call has to be made of plain torch operators.
+
+    That is under torch.compile and torch.export, inside torch.func transforms, and for tensor subclasses,
+    which have no memory for a kernel to point at.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or any(
+        t is not None and type(t) not in _PLAIN_TENSORS for t in tensors
+    )
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def cpu_unsupported(request: Request) -> str | None:
+    """The CPU backend's conditions that every op shares."""
+    if _native.missing_reason:
+        return _native.missing_reason
+    if request.device != "cpu":
+        return f"the tensors are on {request.device}"
+    if request.dtype not in _native.TYPE_CODE:
+        return f"its kernels take float32, float64, bfloat16 and float16, not {str(request.dtype)[6:]}"
+    return None
+
+
+def always(request: Request) -> None:
+    """For a backend that serves everything."""
 
 
 def clear_cache() -> None:

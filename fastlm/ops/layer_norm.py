@@ -1,12 +1,306 @@
-"""Layer normalization, alone and fused with the residual addition before it."""
+"""Layer normalization (Ba et al. 2016), alone and fused with the residual addition before it.
 
+Over the last dimensions of x:   y = (x - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from . import _dropout
+from ._autograd import reference_gradients
+
+KERNELS = {"cpu": _native}
 
 
-def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    return F.layer_norm(x, normalized_shape, weight, bias, eps)
+def layer_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, eps: float) -> Tensor:
+    """The definition, with statistics in fp32 or wider, over rows of N elements."""
+    wide = _native.compute_dtype(x.dtype)
+    rows = x.reshape(-1, N).to(wide)
+    centred = rows - rows.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.reshape(-1).to(wide)
+    if bias is not None:
+        y = y + bias.reshape(-1).to(wide)
+    return y.reshape(x.shape).to(x.dtype)
 
 
-def add_layer_norm(x, residual, weight=None, bias=None, eps=1e-5, dropout_p=0.0):
-    z = residual + F.dropout(x, dropout_p)
-    return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
+def add_layer_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(normed, z) with z = residual + dropout(x), the mask being the kernels' own."""
+    if dropout_p > 0:
+        N = x.shape[-1]
+        keep = _dropout.factors(x.numel() // max(N, 1), N, dropout_p, seed, x.dtype, x.device)
+        x = x * keep.reshape(x.shape)
+    z = residual + x.to(residual.dtype)
+    return layer_norm_ref(z, weight, bias, z.shape[-1], eps), z
+
+
+register(
+    "layer_norm",
+    Backend("cpu", cpu_unsupported),
+    Backend("torch", always),
+    Backend("reference", always),
+)
+register(
+    "add_layer_norm",
+    Backend("cpu", cpu_unsupported),
+    Backend("reference", always),
+)
+
+
+def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A parameter's gradient sum in the parameter's shape and dtype."""
+    return None if grad is None or parameter is None else grad.to(parameter.dtype).reshape(parameter.shape)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, N, eps, out_dtype, backend):
+        y, _, mean, rstd = KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps, out_dtype=out_dtype)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.N, ctx.eps, ctx.out_dtype, ctx.backend = N, eps, out_dtype, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            grads = reference_gradients(
+                lambda x, w, b: layer_norm_ref(x, w, b, ctx.N, ctx.eps).to(ctx.out_dtype), (x, weight, bias), need[:3], (dy,)
+            )
+            return *grads, None, None, None, None
+        _, dx, dw, db = KERNELS[ctx.backend].layer_norm_bwd(
+            dy.contiguous(), x, weight, mean, rstd, ctx.N, weight_grads=need[1] or need[2]
+        )
+        return dx, _like(dw, weight), _like(db, bias), None, None, None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, out_dtype, backend):
+        N = x.shape[-1]
+        y, z, mean, rstd = KERNELS[backend].layer_norm_fwd(
+            x, residual, weight, bias, N, eps, dropout_p, seed, out_dtype=out_dtype
+        )
+        ctx.save_for_backward(x, residual, weight, bias, z, mean, rstd)
+        ctx.options = N, eps, dropout_p, seed, out_dtype, backend
+        ctx.set_materialize_grads(False)
+        return y, z
+
+    @staticmethod
+    def backward(ctx, dy, dz_in):
+        x, residual, weight, bias, z, mean, rstd = ctx.saved_tensors
+        N, eps, dropout_p, seed, out_dtype, backend = ctx.options
+        need = ctx.needs_input_grad
+
+        def reference(x, residual, weight, bias):
+            y, z = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
+            return y.to(out_dtype), z
+
+        if torch.is_grad_enabled():
+            grads = reference_gradients(reference, (x, residual, weight, bias), need[:4], (dy, dz_in))
+            return *grads, None, None, None, None, None
+        dy = torch.zeros_like(z, dtype=out_dtype) if dy is None else dy.contiguous()
+        dz, dx, dw, db = KERNELS[backend].layer_norm_bwd(
+            dy, z, weight, mean, rstd, N,
+            None if dz_in is None else dz_in.contiguous(), dropout_p, seed, x.dtype, need[2] or need[3],
+        )  # fmt: skip
+        return dx, dz, _like(dw, weight), _like(db, bias), None, None, None, None, None
+
+
+@torch.library.custom_op("fastlm::layer_norm", mutates_args=())
+def _layer_norm_op(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    backend = choose("layer_norm", Request(x.device.type, x.dtype))
+    if backend in KERNELS:
+        y, _, mean, rstd = KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps)
+        return y, mean, rstd
+    rows = x.reshape(-1, N).to(_native.compute_dtype(x.dtype))
+    rstd = torch.rsqrt(rows.var(-1, correction=0) + eps)
+    return layer_norm_ref(x, weight, bias, N, eps), rows.mean(-1), rstd
+
+
+@_layer_norm_op.register_fake
+def _(x, weight, bias, N, eps):
+    statistics = x.new_empty(x.numel() // N, dtype=_native.compute_dtype(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("fastlm::layer_norm_backward", mutates_args=())
+def _layer_norm_backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, N: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x = dy.contiguous(), x.contiguous()
+    backend = choose("layer_norm", Request(x.device.type, x.dtype))
+    if backend in KERNELS:
+        _, dx, dw, db = KERNELS[backend].layer_norm_bwd(dy, x, weight, mean, rstd, N)
+        return dx, dw, db
+    wide = mean.dtype
+    ones = x.new_ones(N, dtype=wide)
+    given = ones if weight is None else weight.reshape(-1).to(wide)
+    with torch.enable_grad():
+        args = [x.detach().requires_grad_(), given.detach().requires_grad_(), torch.zeros_like(ones, requires_grad=True)]
+        dx, dw, db = torch.autograd.grad(layer_norm_ref(*args, N, eps), args, dy)
+    return dx, dw, db
+
+
+@_layer_norm_backward_op.register_fake
+def _(dy, x, weight, mean, rstd, N, eps):
+    sums = x.new_empty(N, dtype=mean.dtype)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), sums, torch.empty_like(sums)
+
+
+def _op_setup(ctx, inputs, output):
+    x, weight, bias, ctx.N, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias, output[1], output[2])
+
+
+def _op_backward(ctx, dy, dmean, drstd):
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    dx, dw, db = torch.ops.fastlm.layer_norm_backward(dy, x, weight, mean, rstd, ctx.N, ctx.eps)
+    return dx, _like(dw, weight), _like(db, bias), None, None
+
+
+_layer_norm_op.register_autograd(_op_backward, setup_context=_op_setup)
+
+
+def _check_parameter(op: str, name: str, given: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
+    if given is None:
+        return
+    if given.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(given.shape)}, expected {shape} to match x")
+    if given.device != x.device:
+        raise ValueError(f"{op}: {name} is on {given.device}, x is on {x.device}")
+    if not given.is_floating_point():
+        raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected a floating-point dtype")
+
+
+def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
+    if not shape or tuple(x.shape[x.dim() - len(shape) :]) != shape:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected it to end in normalized_shape {shape}")
+    if 0 in shape:
+        raise ValueError(f"{op}: normalized_shape is {shape}, expected no empty dimension")
+    _check_parameter(op, "weight", weight, x, shape)
+    _check_parameter(op, "bias", bias, x, shape)
+
+
+def _same_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Kernels read both parameters in one dtype; the wider serves where they differ."""
+    if weight is not None:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        wider = torch.promote_types(weight.dtype, bias.dtype)
+        return weight.to(wider), bias.to(wider)
+    return weight, bias
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalization over the last dimensions, as `torch.nn.functional.layer_norm`.
+
+    Args:
+        x: (..., *normalized_shape), float32, float64, bfloat16 or float16.
+        normalized_shape: the trailing dimensions to normalize over.
+        weight, bias: normalized_shape, of any floating-point dtype; None for 1 and 0.
+        eps: added to the variance.
+
+    Returns:
+        Like x. Statistics are computed in fp32 or wider, the variance from centred values.
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if a tensor is not floating-point.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    _check("layer_norm", x, shape, weight, bias)
+    if must_trace(x, weight, bias):
+        return F.layer_norm(x, shape, weight, bias, eps)
+    N = shape[0] if len(shape) == 1 else math.prod(shape)
+    backend = choose("layer_norm", Request(x.device.type, x.dtype))
+    if backend == "torch":
+        return F.layer_norm(x, shape, weight, bias, eps)
+    if backend == "reference":
+        return layer_norm_ref(x, weight, bias, N, eps)
+    x = x.contiguous()
+    weight, bias = _same_dtype(weight, bias)
+    if needs_grad(x, weight, bias):
+        return _LayerNorm.apply(x, weight, bias, N, eps, x.dtype, backend)
+    return KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps, statistics=False)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and layer normalization in one pass: the seam between two pre-norm sublayers.
+
+    Args:
+        x: (..., N), a sublayer's output.
+        residual: like x; may be wider (a float32 stream under a 16-bit x).
+        weight, bias: (N,), or None for 1 and 0.
+        eps: added to the variance.
+        dropout_p: probability of dropping an element of x; the mask comes from torch's default generator's
+            seed and is recomputed, not stored, for the backward pass.
+
+    Returns:
+        (layer_norm(z), z) with z = residual + dropout(x), both in the wider dtype of x and residual.
+
+    Raises:
+        ValueError: if shapes or devices disagree, or dropout_p is no probability.
+        TypeError: if a tensor is not floating-point.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    op = "add_layer_norm"
+    _check(op, x, tuple(x.shape[-1:]), weight, bias)
+    if residual.shape != x.shape:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} to match x")
+    if residual.device != x.device:
+        raise ValueError(f"{op}: residual is on {residual.device}, x is on {x.device}")
+    dropout_p = _dropout.check_probability(op, dropout_p)
+    stream = torch.promote_types(x.dtype, residual.dtype)
+    if residual.dtype != stream:
+        residual = residual.to(stream)
+    if x.dtype != stream and stream != torch.float32:
+        x = x.to(stream)
+    if must_trace(x, residual, weight, bias):
+        z = residual + F.dropout(x, dropout_p)
+        return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
+    backend = choose(op, Request(x.device.type, x.dtype))
+    seed = _dropout.draw_seed() if dropout_p > 0 else 0
+    if backend == "reference":
+        return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
+    x, residual = x.contiguous(), residual.contiguous()
+    weight, bias = _same_dtype(weight, bias)
+    if needs_grad(x, residual, weight, bias):
+        return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed, stream, backend)
+    y, z, _, _ = KERNELS[backend].layer_norm_fwd(
+        x, residual, weight, bias, x.shape[-1], eps, dropout_p, seed, out_dtype=stream, statistics=False
+    )
+    return y, z

@@ -1,0 +1,60 @@
+// Includes FASTLM_FILE once per instruction set; see isa.h. No include guard: each kernel file uses it once.
+// Every header with functions of its own must be included before this one, or be written for inclusion inside
+// a pass (vec.h, philox.h): a function that is first seen inside a target region belongs to that region.
+
+#if FASTLM_X86
+
+#define FASTLM_ISA avx512
+#define FASTLM_ISA_LEVEL 2
+#define FASTLM_VEC_BYTES 64
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#endif
+#include "cpu/vec.h"
+#include "cpu/philox.h"
+#include FASTLM_FILE
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef FASTLM_ISA
+#undef FASTLM_ISA_LEVEL
+#undef FASTLM_VEC_BYTES
+
+#define FASTLM_ISA avx2
+#define FASTLM_ISA_LEVEL 1
+#define FASTLM_VEC_BYTES 32
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#endif
+#include "cpu/vec.h"
+#include "cpu/philox.h"
+#include FASTLM_FILE
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef FASTLM_ISA
+#undef FASTLM_ISA_LEVEL
+#undef FASTLM_VEC_BYTES
+
+#endif  // FASTLM_X86
+
+#define FASTLM_ISA baseline
+#define FASTLM_ISA_LEVEL 0
+#define FASTLM_VEC_BYTES 16
+#include "cpu/vec.h"
+#include "cpu/philox.h"
+#include FASTLM_FILE
+#undef FASTLM_ISA
+#undef FASTLM_ISA_LEVEL
+#undef FASTLM_VEC_BYTES

@@ -1,0 +1,202 @@
+// GELU (Hendrycks & Gimpel 2016), exact and tanh form, with the bias addition before it and dropout after it.
+//
+//   none: x Phi(x),  Phi from erfc of |x| / sqrt 2, so the left tail keeps its relative accuracy;
+//         derivative Phi(x) + x phi(x), whose e^(-x^2 / 2) the erfc has already computed.
+//   tanh: x s with s = sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3); derivative s + 2 x s (1 - s) u'.
+// Forward reads x and writes y; backward reads dy and x and writes dx. The bias gradient is summed in the same pass,
+// four rows at a time, into partial sums of fixed chunks of rows that are added in order.
+
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+
+#ifndef FASTLM_ISA
+#define FASTLM_FILE "cpu/gelu.cpp"
+#include "cpu/foreach_isa.h"
+#endif
+
+#ifdef FASTLM_ISA
+namespace fastlm::FASTLM_ISA {
+
+namespace gelu {
+
+constexpr double kInvSqrt2 = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
+constexpr double kSqrt2OverPi = 0.79788456080286535588, kCubic = 0.044715;
+
+template <class V>
+inline V cdf(V x, V* pdf) {
+  using S = lane_t<V>;
+  V gauss;
+  const V a = min(set1<V>(40), abs(x) * S(kInvSqrt2));
+  const V tail = erfc_positive(a, &gauss) * S(0.5);
+  *pdf = gauss * S(kInvSqrt2Pi);
+  return x > 0 ? S(1) - tail : tail;
+}
+template <class V>
+inline V sigmoid_of_twice_u(V x, V square) {
+  using S = lane_t<V>;
+  return S(1) / (S(1) + exp(x * fma(square, set1<V>(S(-2 * kSqrt2OverPi * kCubic)), set1<V>(S(-2 * kSqrt2OverPi)))));
+}
+
+template <bool TANH, class V>
+inline V value(V x) {
+  if constexpr (TANH) return x * sigmoid_of_twice_u(x, V(x * x));
+  V pdf;
+  return x * cdf(x, &pdf);
+}
+template <bool TANH, class V>
+inline V derivative(V x) {
+  using S = lane_t<V>;
+  if constexpr (TANH) {
+    const V c = max(set1<V>(-40), min(set1<V>(40), x));  // beyond, s (1 - s) is 0 and u' could be infinite
+    const V square = c * c;
+    const V s = sigmoid_of_twice_u(c, square);
+    const V slope = fma(square, set1<V>(S(6 * kSqrt2OverPi * kCubic)), set1<V>(S(2 * kSqrt2OverPi)));
+    return fma(c * slope, s * (S(1) - s), s);
+  } else {
+    V pdf;
+    const V phi = cdf(x, &pdf);
+    return fma(max(set1<V>(-40), min(set1<V>(40), x)), pdf, phi);
+  }
+}
+
+constexpr int64_t kBlock = 64;  // columns for which dropout factors are made at a time
+
+template <class T, bool TANH>
+void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, double p, int64_t seed) {
+  using V = vec_of<T>;
+  const Dropout dropout(seed, p);
+#pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
+  for (int64_t i = 0; i < M; ++i) {
+    const T* in = x + i * N;
+    T* out = y + i * N;
+    if (p == 0) {
+      for_lanes<V>(N, [&](int64_t j, auto n) {
+        V v = load<V>(in + j, n);
+        if (bias) v += load<V>(bias + j, n);
+        store(out + j, value<TANH>(v), n);
+      });
+      continue;
+    }
+    scalar_of<T> factor[kBlock];
+    for (int64_t first = 0; first < N; first += kBlock) {
+      const int64_t n_block = std::min(kBlock, N - first);
+      dropout.factors(i, first, n_block, factor);
+      for_lanes<V>(n_block, [&](int64_t k, auto n) {
+        V v = load<V>(in + first + k, n);
+        if (bias) v += load<V>(bias + first + k, n);
+        store(out + first + k, V(value<TANH>(v) * load<V>(factor + k, n)), n);
+      });
+    }
+  }
+}
+
+// R rows from row i on, columns [first, first + n_block).
+template <int R, class T, bool TANH>
+inline void bwd_tile(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>* sum, int64_t i,
+                     int64_t first, int64_t n_block, int64_t N, const Dropout* dropout) {
+  using V = vec_of<T>;
+  scalar_of<T> factor[R][kBlock];
+  if (dropout)
+    for (int r = 0; r < R; ++r) dropout->factors(i + r, first, n_block, factor[r]);
+  for_lanes<V>(n_block, [&](int64_t k, auto n) {
+    const int64_t j = first + k;
+    const V b = bias ? load<V>(bias + j, n) : V{};
+    V total = sum ? load<V>(sum + j, n) : V{};
+    for (int r = 0; r < R; ++r) {
+      V g = load<V>(dy + (i + r) * N + j, n);
+      if (dropout) g *= load<V>(factor[r] + k, n);
+      const V d = g * derivative<TANH>(V(load<V>(x + (i + r) * N + j, n) + b));
+      total += d;
+      store(dx + (i + r) * N + j, d, n);
+    }
+    if (sum) store(sum + j, total, n);
+  });
+}
+
+template <class T, bool TANH>
+void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>* partial, scalar_of<T>* db, int64_t M,
+         int64_t N, double p, int64_t seed) {
+  using V = vec_of<T>;
+  using S = scalar_of<T>;
+  const Dropout generator(seed, p);
+  const Dropout* dropout = p > 0 ? &generator : nullptr;
+  const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
+#pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
+  for (int64_t c = 0; c < chunks; ++c) {
+    S* sum = db ? partial + c * N : nullptr;
+    if (sum) std::fill(sum, sum + N, S(0));
+    const int64_t end = std::min(M, (c + 1) * size);
+    for (int64_t i = c * size; i < end;) {
+      const bool four = i + 4 <= end;
+      for (int64_t first = 0; first < N; first += kBlock) {
+        const int64_t n_block = std::min(kBlock, N - first);
+        if (four)
+          bwd_tile<4, T, TANH>(dy, x, bias, dx, sum, i, first, n_block, N, dropout);
+        else
+          bwd_tile<1, T, TANH>(dy, x, bias, dx, sum, i, first, n_block, N, dropout);
+      }
+      i += four ? 4 : 1;
+    }
+  }
+  if (!db) return;
+  for_lanes<V>(N, [&](int64_t j, auto n) {
+    V v{};
+    for (int64_t c = 0; c < chunks; ++c) v += load<V>(partial + c * N + j, n);
+    store(db + j, v, n);
+  });
+}
+
+template <class T>
+void fwd_form(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed) {
+  auto run = tanh ? fwd<T, true> : fwd<T, false>;
+  run((const T*)x, (const scalar_of<T>*)bias, (T*)y, M, N, p, seed);
+}
+template <class T>
+void bwd_form(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M, int64_t N,
+              bool tanh, double p, int64_t seed) {
+  using S = scalar_of<T>;
+  auto run = tanh ? bwd<T, true> : bwd<T, false>;
+  run((const T*)dy, (const T*)x, (const S*)bias, (T*)dx, (S*)partial, (S*)db, M, N, p, seed);
+}
+
+#define FASTLM_TYPES(fn, ...)                            \
+  switch ((DType)type) {                                 \
+    case DType::f32: return fn<float>(__VA_ARGS__);      \
+    case DType::f64: return fn<double>(__VA_ARGS__);     \
+    case DType::bf16: return fn<bf16_t>(__VA_ARGS__);    \
+    case DType::f16: return fn<f16_t>(__VA_ARGS__);      \
+  }
+
+void fwd_dispatch(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
+                  int type) {
+  FASTLM_TYPES(fwd_form, x, bias, y, M, N, tanh, p, seed)
+}
+void bwd_dispatch(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M,
+                  int64_t N, bool tanh, double p, int64_t seed, int type) {
+  FASTLM_TYPES(bwd_form, dy, x, bias, dx, partial, db, M, N, tanh, p, seed)
+}
+#undef FASTLM_TYPES
+
+}  // namespace gelu
+}  // namespace fastlm::FASTLM_ISA
+
+#else
+
+#include "cpu/convert.h"
+
+namespace fastlm {
+
+void gelu_fwd(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
+              int type, int b_type) {
+  const AsCompute bc(bias, N, b_type, type);
+  FASTLM_DISPATCH(gelu::fwd_dispatch, x, bc.data, y, M, N, tanh, p, seed, type);
+}
+
+void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M, int64_t N,
+              bool tanh, double p, int64_t seed, int type, int b_type) {
+  const AsCompute bc(bias, N, b_type, type);
+  FASTLM_DISPATCH(gelu::bwd_dispatch, dy, x, bc.data, dx, partial, db, M, N, tanh, p, seed, type);
+}
+
+}  // namespace fastlm
+#endif

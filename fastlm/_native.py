@@ -1,0 +1,181 @@
+"""The only place where a tensor becomes a pointer.
+
+Callers pass contiguous CPU tensors of checked shapes and dtypes; this module allocates outputs and
+workspaces, hands over addresses and sizes, and returns tensors. Nothing is checked in C++.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .errors import BackendError
+
+try:
+    from . import _cpu
+
+    missing_reason: str | None = None
+except ImportError as error:  # not built, or built for another Python
+    _cpu = None  # type: ignore[assignment]
+    missing_reason = f"the CPU extension is not there ({error}); install from source with a C++17 compiler"
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+TYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use, or None where the extension is missing."""
+    return None if _cpu is None else ISAS[_cpu.isa()]
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets that this CPU can run, least first; empty where the extension is missing."""
+    return () if _cpu is None else ISAS[: _cpu.best_isa() + 1]
+
+
+def set_cpu_isa(name: str) -> None:
+    """Choose the instruction set of the CPU kernels; FASTLM_CPU_ISA does it at import.
+
+    Raises:
+        BackendError: if the name is unknown or the CPU lacks it.
+    """
+    if name not in cpu_isas() or _cpu is None:
+        have = ", ".join(cpu_isas()) or missing_reason
+        raise BackendError(f"cpu_isa: got {name!r}, this machine has: {have}")
+    _cpu.set_isa(ISAS.index(name))
+
+
+if _cpu is not None and os.environ.get("FASTLM_CPU_ISA"):
+    set_cpu_isa(os.environ["FASTLM_CPU_ISA"])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and sums are kept in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _weight_type(weight: Tensor | None, bias: Tensor | None) -> int:
+    given = weight if weight is not None else bias
+    return 0 if given is None else TYPE_CODE[given.dtype]
+
+
+def _chunks(M: int) -> int:
+    return -(-M // _cpu.chunk_rows(M))
+
+
+def layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    out_dtype: torch.dtype | None = None,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x of M rows of N -> (y, z or None, mean (M,) or None, rstd or None); weight and bias share a dtype."""
+    M = x.numel() // N if N else 0
+    stream = x if residual is None else residual
+    y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
+    z = None if residual is None else torch.empty_like(residual)
+    mean = x.new_empty(M, dtype=compute_dtype(stream.dtype)) if statistics else None
+    rstd = torch.empty_like(mean) if mean is not None else None
+    _cpu.layer_norm_fwd(
+        x.data_ptr(), _ptr(residual), _ptr(weight), _ptr(bias), _ptr(z), y.data_ptr(), _ptr(mean), _ptr(rstd),
+        M, N, eps, dropout_p, seed,
+        TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], _weight_type(weight, bias),
+    )  # fmt: skip
+    return y, z, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    N: int,
+    dz_in: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    x_dtype: torch.dtype | None = None,
+    weight_grads: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """-> (dz, dx, dw or None, db or None); dx is dz itself without dropout and cast, dw and db in compute dtype."""
+    M = z.numel() // N if N else 0
+    x_dtype = x_dtype or z.dtype
+    dz = torch.empty_like(z)
+    dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
+    compute = compute_dtype(z.dtype)
+    partial = z.new_empty(_chunks(M), 2, N, dtype=compute) if weight_grads else None
+    sums = z.new_empty(2, N, dtype=compute) if weight_grads else None
+    dw, db = (sums[0], sums[1]) if sums is not None else (None, None)
+    _cpu.layer_norm_bwd(
+        dy.data_ptr(), z.data_ptr(), _ptr(weight), mean.data_ptr(), rstd.data_ptr(), _ptr(dz_in),
+        dz.data_ptr(), _ptr(dx), _ptr(partial), _ptr(dw), _ptr(db),
+        M, N, dropout_p, seed,
+        TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
+    )  # fmt: skip
+    return dz, dz if dx is None else dx, dw, db
+
+
+# A plain elementwise call is one long row to C++; rows of this many elements let threads share it.
+_FLAT_ROW = 4096
+
+
+def _rows(x: Tensor, bias: Tensor | None, dropout_p: float) -> tuple[int, int]:
+    """(M, N) as the GELU kernels see x: its own rows if the last dimension matters, else any that divide it."""
+    numel = x.numel()
+    if bias is None and dropout_p == 0:
+        return (numel // _FLAT_ROW, _FLAT_ROW) if numel % _FLAT_ROW == 0 else (1, numel)
+    N = x.shape[-1] if x.dim() else 1
+    return (numel // N if N else 0), N
+
+
+def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
+    """x (..., N), bias (N,) -> y, like x."""
+    y = torch.empty_like(x)
+    M, N = _rows(x, bias, dropout_p)
+    _cpu.gelu_fwd(
+        x.data_ptr(), _ptr(bias), y.data_ptr(), M, N, tanh, dropout_p, seed,
+        TYPE_CODE[x.dtype], _weight_type(bias, None),
+    )  # fmt: skip
+    return y
+
+
+def gelu_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """-> (dx, db or None), db in compute dtype."""
+    dx = torch.empty_like(x)
+    M, N = _rows(x, bias, dropout_p)
+    compute = compute_dtype(x.dtype)
+    partial = x.new_empty(_chunks(M), N, dtype=compute) if bias is not None else None
+    db = x.new_empty(N, dtype=compute) if bias is not None else None
+    _cpu.gelu_bwd(
+        dy.data_ptr(), x.data_ptr(), _ptr(bias), dx.data_ptr(), _ptr(partial), _ptr(db), M, N, tanh, dropout_p, seed,
+        TYPE_CODE[x.dtype], _weight_type(bias, None),
+    )  # fmt: skip
+    return dx, db
+
+
+def vec_map(name: str, x: Tensor) -> Tensor:
+    """exp, tanh, erf or erfc of vec.h over a contiguous fp32 tensor, for the tests of their error bounds."""
+    y = torch.full_like(x, float("nan"))
+    _cpu.vec_map(name, x.data_ptr(), y.data_ptr(), x.numel())
+    return y
+
+
+def dropout_factors(M: int, N: int, p: float, seed: int) -> Tensor:
+    """(M, N) fp32: 0 where the CPU kernels drop, 1 / (1 - p) where they keep."""
+    out = torch.full((M, N), float("nan"))
+    _cpu.dropout_factors(out.data_ptr(), M, N, p, seed)
+    return out

@@ -1,0 +1,43 @@
+"""What the ops' autograd classes share: gradients of gradients through the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def reference_gradients(
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+    grad_outputs: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `reference(*inputs)` that can be differentiated again.
+
+    An op's backward calls this when autograd builds a graph of the backward pass (create_graph=True): kernels
+    are opaque to autograd, plain torch operators are not, so every order of derivative comes out right.
+
+    Args:
+        reference: the op in plain torch, as a function of `inputs`.
+        inputs: what the op was called with, still attached to the caller's graph.
+        needed: which inputs a gradient is wanted for.
+        grad_outputs: one a output of the reference; None for an output that received no gradient.
+    """
+    with torch.enable_grad():
+        # An alias of each input, so that gradients stop there even where one input depends on another.
+        args = [None if x is None else x.view_as(x) if x.is_floating_point() else x for x in inputs]
+        outputs = reference(*args)
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
+        wanted = [a for a, need in zip(args, needed, strict=True) if need and a is not None]
+        if not pairs or not wanted:
+            return tuple(None for _ in inputs)
+        grads = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return tuple(next(grads) if need and a is not None else None for a, need in zip(args, needed, strict=True))
