@@ -1,11 +1,196 @@
-"""GELU, alone and fused with the bias addition before it and the dropout after it."""
+"""GELU (Hendrycks & Gimpel 2016), alone and fused with the bias before it and the dropout after it.
 
+none: x Phi(x);   tanh: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from . import _dropout
+from ._autograd import reference_gradients
+
+KERNELS = {"cpu": _native}
 
 
-def gelu(x, approximate="none"):
-    return F.gelu(x, approximate=approximate)
+def gelu_ref(
+    x: Tensor, bias: Tensor | None, approximate: str, dropout_p: float = 0.0, seed: int = 0
+) -> Tensor:
+    """The definition, in fp32 or wider; the dropout mask is the kernels' own."""
+    wide = x.to(_native.compute_dtype(x.dtype))
+    if bias is not None:
+        wide = wide + bias.to(wide.dtype)
+    if approximate == "tanh":
+        y = 0.5 * wide * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+    else:
+        y = 0.5 * wide * torch.erfc(-wide / math.sqrt(2))
+    if dropout_p > 0:
+        N = x.shape[-1]
+        keep = _dropout.factors(x.numel() // max(N, 1), N, dropout_p, seed, wide.dtype, x.device)
+        y = y * keep.reshape(y.shape)
+    return y.to(x.dtype)
 
 
-def bias_gelu(x, bias, approximate="none", dropout_p=0.0):
-    return F.dropout(F.gelu(x + bias, approximate=approximate), dropout_p)
+register(
+    "gelu",
+    Backend("cpu", cpu_unsupported),
+    Backend("torch", always),
+    Backend("reference", always),
+)
+register(
+    "bias_gelu",
+    Backend("cpu", cpu_unsupported),
+    Backend("reference", always),
+)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, approximate, dropout_p, seed, backend):
+        ctx.save_for_backward(x, bias)
+        ctx.options = approximate, dropout_p, seed, backend
+        return KERNELS[backend].gelu_fwd(x, bias, approximate == "tanh", dropout_p, seed)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, bias = ctx.saved_tensors
+        approximate, dropout_p, seed, backend = ctx.options
+        if torch.is_grad_enabled():
+            grads = reference_gradients(
+                lambda x, bias: gelu_ref(x, bias, approximate, dropout_p, seed),
+                (x, bias),
+                ctx.needs_input_grad[:2],
+                (dy,),
+            )
+            return *grads, None, None, None, None
+        dx, db = KERNELS[backend].gelu_bwd(dy.contiguous(), x, bias, approximate == "tanh", dropout_p, seed)
+        return dx, None if bias is None else db.to(bias.dtype), None, None, None, None
+
+
+@torch.library.custom_op("fastlm::gelu", mutates_args=())
+def _gelu_op(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    x = x.contiguous()
+    backend = choose("gelu" if bias is None else "bias_gelu", Request(x.device.type, x.dtype))
+    if backend in KERNELS:
+        return KERNELS[backend].gelu_fwd(x, bias, approximate == "tanh")
+    return gelu_ref(x, bias, approximate)
+
+
+@_gelu_op.register_fake
+def _(x, bias, approximate):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastlm::gelu_backward", mutates_args=())
+def _gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    dy, x = dy.contiguous(), x.contiguous()
+    backend = choose("gelu" if bias is None else "bias_gelu", Request(x.device.type, x.dtype))
+    if backend in KERNELS:
+        dx, db = KERNELS[backend].gelu_bwd(dy, x, bias, approximate == "tanh")
+    else:
+        with torch.enable_grad():
+            args = [x.detach().requires_grad_(), None if bias is None else bias.detach().requires_grad_()]
+            grads = torch.autograd.grad(gelu_ref(*args, approximate), [a for a in args if a is not None], dy)
+        dx, db = (*grads, None)[:2]
+    return dx, dx.new_empty(0) if db is None else db.to(bias.dtype)
+
+
+@_gelu_backward_op.register_fake
+def _(dy, x, bias, approximate):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _op_setup(ctx, inputs, output):
+    x, bias, ctx.approximate = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _op_backward(ctx, dy):
+    x, bias = ctx.saved_tensors
+    dx, db = torch.ops.fastlm.gelu_backward(dy, x, bias, ctx.approximate)
+    return dx, None if bias is None else db, None
+
+
+_gelu_op.register_autograd(_op_backward, setup_context=_op_setup)
+
+
+def _check(op: str, x: Tensor, approximate: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{op}: approximate is {approximate!r}, expected 'none' or 'tanh'")
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """Gaussian error linear unit, as `torch.nn.functional.gelu`.
+
+    Args:
+        x: any shape; float32, float64, bfloat16 or float16.
+        approximate: "none" for x Phi(x), "tanh" for GPT-2's form.
+
+    Returns:
+        Like x, computed in fp32 or wider.
+
+    Raises:
+        ValueError: for an unknown form.
+        TypeError: if x is not floating-point.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    _check("gelu", x, approximate)
+    if must_trace(x):
+        return F.gelu(x, approximate=approximate)
+    backend = choose("gelu", Request(x.device.type, x.dtype))
+    if backend == "torch":
+        return F.gelu(x, approximate=approximate)
+    if backend == "reference":
+        return gelu_ref(x, None, approximate)
+    x = x.contiguous()
+    if needs_grad(x):
+        return _Gelu.apply(x, None, approximate, 0.0, 0, backend)
+    return KERNELS[backend].gelu_fwd(x, None, approximate == "tanh")
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none", dropout_p: float = 0.0) -> Tensor:
+    """dropout(gelu(x + bias)) in one pass; backward sums the bias gradient in its own single pass.
+
+    Args:
+        x: (..., N), a linear layer's product without its bias.
+        bias: (N,), of any floating-point dtype.
+        approximate: "none" or "tanh".
+        dropout_p: probability of dropping an element of the result; the mask comes from a seed drawn from
+            torch's default generator and is recomputed, not stored, for the backward pass.
+
+    Returns:
+        Like x.
+
+    Raises:
+        ValueError: if shapes or devices disagree, the form is unknown, or dropout_p is no probability.
+        TypeError: if a tensor is not floating-point.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    op = "bias_gelu"
+    _check(op, x, approximate)
+    if bias.dim() != 1 or x.dim() < 1 or bias.shape[0] != x.shape[-1]:
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected {tuple(x.shape[-1:])} to match x")
+    if bias.device != x.device:
+        raise ValueError(f"{op}: bias is on {bias.device}, x is on {x.device}")
+    if not bias.is_floating_point():
+        raise TypeError(f"{op}: bias has dtype {bias.dtype}, expected a floating-point dtype")
+    dropout_p = _dropout.check_probability(op, dropout_p)
+    if must_trace(x, bias):
+        return F.dropout(F.gelu((x + bias).to(x.dtype), approximate=approximate), dropout_p)
+    backend = choose(op, Request(x.device.type, x.dtype))
+    seed = _dropout.draw_seed() if dropout_p > 0 else 0
+    if backend == "reference":
+        return gelu_ref(x, bias, approximate, dropout_p, seed)
+    x, bias = x.contiguous(), bias.contiguous()
+    if needs_grad(x, bias):
+        return _Gelu.apply(x, bias, approximate, dropout_p, seed, backend)
+    return KERNELS[backend].gelu_fwd(x, bias, approximate == "tanh", dropout_p, seed)
