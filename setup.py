@@ -14,8 +14,16 @@ from setuptools import setup
 
 ParallelCompile("FASTLM_JOBS").install()
 
-CPU_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall",
-             "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns inside its own avx512fintrin.h
+CPU_FLAGS = [
+    "-O3",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]  # gcc 12 warns inside its own avx512fintrin.h
 
 
 def cpu_extension() -> Pybind11Extension:

@@ -116,8 +116,8 @@ def layer_norm_bwd(
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
     compute = compute_dtype(z.dtype)
     partial = z.new_empty(_chunks(M), 2, N, dtype=compute) if weight_grads else None
-    sums = z.new_empty(2, N, dtype=compute) if weight_grads else None
-    dw, db = (sums[0], sums[1]) if sums is not None else (None, None)
+    dw = z.new_empty(N, dtype=compute) if weight_grads else None
+    db = z.new_empty(N, dtype=compute) if weight_grads else None
     _cpu.layer_norm_bwd(
         dy.data_ptr(), z.data_ptr(), _ptr(weight), mean.data_ptr(), rstd.data_ptr(), _ptr(dz_in),
         dz.data_ptr(), _ptr(dx), _ptr(partial), _ptr(dw), _ptr(db),

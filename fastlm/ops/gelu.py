@@ -19,9 +19,7 @@ from ._autograd import reference_gradients
 KERNELS = {"cpu": _native}
 
 
-def gelu_ref(
-    x: Tensor, bias: Tensor | None, approximate: str, dropout_p: float = 0.0, seed: int = 0
-) -> Tensor:
+def gelu_ref(x: Tensor, bias: Tensor | None, approximate: str, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
     """The definition, in fp32 or wider; the dropout mask is the kernels' own."""
     wide = x.to(_native.compute_dtype(x.dtype))
     if bias is not None:

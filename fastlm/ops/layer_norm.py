@@ -77,7 +77,10 @@ class _LayerNorm(torch.autograd.Function):
         need = ctx.needs_input_grad
         if torch.is_grad_enabled():
             grads = reference_gradients(
-                lambda x, w, b: layer_norm_ref(x, w, b, ctx.N, ctx.eps).to(ctx.out_dtype), (x, weight, bias), need[:3], (dy,)
+                lambda x, w, b: layer_norm_ref(x, w, b, ctx.N, ctx.eps).to(ctx.out_dtype),
+                (x, weight, bias),
+                need[:3],
+                (dy,),
             )
             return *grads, None, None, None, None
         _, dx, dw, db = KERNELS[ctx.backend].layer_norm_bwd(
@@ -152,7 +155,11 @@ def _layer_norm_backward_op(
     ones = x.new_ones(N, dtype=wide)
     given = ones if weight is None else weight.reshape(-1).to(wide)
     with torch.enable_grad():
-        args = [x.detach().requires_grad_(), given.detach().requires_grad_(), torch.zeros_like(ones, requires_grad=True)]
+        args = [
+            x.detach().requires_grad_(),
+            given.detach().requires_grad_(),
+            torch.zeros_like(ones, requires_grad=True),
+        ]
         dx, dw, db = torch.autograd.grad(layer_norm_ref(*args, N, eps), args, dy)
     return dx, dw, db
 

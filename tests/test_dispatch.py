@@ -1,0 +1,95 @@
+"""The backend table: forcing, refusing, explaining, and importing without the extension."""
+
+import os
+import subprocess
+import sys
+
+import fastlm
+import pytest
+import torch
+from fastlm import _dispatch
+
+
+def _python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_forced_backend_is_used_and_restored():
+    x = torch.randn(3, 8)
+    outside = fastlm.explain(fastlm.layer_norm, x, 8).selected
+    for name in ("cpu", "torch", "reference"):
+        with fastlm.backend(name):
+            assert fastlm.explain(fastlm.layer_norm, x, 8).selected == name
+            torch.testing.assert_close(fastlm.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
+    assert fastlm.explain(fastlm.layer_norm, x, 8).selected == outside
+
+
+def test_forced_backend_that_cannot_serve_raises():
+    x = torch.randn(3, 8)
+    with fastlm.backend("triton"), pytest.raises(fastlm.BackendError, match="triton"):
+        fastlm.gelu(x)
+    with fastlm.backend("torch"), pytest.raises(fastlm.BackendError, match="add_layer_norm: the torch backend"):
+        fastlm.add_layer_norm(x, x)
+    with fastlm.backend("cpu"), pytest.raises(fastlm.BackendError, match="on meta"):
+        fastlm.gelu(x.to("meta"))
+    with pytest.raises(fastlm.BackendError, match="no backend is called 'tpu'; choose from cpu, triton"):
+        fastlm.backend("tpu").__enter__()
+
+
+def test_explain_lists_every_backend():
+    told = fastlm.explain(fastlm.layer_norm, torch.randn(3, 8), 8)
+    assert set(told.reasons) == set(_dispatch.NAMES)
+    assert told.reasons[told.selected] == "selected"
+    assert [name for name, reason in told.reasons.items() if reason == "selected"] == [told.selected]
+    assert "layer_norm on cpu, float32" in str(told)
+    meta = fastlm.explain(fastlm.layer_norm, torch.randn(3, 8, device="meta"), 8)
+    assert meta.selected == "torch"
+    assert "on meta" in meta.reasons["cpu"]
+    with pytest.raises(fastlm.BackendError, match="reached no fastlm op"):
+        fastlm.explain(torch.exp, torch.ones(1))
+
+
+def test_environment_variable():
+    code = "import torch, fastlm; print(fastlm.explain(fastlm.gelu, torch.ones(2)).selected)"
+    assert _python(code, FASTLM_BACKEND="reference").stdout.strip() == "reference"
+    wrong = _python(code, FASTLM_BACKEND="quick")
+    assert wrong.returncode != 0
+    assert "FASTLM_BACKEND: no backend is called 'quick'" in wrong.stderr
+
+
+@pytest.mark.skipif(not fastlm.cpu_isas(), reason="no CPU extension")
+def test_isa_variable():
+    code = "import fastlm; print(fastlm.cpu_isa())"
+    assert _python(code, FASTLM_CPU_ISA="baseline").stdout.strip() == "baseline"
+    wrong = _python(code, FASTLM_CPU_ISA="sse9")
+    assert wrong.returncode != 0
+    assert "got 'sse9', this machine has: baseline" in wrong.stderr
+
+
+def test_import_without_the_extension_and_without_triton():
+    """Every public op still runs, on the reference, and the reason is told."""
+    code = """
+import sys
+sys.modules["fastlm._cpu"] = sys.modules["triton"] = None
+import torch, fastlm
+x = torch.randn(2, 8, requires_grad=True)
+y = fastlm.bias_gelu(fastlm.layer_norm(x, 8), torch.zeros(8))
+y.sum().backward()
+told = fastlm.explain(fastlm.bias_gelu, x, torch.zeros(8))
+print(told.selected, told.reasons["cpu"], fastlm.cpu_isa())
+"""
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("reference the CPU extension is not there")
+    assert done.stdout.strip().endswith("None")
+
+
+def test_import_is_light():
+    done = _python(
+        "import sys, torch; before = set(sys.modules); import fastlm;"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - {'fastlm'} - set(sys.stdlib_module_names)))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
