@@ -179,3 +179,8 @@ def dropout_factors(M: int, N: int, p: float, seed: int) -> Tensor:
     out = torch.full((M, N), float("nan"))
     _cpu.dropout_factors(out.data_ptr(), M, N, p, seed)
     return out
+
+
+def omp_threads() -> int | None:
+    """Threads that the CPU kernels would use, or None where the extension is missing."""
+    return None if _cpu is None else _cpu.omp_threads()

@@ -89,7 +89,8 @@ print(told.selected, told.reasons["cpu"], fastlm.cpu_isa())
 def test_import_is_light():
     done = _python(
         "import sys, torch; before = set(sys.modules); import fastlm;"
-        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - {'fastlm'} - set(sys.stdlib_module_names)))"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(sorted(new - {'fastlm'} - set(sys.stdlib_module_names)))"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,156 @@
+"""`fastlm doctor`: what is installed, what was built, which backend serves which op here, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+import fastlm
+from fastlm import _dispatch, _native
+
+PEERS = ("transformers", "onnxruntime", "ctranslate2", "liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "rich", "matplotlib", "tyro", "psutil")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _loaded_libgomp() -> list[str]:
+    """Paths of the OpenMP runtimes in this process; more than one means that thread settings are not shared."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    return sorted({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line})
+
+
+def _cuda() -> dict:
+    compiler = shutil.which("nvcc")
+    found: dict = {"torch_cuda": torch.version.cuda, "available": torch.cuda.is_available(), "nvcc": None, "devices": []}
+    if compiler:
+        lines = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout.splitlines()
+        found["nvcc"] = next((line.partition("release ")[2] for line in lines if "release" in line), "unknown")
+    for index in range(torch.cuda.device_count() if found["available"] else 0):
+        properties = torch.cuda.get_device_properties(index)
+        arch = f"sm_{properties.major}{properties.minor}"
+        found["devices"].append(
+            {"name": properties.name, "arch": arch, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        )
+    return found
+
+
+def _served_by(op: str, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """Each backend of an op: "selected", "available", or why not, for a call without special features."""
+    request = _dispatch.Request(device, dtype)
+    forced = _dispatch.forced_backend()
+    rows = {}
+    for row in _dispatch.backends(op):
+        reason = row.unsupported(request)
+        if reason is None and not row.automatic and forced != row.name:
+            reason = row.why_not_automatic
+        rows[row.name] = reason or "available"
+    chosen = forced or next((name for name, reason in rows.items() if reason == "available"), None)
+    if chosen in rows and rows[chosen] == "available":
+        rows[chosen] = "selected"
+    return rows
+
+
+def _advice(report: dict) -> list[str]:
+    advice = []
+    if report["cpu"]["extension"] != "loaded":
+        advice.append("build the CPU kernels:  FASTLM_CPU=1 pip install --force-reinstall --no-deps fastlm")
+    if len(report["cpu"]["openmp_runtimes"]) > 1:
+        advice.append("two OpenMP runtimes are loaded; set the threads of both:  export OMP_NUM_THREADS=$(nproc)")
+    if missing := [name for name in ("tokenizers", "safetensors", "rich", "tyro") if not report["packages"][name]]:
+        advice.append(f"for training ({', '.join(missing)} missing):  pip install 'fastlm[train]'")
+    if report["cuda"]["nvcc"] is None and report["cuda"]["available"]:
+        advice.append("for the CUDA kernels, install a CUDA toolkit and reinstall fastlm; Triton serves until then")
+    return advice
+
+
+def collect() -> dict:
+    """Everything that the command reports, ready for JSON."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = {
+        "fastlm": fastlm.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "peers": {name: _version(name) for name in PEERS},
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "extension": _native.missing_reason or "loaded",
+            "isa": fastlm.cpu_isa(),
+            "isas": list(fastlm.cpu_isas()),
+            "openmp_threads": _native.omp_threads(),
+            "openmp_runtimes": _loaded_libgomp(),
+        },
+        "cuda": _cuda(),
+        "settings": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("FASTLM_", "OMP_"))},
+        "backends": {
+            op: {device: _served_by(op, device, torch.bfloat16 if device == "cuda" else torch.float32)}
+            for op in _dispatch.ops()
+        },
+    }
+    report["advice"] = _advice(report)
+    return report
+
+
+def _print(report: dict) -> None:
+    cpu, cuda = report["cpu"], report["cuda"]
+    print(f"fastlm {report['fastlm']}   Python {report['python']}   {report['platform']}")
+    print("packages   " + "  ".join(f"{name} {version or 'missing'}" for name, version in report["packages"].items()))
+    print("peers      " + ("  ".join(f"{n} {v}" for n, v in report["peers"].items() if v) or "none installed"))
+    print(f"cpu        {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
+    if cpu["isa"]:
+        shared = "shared with torch" if len(cpu["openmp_runtimes"]) <= 1 else "NOT shared: " + ", ".join(cpu["openmp_runtimes"])
+        print(f"           kernels: {cpu['isa']} (of {', '.join(cpu['isas'])}); OpenMP runtime {shared}")
+    else:
+        print(f"           kernels: none, {cpu['extension']}")
+    devices = ", ".join(f"{d['name']} ({d['arch']}, {d['memory_gib']} GiB)" for d in cuda["devices"]) or "no device"
+    print(f"cuda       {devices}; torch built for CUDA {cuda['torch_cuda'] or 'none'}; nvcc {cuda['nvcc'] or 'not found'}")
+    if report["settings"]:
+        print("settings   " + "  ".join(f"{name}={value}" for name, value in report["settings"].items()))
+    print("backends")
+    for op, devices_of_op in report["backends"].items():
+        for device, rows in devices_of_op.items():
+            selected = next((name for name, state in rows.items() if state == "selected"), "none")
+            others = "; ".join(f"{name}: {state}" for name, state in rows.items() if state != "selected")
+            print(f"  {op:<28} on {device}: {selected:<10} ({others})")
+    for line in report["advice"]:
+        print(f"advice     {line}")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastlm doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    report = collect()
+    if parser.parse_args(argv).json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0
