@@ -1,0 +1,69 @@
+"""Choosing the next token from its logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id a row.
+
+    Args:
+        logits: (B, V), any floating dtype; probabilities are computed in fp32.
+        temperature: divides the logits; 0 takes the likeliest id.
+        top_k: draw from the k likeliest ids only.
+        top_p: draw from the smallest set of likeliest ids whose probability reaches `top_p`, at least one
+            (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). Probabilities are
+            those after `temperature` and `top_k`.
+        generator: source of the draws, on the device of `logits`; None means torch's default one.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ConfigError: for a negative or infinite temperature, top_k below 1, or top_p outside (0, 1].
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+
+
+def candidates(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weights of the ids that may be drawn, and these ids, likeliest first; None means all, in order."""
+    V = logits.shape[-1]
+    logits, ids = logits.float(), None
+    if top_k is not None or (top_p is not None and top_p < 1):
+        logits, ids = logits.topk(min(top_k or V, V))
+    # The maximum goes first, so that a temperature near 0 gives weights of 0 and 1 rather than inf - inf.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+    probabilities = scaled.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ahead = probabilities.cumsum(-1) - probabilities  # exactly 0 for the first, which thus stays
+        probabilities = probabilities.masked_fill(ahead >= top_p, 0)
+    return probabilities, ids
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ConfigError for settings that `sample` cannot follow."""
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature}, expected a finite number of at least 0")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k is {top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}, expected a number in (0, 1]")

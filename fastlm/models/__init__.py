@@ -1,0 +1,5 @@
+"""Whole models, one readable file each."""
+
+from .gpt import GPT, GPTConfig
+
+__all__ = ["GPT", "GPTConfig"]

@@ -1,0 +1,316 @@
+"""GPT-2 on fastlm's fused ops.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; parameter names follow
+OpenAI's release, so a state dict lines up with Hugging Face's. Shapes: B batch, T tokens of this call,
+S tokens attended to, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+
+The residual additions run inside the LayerNorm that follows them, so a block takes the normed stream and
+the raw one, and is told which LayerNorm comes next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops.attention import scaled_dot_product_attention
+from ..ops.gelu import bias_gelu
+from ..ops.layer_norm import add_layer_norm, layer_norm
+from ..ops.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from ..inference.kv_cache import KVCache
+
+IGNORED_TARGET = -100
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes and rates that define a GPT.
+
+    Attributes:
+        vocab_size, context_length, n_layer, n_head, n_embd: sizes; n_head divides n_embd.
+        dropout: rate on the embeddings, the attention weights and both residual branches.
+        layer_norm_eps: added to the variance in every LayerNorm.
+        n_inner: hidden size of the MLP; None means 4 n_embd.
+        tie_embeddings: whether the output head is the token embedding.
+
+    Raises:
+        ConfigError: for a size below 1, a rate outside [0, 1), or n_embd not divisible by n_head.
+    """
+
+    vocab_size: int
+    context_length: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    n_inner: int | None = None
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner"):
+            size = getattr(self, name)
+            if name == "n_inner" and size is None:
+                continue
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigError(f"GPTConfig: {name} is {size!r}, expected an integer of at least 1")
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"GPTConfig: n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"GPTConfig: dropout is {self.dropout!r}, expected a number in [0, 1)")
+        if not isinstance(self.layer_norm_eps, (int, float)) or not 0 < self.layer_norm_eps < math.inf:
+            raise ConfigError(
+                f"GPTConfig: layer_norm_eps is {self.layer_norm_eps!r}, expected a number above 0"
+            )
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"GPTConfig: tie_embeddings is {self.tie_embeddings!r}, expected true or false")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> GPTConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: for an unknown or missing name, or a value that the constructor refuses.
+        """
+        fields = dataclasses.fields(cls)
+        unknown = sorted(settings.keys() - {field.name for field in fields})
+        required = {field.name for field in fields if field.default is dataclasses.MISSING}
+        missing = sorted(required - settings.keys())
+        if unknown or missing:
+            text = ", ".join(
+                [f"unknown {name}" for name in unknown] + [f"missing {name}" for name in missing]
+            )
+            raise ConfigError(f"GPTConfig: {text}")
+        return cls(**settings)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D), views of the projection
+        mask, is_causal = None, T > 1
+        if cache is not None and cache.length:
+            mask, is_causal = cache.mask(T), False
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        dropout = self.dropout if self.training else 0.0
+        y = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.c_fc.weight)  # the bias is added inside the GELU
+        # Under autocast `hidden` is narrower than the parameters; one dtype keeps the GELU in it.
+        return self.c_proj(bias_gelu(hidden, self.c_fc.bias.to(hidden.dtype), "tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, normed: Tensor, x: Tensor, next_norm: nn.LayerNorm, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take ln_1(x) and x, both (B, T, C); return next_norm(y) and y for the block's output y."""
+        normed, x = self.add(self.attn(normed, cache), x, self.ln_2)
+        return self.add(self.mlp(normed), x, next_norm)
+
+    def add(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        dropout = self.dropout if self.training else 0.0
+        return add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout)
+
+
+class GPT(nn.Module):
+    """GPT-2: learned positions, pre-norm blocks, tanh-GELU, output head tied to the token embedding.
+
+    Args:
+        config: the sizes. Parameters are fp32 and drawn as GPT-2's: weights and embeddings from a normal
+            of deviation 0.02, those that write to the residual stream from 0.02 / sqrt(2 n_layer), since
+            2 n_layer of them add up there; biases 0.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=residual_std if name.endswith("c_proj.weight") else 0.02)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output projection, (V, C)."""
+        return self.wte.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits, or the mean loss.
+
+        Args:
+            tokens: (B, T) int64 ids.
+            targets: (B, T) int64 ids that follow each token; -100 leaves a position out of the loss.
+            cache: holds the keys and values of the tokens before these, and takes up those of these.
+
+        Returns:
+            Logits (B, T, V); with `targets`, the mean cross-entropy in nats, a scalar, and the logits are
+            never held. The residual stream stays in the parameters' dtype under autocast.
+
+        Raises:
+            ValueError: for a wrong rank, dtype or shape, a sequence longer than the context, or (on the
+                CPU and outside torch.compile, where looking is free) an id outside the vocabulary.
+        """
+        if targets is not None:
+            self._check_targets(tokens, targets)
+        hidden = self.hidden(tokens, cache)
+        if targets is None:
+            return self.logits(hidden)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Output of the last LayerNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
+        start = 0 if cache is None else cache.length
+        self._check_tokens(tokens, start)
+        T = tokens.shape[1]
+        x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        norms = [block.ln_1 for block in self.h] + [self.ln_f]
+        normed = layer_norm(x, norms[0].normalized_shape, norms[0].weight, norms[0].bias, norms[0].eps)
+        for block, next_norm in zip(self.h, norms[1:], strict=True):
+            normed, x = block(normed, x, next_norm, cache)
+        if cache is not None:
+            cache.advance(T)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states (..., C) to logits (..., V)."""
+        return F.linear(hidden, self.head_weight)
+
+    def _check_tokens(self, tokens: Tensor, start: int) -> None:
+        if tokens.dim() != 2:
+            raise ValueError(f"GPT: tokens has shape {tuple(tokens.shape)}, expected (batch, length)")
+        if start + tokens.shape[1] > self.config.context_length:
+            before = f" after {start} cached" if start else ""
+            raise ValueError(
+                f"GPT: a sequence of {tokens.shape[1]} tokens{before} is longer than the context of "
+                f"{self.config.context_length}"
+            )
+        self._check_ids("tokens", tokens, tokens)
+
+    def _check_targets(self, tokens: Tensor, targets: Tensor) -> None:
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"GPT: targets has shape {tuple(targets.shape)}, expected {tuple(tokens.shape)} as tokens has"
+            )
+        self._check_ids("targets", targets, targets.masked_fill(targets == IGNORED_TARGET, 0))
+
+    def _check_ids(self, name: str, given: Tensor, ids: Tensor) -> None:
+        if given.dtype != torch.int64:
+            raise ValueError(f"GPT: {name} has dtype {given.dtype}, expected torch.int64")
+        # Elsewhere the look would wait for the device, or break the compiled graph.
+        if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+            return
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"GPT: {name} holds the id {low if low < 0 else high}, outside the vocabulary of "
+                f"{self.config.vocab_size}"
+            )
+
+    def num_parameters(self) -> int:
+        """Number of trained values; a tied output head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, context: int | None = None) -> int:
+        """Floating-point operations that one training step (forward and backward) spends on a token.
+
+        6 N + 12 L T C, with N the parameters that multiply something (all but the embedding tables that
+        are only looked up) and T = `context`: Chowdhery et al. 2022, "PaLM", appendix B. It counts the
+        attention scores in full, as that source does, though a causal kernel skips half of them.
+
+        Args:
+            context: tokens a sequence; None means the context length.
+        """
+        context = self.config.context_length if context is None else context
+        looked_up = self.wpe.weight.numel() + (0 if self.config.tie_embeddings else self.wte.weight.numel())
+        attention = 12 * self.config.n_layer * context * self.config.n_embd
+        return 6 * (self.num_parameters() - looked_up) + attention
+
+    @classmethod
+    def from_huggingface(cls, folder: str | PathLike[str], dropout: float | None = None) -> GPT:
+        """Load a Hugging Face GPT-2 folder: config.json and model.safetensors, whole or sharded.
+
+        Args:
+            folder: where the files lie.
+            dropout: replaces the folder's three rates; needed where these are not one and the same.
+
+        Returns:
+            The model on the CPU, in fp32, in training mode.
+
+        Raises:
+            CheckpointError: for missing or damaged files, a setting that this architecture does not have,
+                and missing, extra or misshapen tensors, by name.
+        """
+        from .huggingface import load
+
+        return load(cls, folder, dropout)
+
+    def save_huggingface(self, folder: str | PathLike[str], eot_id: int | None = None) -> None:
+        """Write config.json and model.safetensors for `transformers.GPT2LMHeadModel.from_pretrained`.
+
+        Args:
+            folder: made if it is not there. Both files are complete before either replaces an older one.
+            eot_id: the end-of-text id to name in config.json, if there is one.
+
+        Raises:
+            CheckpointError: if the files cannot be written; older ones are then untouched.
+        """
+        from .huggingface import save
+
+        save(self, folder, eot_id)
