@@ -1,16 +1,13 @@
-"""Generation: the cache changes nothing, draws follow the distribution, the command shows what was drawn."""
+"""Generation: the cache changes nothing, and draws follow the distribution."""
 
-import io
 import math
 import os
 import re
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from fastlm.cli import main
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import KVCache, generate, sample
 from fastlm.inference.sampling import candidates
@@ -295,6 +292,20 @@ def test_candidates_equal_a_naive_implementation(cuts):
         assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+def test_top_p_over_a_large_vocabulary(scale, top_p):
+    logits = scale * torch.randn(4, 2500, generator=torch.Generator().manual_seed(6))
+    probabilities, ids = candidates(logits, 1.0, None, top_p)
+    for row in range(4):
+        kept = set(ids[row, probabilities[row] > 0].tolist())
+        expected = distribution(logits[row], top_p=top_p)
+        # Sums of 2500 fp32 values are good to 2500 * 2^-24 = 1.5e-4; ids at the boundary may differ by it.
+        weights = logits[row].double().softmax(-1)
+        assert weights[list(kept ^ expected.keys())].sum() < 1.5e-4
+        assert weights[list(kept)].sum() > top_p - 1.5e-4
+
+
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 def test_frequencies_follow_the_distribution(cuts):
     logits = 1.5 * torch.randn(12, generator=torch.Generator().manual_seed(3))
@@ -326,223 +337,3 @@ def test_temperatures_near_zero_take_the_likeliest(temperature):
 def test_extreme_logits(scale):
     drawn = sample(scale * torch.randn(500, 33, generator=torch.Generator().manual_seed(5)), 1.0, top_p=0.999)
     assert drawn.unique().numel() > 20
-
-
-# The command
-
-
-class Recorder(io.TextIOWrapper):
-    """A standard output that remembers each write on its own."""
-
-    def __init__(self, encoding="utf-8"):
-        super().__init__(io.BytesIO(), encoding)
-        self.writes = []
-
-    def write(self, text):
-        self.writes.append(text.encode(self.encoding).decode(self.encoding))
-        return len(text)
-
-
-TEXT = "the cat sat on the mat, and the dog sat on the cat. é世🙂\n" * 8
-
-
-@pytest.fixture
-def bytes_tokenizer(tmp_path):
-    """A byte-level BPE without merges: an id a byte, then end of text."""
-    tokenizers = pytest.importorskip("tokenizers")
-    path = tmp_path / "model"
-    path.mkdir()
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=257, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator([], trainer)
-    raw.save(str(path / "tokenizer.json"))
-    return raw, path
-
-
-def byte_ids(raw, text):
-    return raw.encode(text).ids
-
-
-def successor_model(raw, cycle: str, end: bool = False) -> GPT:
-    """A model whose likeliest next token follows a cycle through the bytes of `cycle`.
-
-    The blocks add nothing and positions are zero, so the hidden state is the normed embedding of the
-    current token, and the head's row of the successor points along it.
-    """
-    ids = byte_ids(raw, cycle)
-    assert len(set(ids)) == len(ids)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 64, 1, 1, 64, tie_embeddings=False))
-    successors = [*ids[1:], raw.token_to_id("<|endoftext|>") if end else ids[0]]
-    with torch.no_grad():
-        for parameter in (*model.h[0].attn.c_proj.parameters(), *model.h[0].mlp.c_proj.parameters()):
-            parameter.zero_()
-        model.wpe.weight.zero_()
-        model.wte.weight.copy_(torch.randn(257, 64))
-        model.lm_head.weight.zero_()
-        normed = torch.nn.functional.layer_norm(model.wte.weight, (64,))
-        model.lm_head.weight[successors] = normed[ids]
-    return model
-
-
-@pytest.fixture
-def model_folder(bytes_tokenizer):
-    _, path = bytes_tokenizer
-    random_model(GPTConfig(257, 32, 2, 2, 16)).save_huggingface(path)
-    return path
-
-
-def run(monkeypatch, *args, stdin: bytes | None = b"", encoding="utf-8"):
-    """Run `fastlm generate` in this process; return its status and the pieces it wrote."""
-    out = Recorder(encoding)
-    monkeypatch.setattr(sys, "stdout", out)
-    if stdin is not None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-    status = main(["generate", "--device", "cpu", *map(str, args)])
-    return status, out.writes
-
-
-def test_streams_whole_characters_as_they_are_sampled(bytes_tokenizer, monkeypatch, capsys):
-    raw, path = bytes_tokenizer
-    successor_model(raw, "é世🙂!").save_huggingface(path)
-    # 2 + 3 + 4 + 1 bytes a cycle; the last token asked for is the third of a four-byte character.
-    status, writes = run(monkeypatch, path, "--prompt", "a!é", "--max-new-tokens", 26, "--temperature", 0)
-    assert status == 0
-    assert writes == ["a!é", *"世🙂!é世🙂!é世", "\ufffd\n"] or writes == ["a!é", *"世🙂!é世🙂!é世", "\n"]
-    assert re.fullmatch(r"26 tokens in [\d.]+ s, [\d.]+ tokens/s\n", capsys.readouterr().err)
-
-
-def test_stops_at_the_end_of_text(bytes_tokenizer, monkeypatch, capsys):
-    raw, path = bytes_tokenizer
-    successor_model(raw, "abcdef", end=True).save_huggingface(path)
-    status, writes = run(monkeypatch, path, "--prompt", "ab", "--temperature", 0, "--num-samples", 2)
-    assert status == 0
-    first, second = "".join(writes).split("\n" + "-" * 40 + "\n")
-    assert (first, second) == ("abcdef", "abcdef\n")
-    assert capsys.readouterr().err.startswith("10 tokens in")  # cdef and end of text, twice
-
-
-def test_whole_output_equals_streamed_output_and_the_seed_repeats_it(model_folder, monkeypatch):
-    args = (
-        model_folder,
-        "--prompt",
-        "the ",
-        "--seed",
-        3,
-        "--max-new-tokens",
-        50,
-        "--num-samples",
-        3,
-        "--top-k",
-        90,
-    )
-    streamed, whole = run(monkeypatch, *args)[1], run(monkeypatch, *args, "--no-stream")[1]
-    assert len(whole) == 1
-    assert len(streamed) > 3
-    assert "".join(streamed) == whole[0]
-    assert "".join(run(monkeypatch, *args[:4], 4, *args[5:])[1]) != whole[0]
-
-
-def test_prompt_comes_from_argument_file_or_standard_input(model_folder, monkeypatch, tmp_path):
-    (tmp_path / "prompt.txt").write_bytes("té\n".encode())
-    common = (model_folder, "--temperature", 0, "--max-new-tokens", 5)
-    outputs = [
-        "".join(run(monkeypatch, *common, "--prompt", "té")[1]),
-        "".join(run(monkeypatch, *common, "--prompt-file", tmp_path / "prompt.txt")[1]),
-        "".join(run(monkeypatch, *common, stdin="té\n".encode())[1]),
-    ]
-    assert outputs[0].startswith("té")
-    assert outputs[1:] == outputs[:1] * 2
-
-
-def test_an_empty_prompt_starts_a_document(bytes_tokenizer, model_folder, monkeypatch):
-    raw, path = bytes_tokenizer
-    model = GPT.from_huggingface(path)
-    start = torch.tensor([[raw.token_to_id("<|endoftext|>")]])
-    steps = generate(model, start, 9, temperature=0, stop_token=start.item())
-    expected = raw.decode(torch.stack(list(steps), 1)[0].tolist())
-    status, writes = run(monkeypatch, path, "--prompt", "", "--temperature", 0, "--max-new-tokens", 9)
-    assert status == 0
-    assert "".join(writes) == expected + "\n"
-
-
-def test_a_long_prompt_keeps_its_last_part(model_folder, monkeypatch, capsys):
-    common = (model_folder, "--temperature", 0, "--max-new-tokens", 12)
-    status, writes = run(monkeypatch, *common, "--prompt", "x" * 50 + TEXT[:32])
-    assert status == 0
-    error = capsys.readouterr().err
-    assert "the prompt has 82 tokens, the model's context holds 32: only the last 32 are read" in error
-    short = "".join(run(monkeypatch, *common, "--prompt", TEXT[:32])[1])
-    assert "".join(writes) == "x" * 50 + short
-
-
-def test_output_that_cannot_show_a_character_replaces_it(bytes_tokenizer, monkeypatch):
-    raw, path = bytes_tokenizer
-    successor_model(raw, "é世🙂!").save_huggingface(path)
-    args = (path, "--prompt", "!", "--max-new-tokens", 10, "--temperature", 0)
-    status, writes = run(monkeypatch, *args, encoding="latin-1")
-    assert status == 0
-    assert "".join(writes) == "!é??!\n"
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--temperature", "-1"], "temperature is -1.0, expected a finite number of at least 0"),
-        (["--top-p", "0"], "top_p is 0.0, expected a number in (0, 1]"),
-        (["--top-p", "1.5"], "top_p is 1.5, expected a number in (0, 1]"),
-        (["--top-k", "0"], "top_k is 0, expected at least 1"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
-        (["--num-samples", "0"], "num_samples is 0, expected at least 1"),
-        (["--prompt", "a", "--prompt-file", "b"], "prompt and prompt_file are both given; choose one"),
-        (["--prompt-file", "not/there.txt"], "No such file or directory: 'not/there.txt'"),
-        (["--device", "abacus"], "device 'abacus' cannot be used"),
-    ],
-)
-def test_refuses_arguments_in_one_line(model_folder, monkeypatch, capsys, args, message):
-    status, writes = run(monkeypatch, model_folder, *args)
-    error = capsys.readouterr().err
-    assert (status, writes) == (1, [])
-    assert message in error
-    assert error.startswith("fastlm generate: ")
-    assert error.count("\n") == 1
-
-
-def test_refuses_text_that_is_not_utf8(model_folder, monkeypatch, capsys):
-    assert run(monkeypatch, model_folder, stdin=b"caf\xe9 noir")[0] == 1
-    assert "standard input: not UTF-8 at byte 3" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
-def test_refuses_a_folder_that_lacks_a_file(model_folder, monkeypatch, capsys, name):
-    (model_folder / name).unlink()
-    assert run(monkeypatch, model_folder, "--prompt", "a") == (1, [])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(model_folder) in error
-
-
-def test_refuses_a_path_with_nothing_there(monkeypatch, capsys):
-    assert run(monkeypatch, "no/such/run", "--prompt", "a") == (1, [])
-    assert "no/such/run: no such file or folder" in capsys.readouterr().err
-
-
-def test_refuses_a_tokenizer_of_another_model(bytes_tokenizer, monkeypatch, capsys):
-    _, path = bytes_tokenizer
-    random_model(GPTConfig(200, 32, 1, 1, 8)).save_huggingface(path)
-    assert run(monkeypatch, path, "--prompt", "a") == (1, [])
-    assert "the tokenizer has 257 ids, but the model's vocabulary is 200" in capsys.readouterr().err
-
-
-def test_an_empty_prompt_needs_an_end_of_text_token(tmp_path, monkeypatch, capsys):
-    tokenizers = pytest.importorskip("tokenizers")
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    raw.save(str(tmp_path / "tokenizer.json"))
-    random_model(GPTConfig(2, 8, 1, 1, 8)).save_huggingface(tmp_path)
-    assert run(monkeypatch, tmp_path, stdin=b"") == (1, [])
-    assert "the prompt is empty, and this tokenizer has no end-of-text token" in capsys.readouterr().err

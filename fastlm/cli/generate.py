@@ -171,7 +171,7 @@ class _Text:
     """One sample's text, in whole characters; the prompt's ids go in first: spacing may hang on them."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
-        self.stop, self.stream = tokenizer.eot_id, tokenizer.stream()
+        self.stop, self.vocab_size, self.stream = tokenizer.eot_id, tokenizer.vocab_size, tokenizer.stream()
         for token in prompt_ids:
             self.stream.push(token)
         self.tokens, self.finished = 0, False
@@ -181,7 +181,10 @@ class _Text:
             return ""
         self.tokens += 1
         self.finished = token == self.stop
-        return self.stream.flush() if self.finished else self.stream.push(token)
+        if self.finished:
+            return self.stream.flush()
+        # A model's vocabulary may be padded to a round size; such an id stands for no text.
+        return self.stream.push(token) if token < self.vocab_size else "\ufffd"
 
     def flush(self) -> str:
         return "" if self.finished else self.stream.flush()

@@ -220,7 +220,7 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        norms = [block.ln_1 for block in self.h] + [self.ln_f]
+        norms: list[Any] = [block.ln_1 for block in self.h] + [self.ln_f]
         normed = layer_norm(x, norms[0].normalized_shape, norms[0].weight, norms[0].bias, norms[0].eps)
         for block, next_norm in zip(self.h, norms[1:], strict=True):
             normed, x = block(normed, x, next_norm, cache)
