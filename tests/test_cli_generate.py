@@ -10,6 +10,9 @@ from fastlm.cli import main
 from fastlm.inference import generate
 from fastlm.models import GPT, GPTConfig
 
+tokenizers = pytest.importorskip("tokenizers")
+data = pytest.importorskip("fastlm.data")
+
 
 def random_model(config: GPTConfig) -> GPT:
     torch.manual_seed(0)
@@ -38,7 +41,6 @@ TEXT = "the cat sat on the mat, and the dog sat on the cat. é世🙂\n" * 8
 @pytest.fixture
 def bytes_tokenizer(tmp_path):
     """A byte-level BPE without merges: an id a byte, then end of text."""
-    tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path / "model"
     path.mkdir()
     raw = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -149,6 +151,23 @@ def test_prompt_comes_from_argument_file_or_standard_input(model_folder, monkeyp
     assert outputs[1:] == outputs[:1] * 2
 
 
+def test_run_folder_and_checkpoint_give_what_their_model_gives(bytes_tokenizer, monkeypatch, tmp_path):
+    checkpoint = pytest.importorskip("fastlm.training.checkpoint")
+    _, exported = bytes_tokenizer
+    model = random_model(GPTConfig(257, 32, 2, 2, 16))
+    model.save_huggingface(exported)
+    tokenizer = data.Tokenizer.load(exported)
+    (tmp_path / "run").mkdir()
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    last = tmp_path / "run" / "last.safetensors"
+    checkpoint.save_checkpoint(last, model, tokenizer_fingerprint=tokenizer.fingerprint)
+    args = ("--prompt", "the ", "--temperature", 0, "--max-new-tokens", 20)
+    expected = run(monkeypatch, exported, *args)
+    assert expected[0] == 0
+    assert run(monkeypatch, tmp_path / "run", *args) == expected
+    assert run(monkeypatch, last, *args) == expected
+
+
 def test_an_empty_prompt_starts_a_document(bytes_tokenizer, model_folder, monkeypatch):
     raw, path = bytes_tokenizer
     model = GPT.from_huggingface(path)
@@ -228,8 +247,20 @@ def test_refuses_a_tokenizer_of_another_model(bytes_tokenizer, monkeypatch, caps
     assert "the tokenizer has 257 ids, but the model's vocabulary is 200" in capsys.readouterr().err
 
 
+def test_ids_that_only_pad_the_vocabulary_show_as_unknown(bytes_tokenizer, monkeypatch):
+    _, path = bytes_tokenizer
+    model = random_model(GPTConfig(300, 32, 1, 1, 16, tie_embeddings=False))
+    with torch.no_grad():  # a head that is large along the final bias draws id 290 always
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[290] = 10.0
+    model.save_huggingface(path)
+    status, writes = run(monkeypatch, path, "--prompt", "a", "--max-new-tokens", 3)
+    assert status == 0
+    assert "".join(writes) == "a\ufffd\ufffd\ufffd\n"
+
+
 def test_an_empty_prompt_needs_an_end_of_text_token(tmp_path, monkeypatch, capsys):
-    tokenizers = pytest.importorskip("tokenizers")
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     raw.save(str(tmp_path / "tokenizer.json"))
     random_model(GPTConfig(2, 8, 1, 1, 8)).save_huggingface(tmp_path)

@@ -100,7 +100,7 @@ def _steps(
             new = draw(logits)
             if stop_token is not None:
                 new = torch.where(finished, stop_token, new)
-                finished = finished | (new == stop_token)
+                finished = new == stop_token
             unread = new[:, None]
             window = torch.cat([window, unread], 1)[:, -context:]
         yield new.clone()  # made outside inference mode: an ordinary tensor, which autograd accepts

@@ -132,8 +132,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.c_fc.weight)  # the bias is added inside the GELU
-        # Under autocast `hidden` is narrower than the parameters; one dtype keeps the GELU in it.
-        return self.c_proj(bias_gelu(hidden, self.c_fc.bias.to(hidden.dtype), "tanh"))
+        return self.c_proj(bias_gelu(hidden, self.c_fc.bias, "tanh"))
 
 
 class Block(nn.Module):
