@@ -6,9 +6,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+import tyro
+from tyro.conf import arg
 
 from ..errors import CheckpointError, ConfigError, DataError
 from ..inference import generate
@@ -30,21 +32,21 @@ class Options:
     prompt starts a new document. One newline at the end of a file or of standard input is dropped.
     """
 
-    model: str
+    model: Annotated[str, arg(metavar="RUN_OR_FOLDER")]
     """run folder or checkpoint of `fastlm train`, or a Hugging Face GPT-2 folder"""
-    prompt: str | None = None
+    prompt: Annotated[str | None, arg(metavar="TEXT")] = None
     """text to continue"""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None
     """UTF-8 file with the text to continue"""
     max_new_tokens: int = 256
     """stop after this many tokens, if no end of text comes first"""
     temperature: float = 0.8
     """below 1 sharpens the distribution, 0 always takes the likeliest token"""
-    top_k: int | None = None
+    top_k: Annotated[int | None, arg(metavar="K")] = None
     """draw from the k likeliest tokens only"""
-    top_p: float | None = None
+    top_p: Annotated[float | None, arg(metavar="P")] = None
     """draw from the likeliest tokens that together reach this probability"""
-    seed: int | None = None
+    seed: Annotated[int | None, arg(metavar="N")] = None
     """the same seed gives the same text"""
     num_samples: int = 1
     """continuations, computed together; the first is shown as it is sampled"""
@@ -57,8 +59,6 @@ class Options:
 
 
 def main(argv: list[str]) -> int | None:
-    import tyro
-
     options = tyro.cli(
         tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Options), prog="fastlm generate", args=argv
     )
