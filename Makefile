@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
 
+# The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import fastlm
 import pytest
 import torch
+
+import fastlm
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tolerances`; importlib mode adds nothing itself
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from fastlm.cli import main
 from fastlm.inference import generate
 from fastlm.models import GPT, GPTConfig

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
-import fastlm
 import pytest
 import torch
+
+import fastlm
 from fastlm import _dispatch
 
 

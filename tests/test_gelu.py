@@ -2,13 +2,13 @@
 
 import math
 
-import fastlm
 import pytest
 import torch
 import torch.nn.functional as F
-from fastlm.ops import _dropout
 
+import fastlm
 from conftest import DTYPES
+from fastlm.ops import _dropout
 from tolerances import assert_as_close_as_torch
 
 # Scalars, tails of every vector width, empty, a multiple of the flat row, more rows than chunks.

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import KVCache, generate, sample
 from fastlm.inference.sampling import candidates
@@ -139,9 +140,7 @@ def test_equals_transformers():
     ours.load_state_dict({name: t.t() if linear.search(name) else t for name, t in state.items()})
     tokens = prompts()
     mask = torch.ones_like(tokens)
-    expected = theirs.generate(
-        tokens, attention_mask=mask, max_new_tokens=27, do_sample=False, pad_token_id=0
-    )
+    expected = theirs.generate(tokens, attention_mask=mask, max_new_tokens=27, do_sample=False, pad_token_id=0)
     assert torch.equal(torch.cat([tokens, collect(ours, tokens, 27, temperature=0)], 1), expected)
 
 
@@ -165,9 +164,7 @@ def test_seeds():
 def test_finished_rows_repeat_the_stop_token_and_all_finished_ends():
     model, tokens = random_model(), prompts(batch=4)
     free = collect(model, tokens, 60, seed=0)
-    stop = next(
-        t for t in range(31) if (free == t).any(1).all() and len({row.index(t) for row in free.tolist()}) > 1
-    )
+    stop = next(t for t in range(31) if (free == t).any(1).all() and len({row.index(t) for row in free.tolist()}) > 1)
     ends = [row.index(stop) for row in free.tolist()]
     # Rows draw from one generator in turn, so a row that is done leaves the draws of the others as they were
     # only up to the first end; from there on compare each row with itself being done.

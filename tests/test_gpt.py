@@ -12,9 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.models import GPT, GPTConfig
-from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,8 +49,7 @@ def their_config(config: GPTConfig, **changes):
         n_inner=config.n_inner,
         layer_norm_epsilon=config.layer_norm_eps,
         tie_word_embeddings=config.tie_embeddings,
-        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-        | changes,
+        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0} | changes,
     )
 
 
@@ -116,9 +116,7 @@ def test_loads_their_weights_with_equal_logits_loss_and_gradients(name, tmp_path
 def test_they_load_our_weights_with_equal_logits(name, tmp_path):
     ours = our_model(CONFIGS[name])
     ours.save_huggingface(tmp_path / "new" / "folder", eot_id=3)
-    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
-        tmp_path / "new" / "folder", output_loading_info=True
-    )
+    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.eos_token_id == 3
     assert theirs.dtype == torch.float32
@@ -263,9 +261,7 @@ def test_a_save_that_fails_leaves_the_earlier_files(folder):
 
 def test_initialisation():
     torch.manual_seed(0)
-    config = GPTConfig(
-        vocab_size=512, context_length=256, n_layer=8, n_head=4, n_embd=128, tie_embeddings=False
-    )
+    config = GPTConfig(vocab_size=512, context_length=256, n_layer=8, n_head=4, n_embd=128, tie_embeddings=False)
     for name, parameter in GPT(config).named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -415,8 +411,7 @@ def test_fp64_agrees_with_a_plain_formulation():
 
     for block in model.h:
         q, k, v = (
-            part.reshape(3, 19, 3, 11).transpose(1, 2)
-            for part in block.attn.c_attn(norm(x, block.ln_1)).split(33, -1)
+            part.reshape(3, 19, 3, 11).transpose(1, 2) for part in block.attn.c_attn(norm(x, block.ln_1)).split(33, -1)
         )
         scores = (q @ k.mT / 11**0.5).masked_fill(~visible, -torch.inf)
         x = x + block.attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(3, 19, 33))

@@ -1,12 +1,12 @@
 """layer_norm and add_layer_norm: parity with the fp64 reference, gradients of both orders, edges, errors."""
 
-import fastlm
 import pytest
 import torch
 import torch.nn.functional as F
-from fastlm.ops import _dropout
 
+import fastlm
 from conftest import DTYPES
+from fastlm.ops import _dropout
 from tolerances import assert_as_close_as_torch
 
 # (leading shape, N): odd and prime tails, N below and above every vector width and unroll, an empty batch, more

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from fastlm import _native
 from fastlm.ops import _dropout
 

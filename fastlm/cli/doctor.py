@@ -16,7 +16,15 @@ import torch
 import fastlm
 from fastlm import _dispatch, _native
 
-PEERS = ("transformers", "onnxruntime", "ctranslate2", "liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy")
+PEERS = (
+    "transformers",
+    "onnxruntime",
+    "ctranslate2",
+    "liger-kernel",
+    "flash-attn",
+    "quack-kernels",
+    "cut-cross-entropy",
+)
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "rich", "matplotlib", "tyro", "psutil")
 
 
@@ -48,7 +56,12 @@ def _loaded_libgomp() -> list[str]:
 
 def _cuda() -> dict:
     compiler = shutil.which("nvcc")
-    found: dict = {"torch_cuda": torch.version.cuda, "available": torch.cuda.is_available(), "nvcc": None, "devices": []}
+    found: dict = {
+        "torch_cuda": torch.version.cuda,
+        "available": torch.cuda.is_available(),
+        "nvcc": None,
+        "devices": [],
+    }
     if compiler:
         lines = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout.splitlines()
         found["nvcc"] = next((line.partition("release ")[2] for line in lines if "release" in line), "unknown")
@@ -127,12 +140,18 @@ def _print(report: dict) -> None:
     print("peers      " + ("  ".join(f"{n} {v}" for n, v in report["peers"].items() if v) or "none installed"))
     print(f"cpu        {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
     if cpu["isa"]:
-        shared = "shared with torch" if len(cpu["openmp_runtimes"]) <= 1 else "NOT shared: " + ", ".join(cpu["openmp_runtimes"])
+        shared = (
+            "shared with torch"
+            if len(cpu["openmp_runtimes"]) <= 1
+            else "NOT shared: " + ", ".join(cpu["openmp_runtimes"])
+        )
         print(f"           kernels: {cpu['isa']} (of {', '.join(cpu['isas'])}); OpenMP runtime {shared}")
     else:
         print(f"           kernels: none, {cpu['extension']}")
     devices = ", ".join(f"{d['name']} ({d['arch']}, {d['memory_gib']} GiB)" for d in cuda["devices"]) or "no device"
-    print(f"cuda       {devices}; torch built for CUDA {cuda['torch_cuda'] or 'none'}; nvcc {cuda['nvcc'] or 'not found'}")
+    print(
+        f"cuda       {devices}; torch built for CUDA {cuda['torch_cuda'] or 'none'}; nvcc {cuda['nvcc'] or 'not found'}"
+    )
     if report["settings"]:
         print("settings   " + "  ".join(f"{name}={value}" for name, value in report["settings"].items()))
     print("backends")

@@ -154,9 +154,7 @@ def _prompt_ids(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[
     ids = tokenizer.encode(prompt)
     if not ids:
         if tokenizer.eot_id is None:
-            raise ConfigError(
-                "the prompt is empty, and this tokenizer has no end-of-text token to start from"
-            )
+            raise ConfigError("the prompt is empty, and this tokenizer has no end-of-text token to start from")
         return [tokenizer.eot_id]
     if len(ids) > context_length:
         print(

@@ -60,9 +60,7 @@ def generate(
     if stop_token is not None and not 0 <= stop_token < vocab_size:
         raise ConfigError(f"stop_token is {stop_token}, expected an id below the vocabulary of {vocab_size}")
     if tokens.dim() != 2 or 0 in tokens.shape:
-        raise ValueError(
-            f"generate: tokens has shape {tuple(tokens.shape)}, expected (batch, length), not empty"
-        )
+        raise ValueError(f"generate: tokens has shape {tuple(tokens.shape)}, expected (batch, length), not empty")
     device = model.wte.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 

@@ -60,9 +60,7 @@ class KVCache:
             raise ValueError(f"KVCache: got a batch of {len(k)}, expected {batch_size}")
         end = self.length + T
         if end > self.max_length:
-            raise ValueError(
-                f"KVCache: {self.length} + {T} tokens exceed its max_length of {self.max_length}"
-            )
+            raise ValueError(f"KVCache: {self.length} + {T} tokens exceed its max_length of {self.max_length}")
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

@@ -69,9 +69,7 @@ class GPTConfig:
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ConfigError(f"GPTConfig: dropout is {self.dropout!r}, expected a number in [0, 1)")
         if not isinstance(self.layer_norm_eps, (int, float)) or not 0 < self.layer_norm_eps < math.inf:
-            raise ConfigError(
-                f"GPTConfig: layer_norm_eps is {self.layer_norm_eps!r}, expected a number above 0"
-            )
+            raise ConfigError(f"GPTConfig: layer_norm_eps is {self.layer_norm_eps!r}, expected a number above 0")
         if not isinstance(self.tie_embeddings, bool):
             raise ConfigError(f"GPTConfig: tie_embeddings is {self.tie_embeddings!r}, expected true or false")
 
@@ -94,9 +92,7 @@ class GPTConfig:
         required = {field.name for field in fields if field.default is dataclasses.MISSING}
         missing = sorted(required - settings.keys())
         if unknown or missing:
-            text = ", ".join(
-                [f"unknown {name}" for name in unknown] + [f"missing {name}" for name in missing]
-            )
+            text = ", ".join([f"unknown {name}" for name in unknown] + [f"missing {name}" for name in missing])
             raise ConfigError(f"GPTConfig: {text}")
         return cls(**settings)
 

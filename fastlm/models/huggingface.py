@@ -184,9 +184,7 @@ def _named_as_ours(tensors: dict[str, Tensor], config: GPTConfig, folder: Path) 
     if config.tie_embeddings and "lm_head.weight" in ours:
         head = ours.pop("lm_head.weight")
         if not torch.equal(ours.setdefault("wte.weight", head), head):
-            raise CheckpointError(
-                f"{folder}: lm_head.weight differs from wte.weight, but config.json ties them"
-            )
+            raise CheckpointError(f"{folder}: lm_head.weight differs from wte.weight, but config.json ties them")
     return ours
 
 

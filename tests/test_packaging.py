@@ -1,0 +1,82 @@
+"""What a user installs: a source distribution, a wheel built from it, imported outside the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastlm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _run(*command, cwd, **env):
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel that pip builds from the source distribution, in a folder that holds nothing else."""
+    out = tmp_path_factory.mktemp("dist")
+    _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    (sdist,) = out.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, sdist]
+    _run(*pip, cwd=out, FASTLM_CPU="1")
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {
+        str(Path(installed) / path.relative_to(ROOT / folder))
+        for folder, installed in (
+            ("fastlm", "fastlm"),
+            ("kernels", "fastlm/kernels"),
+            ("benchmarks", "fastlm/benchmarks"),
+        )
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == sources
+    assert any(name.startswith("fastlm/_cpu.") for name in names)
+    assert "fastlm/py.typed" in names
+    assert not [name for name in names if not name.startswith(("fastlm/", "fastlm-"))]
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    target = tmp_path / "site"
+    _run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, cwd=tmp_path)
+    code = """
+import torch, fastlm, fastlm.kernels, fastlm.benchmarks
+x = torch.randn(4, 33, requires_grad=True)
+fastlm.layer_norm(x, 33).sum().backward()
+print(fastlm.__file__, fastlm.explain(fastlm.layer_norm, x, 33).selected)
+"""
+    file, backend = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target)).split()
+    assert Path(file).is_relative_to(target)
+    assert backend == "cpu"
+
+
+@pytest.mark.skipif(not fastlm.cpu_isas() or sys.platform != "linux", reason="no CPU extension, or not Linux")
+def test_extension_needs_no_torch_and_shares_its_openmp():
+    from fastlm import _cpu
+
+    libraries = _run("ldd", _cpu.__file__, cwd=ROOT)
+    assert "libtorch" not in libraries
+    assert "libc10" not in libraries
+    code = """
+import torch, fastlm
+torch.set_num_threads(1)
+from fastlm import _native
+lines = {l.split()[-1] for l in open("/proc/self/maps") if "libgomp" in l}
+print(len(lines), _native.omp_threads())
+"""
+    assert _run(sys.executable, "-c", code, cwd=ROOT).split() == ["1", "1"]
