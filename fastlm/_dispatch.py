@@ -48,10 +48,7 @@ class Backend(NamedTuple):
 
 
 _TABLE: dict[str, list[Backend]] = {}
-_CACHE: dict[tuple[str, Request, str | None], str] = {}
-_UNSET = object()
-_forced: contextvars.ContextVar[Any] = contextvars.ContextVar("fastlm_backend", default=_UNSET)
-_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fastlm_explaining", default=False)
+_CACHE: dict[tuple, str] = {}
 
 
 def register(op: str, *backends: Backend) -> None:
@@ -73,13 +70,26 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-def forced_backend() -> str | None:
-    """The explicitly chosen backend, or None under automatic choice."""
-    name = _forced.get()
-    if name is not _UNSET:
-        return name
+def _from_environment() -> str | None:
     name = os.environ.get("FASTLM_BACKEND") or None
     return name if name is None else _check_name(name, "FASTLM_BACKEND")
+
+
+class _Explaining(NamedTuple):
+    """In place of a forced backend's name while `explain` runs the op."""
+
+    forced: str | None
+
+
+# The forced backend's name, None under automatic choice. FASTLM_BACKEND is read once, at import.
+_AT_IMPORT = _from_environment()
+_mode: contextvars.ContextVar[str | _Explaining | None] = contextvars.ContextVar("fastlm_backend", default=_AT_IMPORT)
+
+
+def forced_backend() -> str | None:
+    """The explicitly chosen backend, or None under automatic choice."""
+    mode = _mode.get()
+    return mode.forced if isinstance(mode, _Explaining) else mode
 
 
 @contextlib.contextmanager
@@ -92,28 +102,30 @@ def backend(name: str | None) -> Iterator[None]:
     Raises:
         BackendError: for an unknown name; and inside, by an op that the backend cannot serve.
     """
-    token = _forced.set(None if name is None else _check_name(name, "backend"))
+    token = _mode.set(None if name is None else _check_name(name, "backend"))
     try:
         yield
     finally:
-        _forced.reset(token)
+        _mode.reset(token)
 
 
-def choose(op: str, request: Request) -> str:
+def choose(op: str, request: tuple) -> str:
     """Name of the backend that serves `request`, remembered per (op, request, forced backend).
+
+    Args:
+        op: as registered.
+        request: a `Request`, or a plain tuple of its fields, which is cheaper to make.
 
     Raises:
         BackendError: if the forced backend cannot serve the request; the message says why.
     """
-    if _explaining.get():
-        raise _Explained(op, request)
-    forced = _forced.get()
-    if forced is _UNSET:
-        forced = forced_backend()
-    key = (op, request, forced)
+    mode = _mode.get()
+    key = (op, request, mode)
     name = _CACHE.get(key)
     if name is None:
-        name = _CACHE[key] = _choose(op, request, forced)
+        if isinstance(mode, _Explaining):
+            raise _Explained(op, Request(*request))
+        name = _CACHE[key] = _choose(op, Request(*request), mode)
     return name
 
 
@@ -131,24 +143,30 @@ def _choose(op: str, request: Request, forced: str | None) -> str:
     raise BackendError(f"{op}: no backend serves {request}")
 
 
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
 def must_trace(*tensors: torch.Tensor | None) -> bool:
     """True where a call has to be made of plain torch operators.
 
     That is under torch.compile and torch.export, inside torch.func transforms, and for tensor subclasses,
     which have no memory for a kernel to point at.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _transforms_active():
         return True
-    return torch._C._are_functorch_transforms_active() or any(
-        t is not None and type(t) not in _PLAIN_TENSORS for t in tensors
-    )
-
-
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    for t in tensors:
+        if type(t) not in _PLAIN_TENSORS:
+            return True
+    return False
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def cpu_unsupported(request: Request) -> str | None:
@@ -208,7 +226,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         BackendError: if `fn` returns without reaching a fastlm op.
     """
-    token = _explaining.set(True)
+    token = _mode.set(_Explaining(forced_backend()))
     try:
         fn(*args, **kwargs)
     except _Explained as found:
@@ -216,7 +234,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     else:
         raise BackendError(f"explain: {getattr(fn, '__name__', fn)} reached no fastlm op")
     finally:
-        _explaining.reset(token)
+        _mode.reset(token)
     forced = forced_backend()
     rows = {row.name: row for row in _TABLE[op]}
     selected = None

@@ -61,8 +61,9 @@ def _ptr(t: Tensor | None) -> int:
 
 
 def _weight_type(weight: Tensor | None, bias: Tensor | None) -> int:
-    given = weight if weight is not None else bias
-    return 0 if given is None else TYPE_CODE[given.dtype]
+    if weight is not None:
+        return TYPE_CODE[weight.dtype]
+    return 0 if bias is None else TYPE_CODE[bias.dtype]
 
 
 def _chunks(M: int) -> int:

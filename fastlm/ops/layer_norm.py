@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._dispatch import Backend, always, choose, cpu_unsupported, must_trace, needs_grad, register
 from . import _dropout
 from ._autograd import reference_gradients
 
@@ -127,7 +127,7 @@ def _layer_norm_op(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    backend = choose("layer_norm", Request(x.device.type, x.dtype))
+    backend = choose("layer_norm", (x.device.type, x.dtype, ()))
     if backend in KERNELS:
         y, _, mean, rstd = KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps)
         return y, mean, rstd
@@ -147,7 +147,7 @@ def _layer_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, N: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
-    backend = choose("layer_norm", Request(x.device.type, x.dtype))
+    backend = choose("layer_norm", (x.device.type, x.dtype, ()))
     if backend in KERNELS:
         _, dx, dw, db = KERNELS[backend].layer_norm_bwd(dy, x, weight, mean, rstd, N)
         return dx, dw, db
@@ -184,9 +184,7 @@ def _op_backward(ctx, dy, dmean, drstd):
 _layer_norm_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
-def _check_parameter(op: str, name: str, given: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
-    if given is None:
-        return
+def _check_parameter(op: str, name: str, given: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     if given.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(given.shape)}, expected {shape} to match x")
     if given.device != x.device:
@@ -198,12 +196,14 @@ def _check_parameter(op: str, name: str, given: Tensor | None, x: Tensor, shape:
 def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
-    if not shape or tuple(x.shape[x.dim() - len(shape) :]) != shape:
+    if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected it to end in normalized_shape {shape}")
     if 0 in shape:
         raise ValueError(f"{op}: normalized_shape is {shape}, expected no empty dimension")
-    _check_parameter(op, "weight", weight, x, shape)
-    _check_parameter(op, "bias", bias, x, shape)
+    if weight is not None:
+        _check_parameter(op, "weight", weight, x, shape)
+    if bias is not None:
+        _check_parameter(op, "bias", bias, x, shape)
 
 
 def _same_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -212,9 +212,9 @@ def _same_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | No
         weight = weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        wider = torch.promote_types(weight.dtype, bias.dtype)
-        return weight.to(wider), bias.to(wider)
+        if weight is not None and weight.dtype != bias.dtype:
+            wider = torch.promote_types(weight.dtype, bias.dtype)
+            return weight.to(wider), bias.to(wider)
     return weight, bias
 
 
@@ -246,7 +246,7 @@ def layer_norm(
     if must_trace(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
     N = shape[0] if len(shape) == 1 else math.prod(shape)
-    backend = choose("layer_norm", Request(x.device.type, x.dtype))
+    backend = choose("layer_norm", (x.device.type, x.dtype, ()))
     if backend == "torch":
         return F.layer_norm(x, shape, weight, bias, eps)
     if backend == "reference":
@@ -299,7 +299,7 @@ def add_layer_norm(
     if must_trace(x, residual, weight, bias):
         z = residual + F.dropout(x, dropout_p)
         return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
-    backend = choose(op, Request(x.device.type, x.dtype))
+    backend = choose(op, (x.device.type, x.dtype, ()))
     seed = _dropout.draw_seed() if dropout_p > 0 else 0
     if backend == "reference":
         return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
