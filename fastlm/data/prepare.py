@@ -1,0 +1,265 @@
+"""Text files to memory-mapped token files, in three bounded passes: scan, tokenizer, tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+from . import reading
+from .files import naming, sync
+from .manifest import DTYPES, SPLITS, Manifest
+from .pieces import PieceCutter
+from .scan import Corpus, Progress
+from .tokenizer import Tokenizer, describe
+
+FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
+BATCH_CHARS = 1 << 20  # encoded at once, so that every thread has pieces to work on
+
+
+@dataclass
+class PrepareConfig:
+    """What to read, how to clean and split it, and where to write."""
+
+    inputs: tuple[Path, ...]
+    """Text files, or folders that are searched recursively."""
+    out: Path
+    """Folder to write: train.bin, val.bin, tokenizer.json and manifest.json."""
+    tokenizer: str = "bpe"
+    """bpe (trained on the training split), characters, or the path of an existing tokenizer.json."""
+    vocab_size: int = 8192
+    """The most tokens of a trained bpe."""
+    val_fraction: float = 0.05
+    """Share of the text kept for validation."""
+    seed: int = 0
+    """Chooses the validation text."""
+    split: Literal["auto", "documents", "spans"] = "auto"
+    """Validate on whole documents, or on a span of each; auto: documents if that holds out at least ten."""
+    glob: tuple[str, ...] = ("*.txt",)
+    """Which files of a folder to read."""
+    encoding: str = "utf-8"
+    """Encoding of the files; utf-8-sig drops a byte order mark."""
+    errors: Literal["strict", "replace", "skip-file"] = "strict"
+    """Text that cannot be decoded: stop, put U+FFFD, or leave the file out."""
+    document_separator: str = "none"
+    r"""none (a file is one document), blank-line, or a string to cut at (\n and \t are understood)."""
+    normalize: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode normalisation."""
+    line_endings: Literal["keep", "lf"] = "keep"
+    """lf turns CR LF and CR into LF."""
+    deduplicate: Literal["none", "exact"] = "none"
+    """exact drops documents equal to an earlier one."""
+    overwrite: bool = False
+    """Replace an earlier prepared folder."""
+    chunk_bytes: int = 1 << 20
+    """How much of a file is read at once; the result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        self.inputs = tuple(map(Path, [self.inputs] if isinstance(self.inputs, (str, Path)) else self.inputs))
+        self.out = Path(self.out)
+        self.glob = (self.glob,) if isinstance(self.glob, str) else tuple(self.glob)
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"val_fraction={self.val_fraction}, expected at least 0 and less than 1")
+        if not self.inputs:
+            raise ConfigError("inputs is empty, expected text files or folders")
+        if self.chunk_bytes < 1:
+            raise ConfigError(f"chunk_bytes={self.chunk_bytes}, expected at least 1")
+        if self.document_separator == "":
+            raise ConfigError("document_separator is empty, expected none, blank-line or a string")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise ConfigError(
+                f"vocab_size={self.vocab_size}, expected at least 257 (256 bytes and an end of text)"
+            )
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r}, expected one of {', '.join(known)}")
+        reading.check_encoding(self.encoding)
+
+
+_CHOICES = {
+    "split": ("auto", "documents", "spans"),
+    "errors": ("strict", "replace", "skip-file"),
+    "normalize": ("none", "nfc", "nfkc"),
+    "line_endings": ("keep", "lf"),
+    "deduplicate": ("none", "exact"),
+}
+
+
+def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
+    """Turn text files into a tokenizer and memory-mapped token files.
+
+    Files of any size are read in chunks. The tokens of a document equal those of encoding it whole, as far as
+    `PieceCutter` says; each document, and each part of one that was cut, is followed by the tokenizer's
+    end-of-text token. Equal input gives equal bytes. The four files are written to a temporary folder inside
+    `config.out` and moved into place when all are complete, so a failure leaves an earlier prepared folder as
+    it was.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: nothing to read, undecodable text (with file and byte offset), a character outside an
+            existing character vocabulary, a split without text, or a prepared folder in the way.
+        OSError: a file cannot be read or written.
+    """
+    _check_out(config)
+    existing = Tokenizer.load(config.tokenizer) if config.tokenizer not in ("bpe", "characters") else None
+    corpus = Corpus(config, progress)
+    corpus.scan()
+    created = not config.out.exists()
+    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=config.out) as temporary:
+            tokenizer = existing or corpus.make_tokenizer()
+            manifest = _write(corpus, tokenizer, Path(temporary))
+            for name in FILES:  # the manifest last: with another's token files it would be refused
+                os.replace(Path(temporary) / name, config.out / name)
+    except BaseException:
+        if created:
+            with suppress(OSError):  # not ours alone any more
+                config.out.rmdir()
+        raise
+    return manifest
+
+
+class SplitWriter:
+    """One split's token file, and its entry in the manifest."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        self.path = path
+        self.entry: dict[str, Any] = {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0, "sha256": ""}
+        self._eot = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+        self._dtype = dtype
+        self._digest = hashlib.sha256()
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with naming(self.path):
+            self._file.close()
+
+    def add(self, text: str, ids: list[int]) -> None:
+        """Append a piece of a document."""
+        self.entry["bytes"] += len(text.encode())
+        self.entry["chars"] += len(text)
+        self._append(ids)
+
+    def end_document(self) -> None:
+        """Append the end-of-text token, if there is one."""
+        self.entry["documents"] += 1
+        self._append(self._eot)
+
+    def finish(self) -> dict:
+        """Flush to the disk and return the manifest's entry."""
+        with naming(self.path):
+            sync(self._file)
+        self.entry["sha256"] = self._digest.hexdigest()
+        return self.entry
+
+    def _append(self, ids: list[int]) -> None:
+        data = np.asarray(ids, dtype=self._dtype).tobytes()
+        self._digest.update(data)
+        self.entry["tokens"] += len(ids)
+        with naming(self.path):
+            self._file.write(data)
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    cutter = PieceCutter(lambda text: tokenizer.encode_batch([text])[0])
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(SplitWriter(folder / f"{split}.bin", tokenizer, DTYPES[dtype]))
+            for split in SPLITS
+        }
+        for batch in _batches(corpus, tokenizer, cutter):
+            ids = tokenizer.encode_batch([text for _, text, _ in batch])
+            for (split, text, last), piece in zip(batch, ids, strict=True):
+                writers[split].add(text, piece)
+                if last:
+                    writers[split].end_document()
+        splits = {split: writer.finish() for split, writer in writers.items()}
+    _check_splits(splits, corpus)
+    manifest = Manifest(
+        dtype=dtype,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        eot_id=tokenizer.eot_id,
+        splits=splits,
+        sources=corpus.sources,
+        preparation=_preparation(corpus, cutter),
+    )
+    tokenizer.save(folder / "tokenizer.json")
+    with naming(folder / "manifest.json"), open(folder / "manifest.json", "w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        sync(file)
+    return manifest
+
+
+def _batches(
+    corpus: Corpus, tokenizer: Tokenizer, cutter: PieceCutter
+) -> Iterator[list[tuple[str, str, bool]]]:
+    """Pieces as (split, text, whether the document ends here), about BATCH_CHARS at a time."""
+    batch: list[tuple[str, str, bool]] = []
+    chars = 0
+    for path, split, texts in corpus.stretches("tokens"):
+        seen = 0
+        for text in cutter(texts):
+            _check_known(tokenizer, text, path, seen)
+            batch.append((split, text, False))
+            seen += len(text)
+            chars += len(text)
+            if chars >= BATCH_CHARS:
+                # the last piece stays behind: whether its document ends is not known yet
+                yield batch[:-1]
+                batch, chars = batch[-1:], len(text)
+        if seen:
+            batch[-1] = (split, batch[-1][1], True)
+    yield batch
+
+
+def _check_known(tokenizer: Tokenizer, text: str, path: Path, before: int) -> None:
+    unknown = tokenizer.find_unknown(text)
+    if unknown is not None:
+        where = f"{path}: {describe(text[unknown])} at character {before + unknown} of the document"
+        raise DataError(f"{where} is not in the tokenizer's vocabulary of characters")
+
+
+def _check_splits(splits: dict[str, dict], corpus: Corpus) -> None:
+    fraction = corpus.config.val_fraction
+    for split in SPLITS:
+        if splits[split]["chars"] == 0 and not (split == "val" and fraction == 0):
+            raise DataError(
+                f"no text for the {split} split: {sum(corpus.plan.kept)} documents of"
+                f" {sum(corpus.plan.chars)} characters at val_fraction={fraction}, split={corpus.plan.rule}"
+            )
+
+
+def _preparation(corpus: Corpus, cutter: PieceCutter) -> dict:
+    options = asdict(corpus.config) | {"glob": list(corpus.config.glob)}
+    for name in ("inputs", "out", "overwrite", "chunk_bytes"):
+        del options[name]
+    return options | {
+        "split": corpus.plan.rule,
+        "documents_read": len(corpus.plan.kept),
+        "duplicates_dropped": corpus.duplicates,
+        "empty_dropped": corpus.empty,
+        "files_skipped": corpus.skipped,
+        "forced_cuts": cutter.forced,
+    }
+
+
+def _check_out(config: PrepareConfig) -> None:
+    if config.out.exists() and not config.out.is_dir():
+        raise DataError(f"{config.out}: is a file, expected a folder to write into")
+    present = [name for name in FILES if (config.out / name).exists()]
+    if present and not config.overwrite:
+        raise DataError(f"{config.out}: already holds {', '.join(present)}; give overwrite to replace it")

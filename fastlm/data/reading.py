@@ -1,0 +1,156 @@
+"""Reading text in bounded chunks: find files, decode, clean, and split into documents."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, takewhile
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError, DataError
+from .pieces import PieceCutter
+
+# In a stream of events a string is text and None is the end of a document.
+Events = Iterator["str | None"]
+
+
+def find_files(inputs: Sequence[Path], globs: Sequence[str]) -> list[Path]:
+    """The files that `inputs` name, each once: files as given, folders searched recursively and sorted.
+
+    Raises:
+        DataError: an input does not exist, or a folder holds no file that matches `globs`.
+    """
+    found: dict[Path, Path] = {}
+    for path in inputs:
+        files = _in_folder(path, globs) if path.is_dir() else [path]
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"{path}: not a regular file; it is read more than once, so a pipe will not do")
+        if not files:
+            raise DataError(f"{path}: no file in this folder matches {' or '.join(globs)}")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def _in_folder(folder: Path, globs: Sequence[str]) -> list[Path]:
+    return sorted({file for glob in globs for file in folder.rglob(glob) if file.is_file()})
+
+
+def check_encoding(name: str) -> None:
+    """Raise ConfigError unless Python can decode text of this encoding in chunks."""
+    try:
+        b"".decode(name)
+        codecs.getincrementaldecoder(name)
+    except LookupError:
+        raise ConfigError(f"encoding={name!r} is not a text encoding that Python knows") from None
+
+
+def read_text(
+    path: Path,
+    encoding: str = "utf-8",
+    errors: str = "strict",
+    chunk_bytes: int = 1 << 20,
+    on_bytes: Callable[[bytes], None] = lambda data: None,
+) -> Iterator[str]:
+    """Decode a file chunk by chunk.
+
+    Args:
+        errors: "strict", or "replace" for U+FFFD in place of what cannot be decoded.
+        on_bytes: called with each chunk as it was read.
+
+    Raises:
+        DataError: names the file and the offset of the first byte that cannot be decoded.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
+    end = 0
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(chunk_bytes)
+            on_bytes(data)
+            end += len(data)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                # The error's object ends where this chunk ends, but may begin with bytes of the one before.
+                offset = end - len(error.object) + error.start
+                raise DataError(
+                    f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding} text"
+                    f" ({error.reason}); give the file's encoding, or errors=replace"
+                ) from None
+            if text:
+                yield text
+            if not data:
+                return
+
+
+def unix_line_endings(texts: Iterable[str]) -> Iterator[str]:
+    """Turn CR LF and lone CR into LF, also where a chunk ends between CR and LF."""
+    decoder = io.IncrementalNewlineDecoder(None, translate=True)
+    for text in texts:
+        yield decoder.decode(text)
+    yield decoder.decode("", final=True)
+
+
+def normalized(texts: Iterable[str], form: Literal["NFC", "NFKC"]) -> Iterator[str]:
+    """Unicode normalisation in pieces; the same as of the whole text."""
+
+    def normalize(text: str) -> str:
+        return unicodedata.normalize(form, text)
+
+    return map(normalize, PieceCutter(normalize)(texts))
+
+
+class Separator:
+    """What stands between two documents of one file: a string, or "blank-line" for blank lines."""
+
+    def __init__(self, text: str) -> None:
+        self._blank_line = text == "blank-line"
+        self._length = len(text)
+        self.pattern = re.compile(r"\n(?:[ \t\r]*\n)+" if self._blank_line else re.escape(text))
+
+    def settled(self, text: str) -> int:
+        """Length of the part of `text` in which no later text can begin or extend a separator."""
+        return len(text.rstrip()) if self._blank_line else max(0, len(text) - self._length)
+
+
+def split_documents(texts: Iterable[str], separator: Separator | None) -> Events:
+    """Cut a file's text at a separator, which is dropped; without one the whole file is a document."""
+    buffer = ""
+    for text in texts:
+        if separator is None:
+            yield text
+            continue
+        buffer += text
+        settled = separator.settled(buffer)
+        start = 0
+        for match in separator.pattern.finditer(buffer):
+            if match.end() > settled:
+                settled = match.start()  # later text may extend this one
+                break
+            yield buffer[start : match.start()]
+            yield None
+            start = match.end()
+        if settled > start:
+            yield buffer[start:settled]
+            start = settled
+        buffer = buffer[start:]
+    last = separator.pattern.split(buffer) if separator else [buffer]
+    for text in last:
+        yield text
+        yield None
+
+
+def documents(events: Events) -> Iterator[Iterator[str]]:
+    """The texts of each document in turn; what a caller leaves unread of one is skipped."""
+    for first in events:
+        rest = takewhile(lambda event: event is not None, events)
+        texts = iter(()) if first is None else chain((first,), rest)
+        yield texts  # type: ignore[misc]
+        deque(texts, maxlen=0)
