@@ -66,6 +66,9 @@ class PrepareConfig:
         self.inputs = tuple(map(Path, [self.inputs] if isinstance(self.inputs, (str, Path)) else self.inputs))
         self.out = Path(self.out)
         self.glob = (self.glob,) if isinstance(self.glob, str) else tuple(self.glob)
+
+    def check(self) -> None:
+        """Raise ConfigError if an option is out of range."""
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction={self.val_fraction}, expected at least 0 and less than 1")
         if not self.inputs:
@@ -108,6 +111,7 @@ def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, tota
             existing character vocabulary, a split without text, or a prepared folder in the way.
         OSError: a file cannot be read or written.
     """
+    config.check()
     _check_out(config)
     existing = Tokenizer.load(config.tokenizer) if config.tokenizer not in ("bpe", "characters") else None
     corpus = Corpus(config, progress)

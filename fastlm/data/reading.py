@@ -46,8 +46,10 @@ def _in_folder(folder: Path, globs: Sequence[str]) -> list[Path]:
 def check_encoding(name: str) -> None:
     """Raise ConfigError unless Python can decode text of this encoding in chunks."""
     try:
-        b"".decode(name)
         codecs.getincrementaldecoder(name)
+        b"a".decode(name)
+    except UnicodeDecodeError:
+        pass  # half a character of a known encoding
     except LookupError:
         raise ConfigError(f"encoding={name!r} is not a text encoding that Python knows") from None
 

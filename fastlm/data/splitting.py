@@ -23,8 +23,8 @@ class Plan:
         fraction: share of the text that validates.
         seed: another seed, another choice.
         rule: "documents" (each whole one goes to one side; equal ones to the same), "spans" (of each, one
-            contiguous span at a place drawn by the seed validates, cut at line ends where lines are short), or
-            "auto" until `settle` chooses.
+            contiguous span at a place drawn by the seed validates, cut at line ends where lines are short),
+            or "auto" until `settle` chooses.
         chars: length of each document.
         places: for each document, where in [0, 1) its draw fell.
         kept: for each document, 0 if it is dropped.

@@ -200,7 +200,9 @@ class Tokenizer:
 class TokenStream:
     """Decodes a growing list of ids, and never emits half a UTF-8 character.
 
-    The pieces joined, `flush` last, equal `Tokenizer.decode` of all ids.
+    The pieces joined, `flush` last, equal `Tokenizer.decode` of all ids. One exception: a byte-fallback
+    decoder (Llama's kind) takes back good bytes when bad ones follow; the stream, which has shown them, does
+    not.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,112 @@
+"""`fastlm prepare` as a user meets it: flags, summary, exit status, one-line errors."""
+
+import pytest
+from fastlm.cli import main
+from fastlm.data import Tokenizer, load_manifest, load_tokens
+
+LINE = "The quick brown fox jumps over the lazy dög.\n"
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a.txt").write_text(LINE * 60, encoding="utf-8")
+    (folder / "inner" / "b.txt").write_text(LINE * 30, encoding="utf-8")
+    (folder / "c.md").write_text("# " + LINE, encoding="utf-8")
+    return folder
+
+
+def run(*arguments):
+    return main(["prepare", *map(str, arguments)])
+
+
+def test_prepare_prints_a_summary_of_what_it_wrote(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(source, "--out", out, "--vocab-size", 300, "--val-fraction", 0.1) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""  # no progress where there is no terminal
+    manifest = load_manifest(out, verify=True)
+    assert len(manifest.sources) == 2
+    assert f"{manifest.vocab_size} token ids" in " ".join(captured.out.split())
+    for split, entry in manifest.splits.items():
+        row = next(line for line in captured.out.splitlines() if line.startswith(f"│ {split} "))
+        cells = [cell.strip().replace(",", "") for cell in row.split("│")[1:-1]]
+        counts = [str(entry[key]) for key in ("tokens", "documents", "bytes", "chars")]
+        assert cells == [split, *counts, f"{entry['bytes'] / entry['tokens']:.3f}"]
+    assert "validation: a span of each document" in captured.out
+
+
+def test_prepare_takes_its_options(source, tmp_path, capsys):
+    flags = [
+        "--glob",
+        "*.md",
+        "*.txt",
+        "--document-separator",
+        r"\n",
+        "--deduplicate",
+        "exact",
+        "--val-fraction",
+        "0",
+    ]
+    assert run(source, "--out", tmp_path / "out", "--tokenizer", "characters", *flags) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert len(manifest.sources) == 3
+    assert manifest.splits["train"]["documents"] == 2  # LINE and "# " + LINE
+    assert "dropped 89 duplicate documents" in capsys.readouterr().out
+    assert run(source / "a.txt", "--out", tmp_path / "again", "--tokenizer", tmp_path / "out") == 0
+    tokenizer = Tokenizer.load(tmp_path / "again")
+    assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
+    assert "quick brown" in tokenizer.decode(load_tokens(tmp_path / "again", "train"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{source}/nope"], "no such file or folder"),
+        (["{source}", "--glob", "*.tex"], "no file in this folder matches *.tex"),
+        (["{source}", "--tokenizer", "{source}/none.json"], "no such tokenizer"),
+        (["{source}", "--tokenizer", "{source}/a.txt"], "not a tokenizer.json"),
+        (["{source}", "--vocab-size", "12"], "vocab_size=12, expected at least 257"),
+        (["{source}", "--encoding", "ascii"], "a.txt: byte 41 (0xc3) is not ascii text"),
+        (["{source}", "--encoding", "klingon"], "is not a text encoding"),
+        ([], "inputs is empty"),
+    ],
+)
+def test_prepare_answers_mistakes_in_one_line(source, tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    assert run(*(argument.format(source=source) for argument in arguments), "--out", out) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fastlm prepare: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_prepare_overwrites_only_when_asked(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(source, "--out", out, "--tokenizer", "characters") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run(source, "--out", out, "--seed", 1, "--tokenizer", "characters") == 1
+    assert "already holds train.bin, val.bin, tokenizer.json, manifest.json" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run(source, "--out", out, "--seed", 1, "--tokenizer", "characters", "--overwrite") == 0
+    assert load_manifest(out, verify=True).preparation["seed"] == 1
+
+
+@pytest.mark.parametrize("arguments", [["--normalize", "nfd"], ["--seed", "many"], ["--unheard-of"]])
+def test_prepare_wrong_usage_exits_with_2(source, tmp_path, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(source, "--out", tmp_path / "out", *arguments)
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_prepare_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--out", "--tokenizer", "--val-fraction", "--seed", "--document-separator", "--overwrite"):
+        assert flag in text
