@@ -440,20 +440,21 @@ def test_text_that_spells_the_end_of_text_is_not_one(tmp_path):
 
 
 def test_undecodable_files_are_named_replaced_or_skipped(tmp_path):
-    source = write_texts(tmp_path / "source", ["good one\n", "", "good two\n"])
-    (source / "001.txt").write_bytes(b"good two\n\xff\n")
-    config = {"inputs": (source,), "val_fraction": 0, "tokenizer": "characters"}
-    with pytest.raises(DataError, match=r"001.txt: byte 9 \(0xff\) is not utf-8 text"):
+    source = write_texts(tmp_path / "source", ["one\n", "", "two\n\nthree\n"])
+    (source / "001.txt").write_bytes(b"two\n\nfour \xff\n")
+    config = {"inputs": (source,), "val_fraction": 0, "tokenizer": "characters", "chunk_bytes": 2}
+    with pytest.raises(DataError, match=r"001.txt: byte 10 \(0xff\) is not utf-8 text"):
         prepare(PrepareConfig(out=tmp_path / "strict", **config))
     assert not (tmp_path / "strict").exists()
     prepare(PrepareConfig(out=tmp_path / "replace", errors="replace", **config))
-    assert stretches(tmp_path / "replace", "train") == ["good one\n", "good two\n\ufffd\n", "good two\n"]
-    # what the skipped file held before its bad byte is forgotten: the third file is no duplicate of it
-    manifest = prepare(
-        PrepareConfig(out=tmp_path / "skip", errors="skip-file", deduplicate="exact", **config)
-    )
-    assert stretches(tmp_path / "skip", "train") == ["good one\n", "good two\n"]
+    want = ["one\n", "two\n\nfour \ufffd\n", "two\n\nthree\n"]
+    assert stretches(tmp_path / "replace", "train") == want
+    # what the skipped file held before its bad byte is forgotten: the third file's "two" is no duplicate
+    config |= {"document_separator": "blank-line", "deduplicate": "exact"}
+    manifest = prepare(PrepareConfig(out=tmp_path / "skip", errors="skip-file", **config))
+    assert stretches(tmp_path / "skip", "train") == ["one\n", "two", "three\n"]
     assert manifest.preparation["files_skipped"] == [str(source / "001.txt")]
+    assert manifest.preparation["duplicates_dropped"] == 0
     assert [source["path"][-7:] for source in manifest.sources] == ["000.txt", "002.txt"]
 
 
