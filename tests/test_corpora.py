@@ -6,6 +6,7 @@ import tarfile
 import tokenize
 
 import pytest
+
 from fastlm.data import PrepareConfig, prepare
 from fastlm.data.corpora import demo_corpus, extract_shakespeare, fetch_shakespeare, stdlib_source
 from fastlm.data.files import sha256_file

@@ -14,6 +14,10 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
 from fastlm.data import END_OF_TEXT, Manifest, PrepareConfig, Tokenizer, load_manifest, load_tokens, prepare
 from fastlm.data.pieces import WINDOW, PieceCutter
 from fastlm.data.reading import (
@@ -27,9 +31,6 @@ from fastlm.data.reading import (
 )
 from fastlm.data.splitting import Plan, carve
 from fastlm.errors import ConfigError, DataError
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 FILES = ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
 WORDS = ["the", "of", "Grüße", "über", "naïve", "Ελληνικά", "русский", "北京欢迎你", "你好\uff0c"]
@@ -335,9 +336,7 @@ def test_manifest_agrees_with_the_files(tmp_path, tokenizer, count):
         assert tokens.max() < manifest.vocab_size
         with pytest.raises(ValueError, match="read-only"):
             tokens[0] = 1
-    assert sum(entry["bytes"] for entry in manifest.splits.values()) == sum(
-        len(text.encode()) for text in texts
-    )
+    assert sum(entry["bytes"] for entry in manifest.splits.values()) == sum(len(text.encode()) for text in texts)
     fingerprint = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
     assert manifest.tokenizer_fingerprint == fingerprint == Tokenizer.load(out).fingerprint
     assert manifest.vocab_size == Tokenizer.load(out).vocab_size
@@ -359,9 +358,7 @@ def test_a_long_document_is_encoded_as_one(tmp_path):
 def test_the_tokenizer_of_a_long_document_is_that_of_the_whole(tmp_path):
     text = prose(6, 50_000)
     make(tmp_path, [text], val_fraction=0, chunk_bytes=9_001, vocab_size=400)
-    assert (
-        load_manifest(tmp_path / "out").tokenizer_fingerprint == Tokenizer.train_bpe([text], 400).fingerprint
-    )
+    assert load_manifest(tmp_path / "out").tokenizer_fingerprint == Tokenizer.train_bpe([text], 400).fingerprint
 
 
 def test_equal_input_gives_equal_bytes_whatever_the_chunks(tmp_path):
@@ -432,27 +429,25 @@ def test_separator_of_documents(tmp_path):
 def test_text_that_spells_the_end_of_text_is_not_one(tmp_path):
     text = f"one {END_OF_TEXT} two"
     make(tmp_path, [text], val_fraction=0)
-    assert (
-        np.count_nonzero(load_tokens(tmp_path / "out", "train") == load_manifest(tmp_path / "out").eot_id)
-        == 1
-    )
+    assert np.count_nonzero(load_tokens(tmp_path / "out", "train") == load_manifest(tmp_path / "out").eot_id) == 1
     assert stretches(tmp_path / "out", "train") == [text]
 
 
 def test_undecodable_files_are_named_replaced_or_skipped(tmp_path):
-    source = write_texts(tmp_path / "source", ["one\n", "", "two\n\nthree\n"])
-    (source / "001.txt").write_bytes(b"two\n\nfour \xff\n")
+    source = write_texts(tmp_path / "source", ["one", "", "two\n\nthree\n"])
+    (source / "001.txt").write_bytes(b"one\n\ntwo\n\nfour \xff\n")
     config = {"inputs": (source,), "val_fraction": 0, "tokenizer": "characters", "chunk_bytes": 2}
-    with pytest.raises(DataError, match=r"001.txt: byte 10 \(0xff\) is not utf-8 text"):
+    with pytest.raises(DataError, match=r"001.txt: byte 15 \(0xff\) is not utf-8 text"):
         prepare(PrepareConfig(out=tmp_path / "strict", **config))
     assert not (tmp_path / "strict").exists()
     prepare(PrepareConfig(out=tmp_path / "replace", errors="replace", **config))
-    want = ["one\n", "two\n\nfour \ufffd\n", "two\n\nthree\n"]
+    want = ["one", "one\n\ntwo\n\nfour \ufffd\n", "two\n\nthree\n"]
     assert stretches(tmp_path / "replace", "train") == want
-    # what the skipped file held before its bad byte is forgotten: the third file's "two" is no duplicate
+    # what the skipped file held before its bad byte is forgotten: its "one" no longer counts as a duplicate,
+    # and the third file's "two" is none
     config |= {"document_separator": "blank-line", "deduplicate": "exact"}
     manifest = prepare(PrepareConfig(out=tmp_path / "skip", errors="skip-file", **config))
-    assert stretches(tmp_path / "skip", "train") == ["one\n", "two", "three\n"]
+    assert stretches(tmp_path / "skip", "train") == ["one", "two", "three\n"]
     assert manifest.preparation["files_skipped"] == [str(source / "001.txt")]
     assert manifest.preparation["duplicates_dropped"] == 0
     assert [source["path"][-7:] for source in manifest.sources] == ["000.txt", "002.txt"]
@@ -472,18 +467,12 @@ def test_existing_tokenizer_and_unknown_characters(tmp_path):
     assert again.tokenizer_fingerprint == first.tokenizer_fingerprint
     (tmp_path / "source" / "001.txt").write_text("abc " * 40_000 + "x")
     with pytest.raises(DataError, match=r"001.txt: 'x' \(U\+0078\) at character 160000 of the document"):
-        prepare(
-            PrepareConfig(
-                tmp_path / "source", tmp_path / "new", tokenizer=str(tmp_path / "out"), val_fraction=0
-            )
-        )
+        prepare(PrepareConfig(tmp_path / "source", tmp_path / "new", tokenizer=str(tmp_path / "out"), val_fraction=0))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_vocabulary_above_65536_takes_four_bytes(tmp_path):
-    vocabulary = {
-        chr(code): code - 0x4000 for code in range(0x4000, 0x4000 + 70_000) if not 0xD800 <= code < 0xE000
-    }
+    vocabulary = {chr(code): code - 0x4000 for code in range(0x4000, 0x4000 + 70_000) if not 0xD800 <= code < 0xE000}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
@@ -546,9 +535,7 @@ def test_too_little_text(tmp_path, texts, options, message):
 def test_no_overwriting_unasked(tmp_path):
     make(tmp_path, [prose(1, 300)])
     before = contents(tmp_path / "out")
-    with pytest.raises(
-        DataError, match=r"out: already holds train.bin, val.bin, tokenizer.json, manifest.json"
-    ):
+    with pytest.raises(DataError, match=r"out: already holds train.bin, val.bin, tokenizer.json, manifest.json"):
         make(tmp_path, [prose(2, 300)])
     assert contents(tmp_path / "out") == before
     (tmp_path / "out" / "notes").write_text("mine")
@@ -576,9 +563,7 @@ def test_a_failure_half_way_leaves_the_earlier_folder(tmp_path, stage, error):
             raise error
 
     for out in ("out", "new"):
-        config = PrepareConfig(
-            tmp_path / "source", tmp_path / out, vocab_size=300, chunk_bytes=1000, overwrite=True
-        )
+        config = PrepareConfig(tmp_path / "source", tmp_path / out, vocab_size=300, chunk_bytes=1000, overwrite=True)
         with pytest.raises(error):
             prepare(config, stop_there)
     assert contents(tmp_path / "out") == before
@@ -627,9 +612,7 @@ def test_load_manifest_refuses_token_files_of_another_length(tmp_path):
     out = prepared(tmp_path)
     data = (out / "train.bin").read_bytes()
     (out / "train.bin").write_bytes(data[:-3])
-    with pytest.raises(
-        DataError, match=rf"train.bin: {len(data) - 3} bytes, expected {len(data)} .* cut short"
-    ):
+    with pytest.raises(DataError, match=rf"train.bin: {len(data) - 3} bytes, expected {len(data)} .* cut short"):
         load_manifest(out)
     with pytest.raises(DataError, match="cut short"):
         load_tokens(out, "val")
@@ -645,9 +628,7 @@ def test_load_manifest_refuses_token_files_of_another_length(tmp_path):
 def test_load_manifest_refuses_another_tokenizer(tmp_path):
     out = prepared(tmp_path)
     Tokenizer.train_bpe(["other"], 280).save(out / "tokenizer.json")
-    with pytest.raises(
-        DataError, match=r"tokenizer.json: its fingerprint is \w{16}, but the tokens were made with"
-    ):
+    with pytest.raises(DataError, match=r"tokenizer.json: its fingerprint is \w{16}, but the tokens were made with"):
         load_manifest(out)
     (out / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer.json: missing"):
@@ -665,9 +646,7 @@ def test_load_manifest_refuses_what_is_not_one(tmp_path):
         "the entry 'dtype' is missing": json.dumps({k: v for k, v in values.items() if k != "dtype"}),
         "the entry 'val' is missing": json.dumps(values | {"splits": {"train": values["splits"]["train"]}}),
         "dtype is 'int8', expected one of uint16, uint32": json.dumps(values | {"dtype": "int8"}),
-        "train has 'many' tokens": json.dumps(
-            values | {"splits": values["splits"] | {"train": {"tokens": "many"}}}
-        ),
+        "train has 'many' tokens": json.dumps(values | {"splits": values["splits"] | {"train": {"tokens": "many"}}}),
     }
     for message, text in damaged.items():
         (out / "manifest.json").write_text(text)

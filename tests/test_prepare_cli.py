@@ -1,6 +1,7 @@
 """`fastlm prepare` as a user meets it: flags, summary, exit status, one-line errors."""
 
 import pytest
+
 from fastlm.cli import main
 from fastlm.data import Tokenizer, load_manifest, load_tokens
 

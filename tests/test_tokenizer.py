@@ -5,11 +5,12 @@ import json
 
 import pytest
 import tokenizers
-from fastlm.data import END_OF_TEXT, Tokenizer
-from fastlm.errors import ConfigError, DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
+
+from fastlm.data import END_OF_TEXT, Tokenizer
+from fastlm.errors import ConfigError, DataError
 
 CORPUS = [
     "It was the best of times, it was the worst of times;\r\n\tit was the age of wisdom.\n\n" * 3,
@@ -149,9 +150,7 @@ def test_fingerprint_is_the_sha256_of_the_file_and_survives_saving(kind, tmp_pat
     # as another program may lay it out: the file must be kept byte for byte
     foreign = tmp_path / "foreign.json"
     KINDS[kind].save(foreign)
-    foreign.write_text(
-        json.dumps(json.loads(foreign.read_text(encoding="utf-8")), indent=7, ensure_ascii=True)
-    )
+    foreign.write_text(json.dumps(json.loads(foreign.read_text(encoding="utf-8")), indent=7, ensure_ascii=True))
     loaded = Tokenizer.load(foreign)
     loaded.save(tmp_path / "copy.json")
     assert (tmp_path / "copy.json").read_bytes() == foreign.read_bytes()

@@ -53,9 +53,7 @@ def _progress() -> Iterator[Report]:
 
 
 def _summarise(manifest: Manifest, out: Path) -> None:
-    table = Table(
-        title=f"{out}: {len(manifest.sources)} files, {manifest.vocab_size} token ids, {manifest.dtype}"
-    )
+    table = Table(title=f"{out}: {len(manifest.sources)} files, {manifest.vocab_size} token ids, {manifest.dtype}")
     for column in ("split", "tokens", "documents", "bytes", "characters", "bytes/token"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, entry in manifest.splits.items():

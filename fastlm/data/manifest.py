@@ -80,9 +80,7 @@ def load_manifest(folder: str | os.PathLike[str], verify: bool = False) -> Manif
     folder = Path(folder)
     path = folder / "manifest.json"
     if not path.is_file():
-        raise DataError(
-            f"{folder}: not a prepared folder (manifest.json is missing); make one with: fastlm prepare"
-        )
+        raise DataError(f"{folder}: not a prepared folder (manifest.json is missing); make one with: fastlm prepare")
     manifest = Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
     for split in SPLITS:
         _check_tokens(folder / f"{split}.bin", manifest, split, verify)

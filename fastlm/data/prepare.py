@@ -78,9 +78,7 @@ class PrepareConfig:
         if self.document_separator == "":
             raise ConfigError("document_separator is empty, expected none, blank-line or a string")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise ConfigError(
-                f"vocab_size={self.vocab_size}, expected at least 257 (256 bytes and an end of text)"
-            )
+            raise ConfigError(f"vocab_size={self.vocab_size}, expected at least 257 (256 bytes and an end of text)")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}, expected one of {', '.join(known)}")
@@ -208,9 +206,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
     return manifest
 
 
-def _batches(
-    corpus: Corpus, tokenizer: Tokenizer, cutter: PieceCutter
-) -> Iterator[list[tuple[str, str, bool]]]:
+def _batches(corpus: Corpus, tokenizer: Tokenizer, cutter: PieceCutter) -> Iterator[list[tuple[str, str, bool]]]:
     """Pieces as (split, text, whether the document ends here), about BATCH_CHARS at a time."""
     batch: list[tuple[str, str, bool]] = []
     chars = 0

@@ -49,9 +49,7 @@ class Corpus:
             self._scan_file(path)
         self.plan.settle()
         if not any(self.plan.kept):
-            raise DataError(
-                f"no text in {len(found)} files ({len(self.skipped)} skipped): nothing to prepare"
-            )
+            raise DataError(f"no text in {len(found)} files ({len(self.skipped)} skipped): nothing to prepare")
 
     def _scan_file(self, path: Path) -> None:
         first, new = len(self.plan.kept), _Counts()

@@ -39,9 +39,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exception
-            raise DataError(
-                f"{source}: not a tokenizer.json that the tokenizers library reads ({error})"
-            ) from None
+            raise DataError(f"{source}: not a tokenizer.json that the tokenizers library reads ({error})") from None
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
@@ -192,9 +190,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"{describe(text[error.start])} at character {error.start} is a lone surrogate"
-            ) from None
+            raise DataError(f"{describe(text[error.start])} at character {error.start} is a lone surrogate") from None
 
 
 class TokenStream:
