@@ -1,0 +1,265 @@
+"""Checkpoints: one safetensors file each, replaced whole or not at all.
+
+Tensors are named `model.<parameter>`, `optimizer.<parameter>.<state>` and `rng.<generator>`. The header's
+metadata holds, as JSON, the model's and the run's configuration, the step, the tokenizer's fingerprint and
+the loop's own state. Files hold nothing that runs code when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .storage import replacing
+
+if TYPE_CHECKING:
+    from ..data import Tokenizer
+    from ..models.gpt import GPT
+
+FORMAT = "fastlm.checkpoint/1"
+LAST, BEST = "last.safetensors", "best.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint file holds; `tensors` carry their prefixes."""
+
+    path: Path
+    model_config: dict[str, Any]
+    train_config: dict[str, Any]
+    step: int
+    tokenizer_fingerprint: str
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below `prefix.`, without it."""
+        prefix += "."
+        return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    step: int = 0,
+    train_config: dict[str, Any] | None = None,
+    tokenizer_fingerprint: str = "",
+    state: dict[str, Any] | None = None,
+    rng: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint; an earlier file of that name stays intact unless the new one is complete.
+
+    Args:
+        path: the file, by custom `last.safetensors` or `best.safetensors` in a run folder.
+        model: has a `config` with `to_dict()`; a tensor that has two names is stored under the first.
+        optimizer: its state is stored too; without it the checkpoint serves inference only.
+        step: optimizer steps done.
+        train_config: the run's configuration.
+        tokenizer_fingerprint: sha256 of the tokenizer file that the model was trained with.
+        state: anything else that JSON can hold.
+        rng: tensors of the random generators, see `fastlm.training.rng`.
+
+    Raises:
+        CheckpointError: if the file cannot be written, with the reason (a full disk, say).
+    """
+    path = Path(path)
+    tensors = {f"model.{name}": tensor for name, tensor in owned_tensors(model).items()}
+    if optimizer is not None:
+        tensors |= {f"optimizer.{name}": t for name, t in _optimizer_tensors(model, optimizer).items()}
+    tensors |= {f"rng.{name}": tensor for name, tensor in (rng or {}).items()}
+    metadata = {
+        "format": FORMAT,
+        "model_config": json.dumps(model.config.to_dict()),
+        "train_config": json.dumps(train_config or {}),
+        "step": json.dumps(step),
+        "tokenizer_fingerprint": json.dumps(tokenizer_fingerprint),
+        "state": json.dumps(state or {}),
+    }
+    try:
+        with replacing(path) as temporary:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata)
+    except (OSError, SafetensorError) as error:
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        free = f", {shutil.disk_usage(path.parent).free} free" if path.parent.is_dir() else ""
+        raise CheckpointError(f"{path}: could not write {size} bytes{free}: {error}") from error
+
+
+def load_checkpoint(path: str | Path, *, model_only: bool = False) -> Checkpoint:
+    """Read a checkpoint into CPU memory.
+
+    Args:
+        path: a checkpoint file, or a run folder, which stands for its `last.safetensors`.
+        model_only: leave the optimizer and the generators in the file.
+
+    Raises:
+        CheckpointError: if the file is missing, cut short, not safetensors, or not a fastlm checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= LAST
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            fields = _metadata(path, file.metadata())
+            names = [name for name in file.keys() if name.startswith("model.") or not model_only]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {_damage(path, error)}") from None
+    return Checkpoint(path=path, tensors=tensors, **fields)
+
+
+def restore_model(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copy a checkpoint's weights into `model`, which keeps its own dtype and device.
+
+    Raises:
+        CheckpointError: naming the first tensors that are missing, unknown or of another shape; the model
+            is then unchanged.
+    """
+    _copy_all(checkpoint, "model", owned_tensors(model))
+
+
+def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give `optimizer` the state that the checkpoint holds for the parameters of `model`.
+
+    Raises:
+        CheckpointError: if the state is missing or is that of another model.
+    """
+    stored = checkpoint.part("optimizer")
+    if not stored and not checkpoint.part("rng"):
+        raise CheckpointError(f"{checkpoint.path}: holds no optimizer state, so it cannot be resumed from")
+    if not stored:  # interrupted before the first update
+        return
+    for name, parameter in model.named_parameters():
+        state = {key: stored.pop(f"{name}.{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
+        for key, tensor in state.items():
+            wanted = () if key == "step" else tuple(parameter.shape)
+            got = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            if tensor is None or tuple(tensor.shape) != wanted:
+                raise CheckpointError(
+                    f"{checkpoint.path}: optimizer.{name}.{key} is {got}, expected {wanted}"
+                )
+        optimizer.state[parameter] = {
+            key: t.to(parameter.device, torch.float32) if key == "step" else t.to(parameter.device)
+            for key, t in state.items()
+            if t is not None
+        }
+    if stored:
+        raise CheckpointError(f"{checkpoint.path}: {_some(stored)} belong to no parameter of this model")
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
+    """Load a trained model, in eval mode, and its tokenizer.
+
+    Args:
+        path: a run folder, which stands for its best checkpoint or, without one, its last; or one
+            checkpoint file that has `tokenizer.json` beside it.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or the tokenizer is not the one trained with.
+        DataError: if the tokenizer file is missing or damaged.
+    """
+    from ..data import Tokenizer
+    from ..models.gpt import GPT, GPTConfig
+
+    path = Path(path)
+    if path.is_dir():
+        path /= BEST if (path / BEST).is_file() else LAST
+    checkpoint = load_checkpoint(path, model_only=True)
+    tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
+    check_tokenizer(checkpoint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
+    try:
+        model = GPT(GPTConfig.from_dict(checkpoint.model_config))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its model configuration is not one of a GPT: {error}") from None
+    restore_model(checkpoint, model)
+    return model.to(device).eval(), tokenizer
+
+
+def check_tokenizer(checkpoint: Checkpoint, fingerprint: str, source: str) -> None:
+    """Raise CheckpointError unless the checkpoint's model was trained with this tokenizer."""
+    if checkpoint.tokenizer_fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.path}: trained with tokenizer {checkpoint.tokenizer_fingerprint[:12] or '(none)'}, "
+            f"but {source} is {fingerprint[:12]}"
+        )
+
+
+def owned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the state dict, each under its first name: tied weights appear once."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            owned[name] = tensor
+    return owned
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    keys = ("model_config", "train_config", "step", "tokenizer_fingerprint", "state")
+    found = (metadata or {}).get("format")
+    if metadata is None or found != FORMAT:
+        raise CheckpointError(f"{path}: format is {found!r}, expected {FORMAT!r}: not a fastlm checkpoint")
+    try:
+        return {key: json.loads(metadata[key]) for key in keys}
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged: {error!r}") from None
+
+
+def _damage(path: Path, error: SafetensorError) -> str:
+    """Say in bytes how a file that safetensors refuses falls short of what its header promises."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size >= 8 and length <= size - 8:
+            try:
+                header = json.loads(file.read(length))
+                tensors = (entry for name, entry in header.items() if name != "__metadata__")
+                promised = 8 + length + max(entry["data_offsets"][1] for entry in tensors)
+                return f"has {size} bytes, its header promises {promised}"
+            except (ValueError, KeyError, TypeError, AttributeError):
+                pass
+    return f"not a safetensors file, or cut short ({size} bytes): {error}"
+
+
+def _copy_all(checkpoint: Checkpoint, prefix: str, wanted: dict[str, Tensor]) -> None:
+    stored = checkpoint.part(prefix)
+    if missing := [name for name in wanted if name not in stored]:
+        raise CheckpointError(f"{checkpoint.path}: lacks {_some(missing)} of the model's tensors")
+    if extra := [name for name in stored if name not in wanted]:
+        raise CheckpointError(f"{checkpoint.path}: holds {_some(extra)}, which the model has not")
+    for name, tensor in wanted.items():
+        if stored[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {prefix}.{name} has shape {tuple(stored[name].shape)}, "
+                f"the model has {tuple(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(stored[name])
+
+
+def _some(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

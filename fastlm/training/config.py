@@ -1,0 +1,202 @@
+"""The one configuration of a training run: defaults, TOML file, checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..errors import ConfigError
+from .storage import replace_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same parser under its older name
+    import tomli as tomllib
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Where each group of fields starts; only the printed and saved form uses it.
+GROUPS = {
+    "data": "input and output",
+    "batch_size": "data",
+    "n_layer": "model",
+    "learning_rate": "optimizer",
+    "schedule": "schedule",
+    "device": "system",
+}
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a training run; the same names in TOML, on the command line and in Python.
+
+    Raises:
+        ConfigError: on a value of the wrong type or outside its range, naming the field.
+    """
+
+    data: str = ""  # folder that `fastlm prepare` wrote
+    out: str = "runs/train"  # run folder: checkpoints, metrics, plot
+    log_interval: int = 10  # steps between lines of metrics.jsonl
+    eval_interval: int = 250  # steps between evaluations, each followed by a checkpoint
+    eval_tokens: int = 1_048_576  # validation tokens read by one evaluation; 0 reads the whole split
+
+    batch_size: int = 16  # sequences in one forward pass
+    gradient_accumulation: int = 1  # forward passes added up into one step
+    context_length: int = 256  # tokens in a sequence
+    seed: int = 1337  # decides weights, data order and dropout
+
+    n_layer: int = 6  # Transformer blocks
+    n_head: int = 6  # attention heads; divides n_embd
+    n_embd: int = 384  # width of the residual stream
+    dropout: float = 0.0  # for pretraining 0 is good; a corpus read many times needs 0.1 or more
+
+    learning_rate: float = 1e-3  # the peak, reached after the warm-up
+    weight_decay: float = 0.1  # on matrices and embeddings only
+    beta1: float = 0.9  # decay of AdamW's mean of gradients
+    beta2: float = 0.99  # of its mean of squares; below 0.999 since small batches give few steps
+    grad_clip: float = 1.0  # largest global gradient norm; 0 does not clip
+
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"  # after the warm-up
+    warmup_steps: int = 100  # steps of linear rise from 0
+    decay_steps: int = 0  # step at which the schedule reaches its minimum; 0: max_steps
+    min_lr_ratio: float = 0.1  # floor of the schedule, as a part of learning_rate
+    max_steps: int = 5000  # optimizer steps
+    max_minutes: float = 0.0  # stops earlier than max_steps, and the schedule follows the clock; 0: no limit
+    patience: int = 0  # stop after so many evaluations without a better validation loss; 0: never
+    max_bad_steps: int = 5  # skipped steps in a row (loss or gradient not finite) before giving up
+
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
+    dtype: Dtype = "auto"  # of matrix products; weights, norms and the optimizer stay float32
+    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
+    compile: bool = False  # torch.compile the model: slow first step, then faster
+    keep_freed_memory: bool = True  # glibc only: reuse freed tensors' pages and never return them
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types().items():
+            setattr(self, name, _checked(name, getattr(self, name), kind))
+        _check_ranges(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation * self.context_length
+
+    def to_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> TrainConfig:
+        """Build a configuration from a mapping; `source` names it in errors.
+
+        Raises:
+            ConfigError: on an unknown key (with the nearest valid one), a wrong type or a bad value.
+        """
+        for name in values:
+            if name not in field_types():
+                raise ConfigError(f"{source}: unknown key {name!r}{nearest(name, list(field_types()))}")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Read a TOML file of flat `key = value` lines.
+
+        Raises:
+            ConfigError: if the file is missing, is not TOML, or holds an unknown key or a bad value.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"config: {path} does not exist") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        return cls.from_dict(values, str(path))
+
+    def to_toml(self) -> str:
+        """The configuration as TOML, grouped, every field written out."""
+        lines = []
+        for name, value in self.to_dict().items():
+            if name in GROUPS:
+                lines += ["", f"# {GROUPS[name]}"]
+            # JSON's strings, numbers and booleans are TOML's too.
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(lines[1:]) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        replace_text(path, self.to_toml())
+
+
+def field_types() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """The tail of an error message that offers the closest valid name, if one is close."""
+    close = difflib.get_close_matches(name.replace("-", "_"), valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        choices = list(get_args(kind))
+        if value not in choices:
+            hint = nearest(str(value), choices)
+            raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}{hint}")
+        return value
+    # A bool is an int to Python, never to a user; a whole number may stand for a float.
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}), expected {kind.__name__}")
+    return value
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    def require(name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name} is {getattr(config, name)!r}, expected {wanted}")
+
+    for name, kind in field_types().items():
+        if kind is float:
+            require(name, math.isfinite(getattr(config, name)), "a finite number")
+    for name in _AT_LEAST_ONE:
+        require(name, getattr(config, name) >= 1, "at least 1")
+    for name in _AT_LEAST_ZERO:
+        require(name, getattr(config, name) >= 0, "at least 0")
+    for name in ("dropout", "beta1", "beta2"):
+        require(name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
+    require("learning_rate", config.learning_rate > 0, "more than 0")
+    require("min_lr_ratio", 0 <= config.min_lr_ratio <= 1, "from 0 to 1")
+    require("n_head", config.n_embd % config.n_head == 0, f"a divisor of n_embd = {config.n_embd}")
+
+
+_AT_LEAST_ONE = (
+    "log_interval",
+    "eval_interval",
+    "batch_size",
+    "gradient_accumulation",
+    "context_length",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "max_steps",
+    "max_bad_steps",
+)
+_AT_LEAST_ZERO = (
+    "eval_tokens",
+    "seed",
+    "weight_decay",
+    "grad_clip",
+    "warmup_steps",
+    "decay_steps",
+    "max_minutes",
+    "patience",
+    "threads",
+)

@@ -1,0 +1,340 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data import load_manifest, load_tokens
+from ..errors import CheckpointError, ConfigError, DataError, FastlmError
+from ..models.gpt import GPT, GPTConfig
+from . import checkpoint as ckpt
+from . import rng
+from .config import TrainConfig
+from .evaluation import Evaluation, evaluate
+from .loader import WindowLoader
+from .metrics import MetricsLog, finite_or_none, plot_losses
+from .optimizer import build_optimizer, set_learning_rate
+from .progress import Reporter, StepReport
+from .schedules import SCHEDULES
+from .state import State, TrainResult
+from .storage import replacing
+from .system import Interrupt, catch_interrupts, choose_device, choose_dtype
+
+
+class DivergenceError(FastlmError, ArithmeticError):
+    """The loss stayed infinite or NaN for too many steps in a row."""
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
+) -> TrainResult:
+    """Train a GPT on prepared data and leave checkpoints, metrics and a plot in the run folder.
+
+    A run that is interrupted (SIGINT, SIGTERM) or killed and then resumed with the same settings ends with
+    the same parameters, bit for bit, as one that was not, on the same machine and number of threads; only
+    `max_minutes`, which follows the clock, cannot promise that.
+
+    Args:
+        config: every setting; `config.data` is a folder that `fastlm prepare` wrote.
+        resume: continue from the run folder's `last.safetensors`.
+        overwrite: start afresh in a run folder that holds a checkpoint.
+        reporter: told what happens; silent by default.
+
+    Raises:
+        ConfigError: if settings contradict each other or the run folder holds another run.
+        DataError: if the prepared data are missing, damaged or too short.
+        CheckpointError: if the checkpoint cannot be resumed from or cannot be written.
+        DivergenceError: if the loss is not finite for `max_bad_steps` steps in a row.
+    """
+    reporter = reporter or Reporter()
+    trainer = Trainer(config, reporter)
+    trainer.open_folder(resume, overwrite)
+    reporter.start(config)
+    with contextlib.closing(reporter), catch_interrupts() as interrupt:
+        return trainer.run(interrupt)
+
+
+class Trainer:
+    """A run: its data, model, optimizer, state and files."""
+
+    def __init__(self, config: TrainConfig, reporter: Reporter):
+        self.config, self.reporter = config, reporter
+        self.out = Path(config.out)
+        self.device = choose_device(config.device)
+        self.dtype, why = choose_dtype(config.dtype, self.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._open_data()
+        rng.seed_all(config.seed)
+        self.model = _build_model(config, self.manifest.vocab_size).to(self.device)
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = build_optimizer(self.model, config)
+        # Only float16 needs one: its smallest gradients would round to 0.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.state = State()
+        self.metrics = MetricsLog(self.out / "metrics.jsonl")
+        self.evaluation: Evaluation | None = None
+        self.saved: tuple[int, int] | None = None
+        reporter.message(
+            f"{self.model.num_parameters():,} parameters, {len(self.loader.tokens):,} training tokens, "
+            f"{config.tokens_per_step:,} tokens a step, {self.device} in {str(self.dtype)[6:]} ({why})"
+        )
+
+    def _open_data(self) -> None:
+        config = self.config
+        if not config.data:
+            raise ConfigError("data names no folder; give one that `fastlm prepare` wrote")
+        self.manifest = load_manifest(config.data)
+        self.loader = WindowLoader(
+            load_tokens(config.data, "train"),
+            config.batch_size,
+            config.context_length,
+            config.seed,
+            self.device,
+        )
+        self.validation = load_tokens(config.data, "val")
+        if len(self.validation) < 2:
+            raise DataError(
+                f"{config.data}: the val split has {len(self.validation)} tokens, expected 2 or more"
+            )
+
+    def open_folder(self, resume: bool, overwrite: bool) -> None:
+        """Make the run folder ready: load its checkpoint, or clear it, or refuse."""
+        if resume:
+            self._resume(ckpt.load_checkpoint(self.out / ckpt.LAST))
+        else:
+            found = [name for name in (ckpt.LAST, ckpt.BEST) if (self.out / name).exists()]
+            if found and not overwrite:
+                raise ConfigError(
+                    f"{self.out} holds {found[0]}: add --resume to continue it or --overwrite to start afresh"
+                )
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in (*found, "loss.png"):
+                (self.out / name).unlink(missing_ok=True)
+        self.metrics.start(self.state.step, self.state.evaluated_at)
+        self.config.save(self.out / "config.toml")
+        with replacing(self.out / "tokenizer.json") as temporary:
+            shutil.copyfile(Path(self.config.data) / "tokenizer.json", temporary)
+
+    def _resume(self, checkpoint: ckpt.Checkpoint) -> None:
+        ckpt.check_tokenizer(checkpoint, self.manifest.tokenizer_fingerprint, f"that of {self.config.data}")
+        wanted = self.model.config.to_dict()
+        for name, value in checkpoint.model_config.items():
+            if name != "dropout" and wanted.get(name) != value:
+                raise CheckpointError(
+                    f"{checkpoint.path}: its model has {name} = {value}, the configuration {wanted.get(name)}"
+                )
+        ckpt.restore_model(checkpoint, self.model)
+        ckpt.restore_optimizer(checkpoint, self.model, self.optimizer)
+        rng.restore(checkpoint.part("rng"))
+        try:
+            self.state = State(**checkpoint.state)
+        except TypeError as error:
+            raise CheckpointError(f"{checkpoint.path}: state of another version: {error}") from None
+        if self.state.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.state.scaler)
+        self.saved = (self.state.step, self.state.evaluated_at)
+        self.reporter.message(f"resuming {checkpoint.path} after step {self.state.step}")
+
+    def run(self, interrupt: Interrupt) -> TrainResult:
+        """Train until a limit or an interrupt; the run folder is complete afterwards."""
+        self.model.train()
+        self.started = time.monotonic() - self.state.seconds
+        self.resumed_at = self.state.seconds, self._fraction()
+        self.interval_start = self.state.step, self.state.train_seconds
+        while True:
+            reason = self._limit()
+            due = reason or self.state.step % self.config.eval_interval == 0
+            if due and self.state.step > self.state.evaluated_at and not interrupt:
+                self._evaluate(interrupt)
+                self._save_last()
+                continue  # the evaluation may have used up the patience or the time
+            if reason or interrupt:
+                break
+            self._step()
+        self._save_last()
+        plot_losses(self.metrics.path, self.out / "loss.png")
+        return self._result("interrupted" if interrupt else reason)
+
+    def _limit(self) -> str:
+        """Why the run is over, or nothing."""
+        config, state = self.config, self.state
+        if state.step >= config.max_steps:
+            return "max_steps"
+        if config.max_minutes and self._time_fraction() >= 1:
+            return "max_minutes"
+        if config.patience and state.stale_evaluations >= config.patience:
+            return "patience"
+        return ""
+
+    def _seconds(self) -> float:
+        self.state.seconds = time.monotonic() - self.started
+        return self.state.seconds
+
+    def _time_fraction(self) -> float:
+        return self._seconds() / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+
+    def _fraction(self) -> float:
+        return max(self.state.step / self.config.max_steps, self._time_fraction())
+
+    def _learning_rate(self) -> float:
+        config, step = self.config, self.state.step
+        decay_steps = config.decay_steps or config.max_steps
+        # Where the clock will end the run before max_steps does, the decay keeps pace with the clock, so
+        # that a slow machine still ends at the minimum.
+        position = step if step < config.warmup_steps else max(step, self._time_fraction() * decay_steps)
+        factor = SCHEDULES[config.schedule](position, config.warmup_steps, decay_steps, config.min_lr_ratio)
+        return config.learning_rate * factor
+
+    def _step(self) -> None:
+        start = time.monotonic()
+        learning_rate = self._learning_rate()
+        set_learning_rate(self.optimizer, learning_rate)
+        loss = self._backward().item()
+        gradient_norm = self._update(loss)
+        self.state.step += 1
+        self.state.train_seconds += time.monotonic() - start
+        self._check_divergence(loss, learning_rate)
+        self._report_step(loss, learning_rate, gradient_norm)
+
+    def _backward(self) -> Tensor:
+        """Add up the gradients of one step; the mean loss."""
+        count = self.config.gradient_accumulation
+        total = torch.zeros((), device=self.device)
+        for i in range(count):
+            tokens, targets = self.loader.batch(self.state.step * count + i)
+            with self._autocast():
+                loss = self.forward(tokens, targets) / count
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _update(self, loss: float) -> float:
+        """Take the optimizer's step unless the loss or the gradient is not finite; the gradient's norm."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        # With a scaler a non-finite gradient only means too large a scale; it skips and lowers it by itself.
+        good = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if good:
+            self.scaler.step(self.optimizer)
+            self.state.add_loss(loss)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.bad_steps = 0 if good else self.state.bad_steps + 1
+        return norm
+
+    def _check_divergence(self, loss: float, learning_rate: float) -> None:
+        bad, step = self.state.bad_steps, self.state.step
+        if bad:
+            self.reporter.message(f"step {step}: skipped, the loss ({loss}) or its gradient is not finite")
+        if bad >= self.config.max_bad_steps:
+            raise DivergenceError(
+                f"loss or gradient not finite for {bad} steps in a row (steps {step - bad + 1} to {step}, "
+                f"last loss {loss}, learning rate {learning_rate:.3g}): "
+                "try a lower --learning-rate or a longer --warmup-steps"
+            )
+
+    def _report_step(self, loss: float, learning_rate: float, gradient_norm: float) -> None:
+        state, config = self.state, self.config
+        steps, seconds = state.step - self.interval_start[0], state.train_seconds - self.interval_start[1]
+        speed = steps * config.tokens_per_step / max(seconds, 1e-9)
+        if state.step % config.log_interval == 0:
+            self.interval_start = state.step, state.train_seconds
+            self.metrics.append(
+                "train",
+                step=state.step,
+                loss=state.take_mean_loss(),
+                learning_rate=learning_rate,
+                gradient_norm=finite_or_none(gradient_norm),
+                tokens=state.step * config.tokens_per_step,
+                tokens_per_second=round(speed, 1),
+                seconds=round(self._seconds(), 3),
+            )
+        fraction = min(1.0, self._fraction())
+        then, fraction_then = self.resumed_at
+        left = (self._seconds() - then) * (1 - fraction) / max(fraction - fraction_then, 1e-9)
+        self.reporter.step(StepReport(state.step, loss, learning_rate, speed, fraction, left))
+
+    def _evaluate(self, interrupt: Interrupt) -> None:
+        config, split = self.config, self.manifest.splits["val"]
+        result = evaluate(
+            self.model,
+            self.validation,
+            tokens_per_byte=split["tokens"] / split["bytes"],
+            tokens_per_char=split["tokens"] / split["chars"],
+            batch_size=config.batch_size,
+            context_length=config.context_length,
+            max_tokens=config.eval_tokens,
+            autocast=self._autocast,
+            stop=lambda: bool(interrupt),
+        )
+        if result is None:  # interrupted: the resumed run evaluates first
+            return
+        self.evaluation = result
+        best = self.state.record_evaluation(result.loss)
+        values = {name: finite_or_none(value) for name, value in dataclasses.asdict(result).items()}
+        self.metrics.append("validation", step=self.state.step, **values, seconds=round(self._seconds(), 3))
+        self.reporter.evaluation(self.state.step, result, best)
+        if best:
+            self._save(ckpt.BEST, resumable=False)
+
+    def _save_last(self) -> None:
+        moment = (self.state.step, self.state.evaluated_at)
+        if moment != self.saved:
+            self._save(ckpt.LAST, resumable=True)
+            self.saved = moment
+
+    def _save(self, name: str, resumable: bool) -> None:
+        self._seconds()
+        self.state.scaler = self.scaler.state_dict()
+        ckpt.save_checkpoint(
+            self.out / name,
+            self.model,
+            self.optimizer if resumable else None,
+            step=self.state.step,
+            train_config=self.config.to_dict(),
+            tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
+            state=dataclasses.asdict(self.state),
+            rng=rng.capture() if resumable else None,
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _result(self, reason: str) -> TrainResult:
+        state = self.state
+        return TrainResult(
+            out=self.out,
+            reason=reason,
+            step=state.step,
+            evaluation=self.evaluation,
+            best_loss=state.best_loss,
+            best_step=state.best_step,
+            seconds=self._seconds(),
+            tokens_per_second=state.step * self.config.tokens_per_step / max(state.train_seconds, 1e-9),
+            parameters=self.model.num_parameters(),
+            device=str(self.device),
+            dtype=str(self.dtype)[6:],
+        )
+
+
+def _build_model(config: TrainConfig, vocab_size: int) -> GPT:
+    return GPT(
+        GPTConfig(
+            vocab_size=vocab_size,
+            context_length=config.context_length,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            dropout=config.dropout,
+        )
+    )

@@ -1,0 +1,75 @@
+"""The run's record: metrics.jsonl, and the loss curves drawn from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .storage import replace_text, replacing
+
+
+class MetricsLog:
+    """Appends to a file of one JSON object a line; lines are of two kinds, "train" and "validation"."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def start(self, step: int = 0, evaluated_at: int = 0) -> None:
+        """Drop what lies after a checkpoint (its step, the last evaluation in it); at 0, everything."""
+        limits = {"train": step, "validation": evaluated_at}
+        kept = [line for line in read_metrics(self.path) if 0 < line["step"] <= limits[line["kind"]]]
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, kind: str, **values: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one cut short by a crash is left out, a missing file is empty."""
+    path = Path(path)
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def plot_losses(metrics: str | Path, image: str | Path) -> None:
+    """Draw the loss curves of a metrics file, with the learning rate below, as a PNG file."""
+    # The figure is made without pyplot: no window system is looked for and no global state is left.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics)
+    train = [line for line in lines if line["kind"] == "train" and line["loss"] is not None]
+    validation = [line for line in lines if line["kind"] == "validation" and line["loss"] is not None]
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    _curve(top, train, "loss", "training", linewidth=1)
+    _curve(top, validation, "loss", "validation", marker="o", markersize=3)
+    top.set_ylabel("loss (nats per token)")
+    top.grid(alpha=0.3)
+    if train or validation:
+        top.legend()
+    _curve(bottom, train, "learning_rate", "learning rate", linewidth=1)
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step (optimizer updates)")
+    bottom.grid(alpha=0.3)
+    with replacing(image) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _curve(axes: Any, lines: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
+    if lines:
+        axes.plot([line["step"] for line in lines], [line[key] for line in lines], label=label, **style)

@@ -1,0 +1,161 @@
+"""`fastlm train` and the engine's memory policy, as a user meets them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fastlm.cli import main
+from fastlm.data import PrepareConfig, prepare
+from fastlm.training import TrainConfig
+from fastlm.training.checkpoint import load_checkpoint
+
+FLAGS = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=16", "--batch-size=2"]
+FLAGS += ["--warmup-steps=2", "--eval-interval=50", "--log-interval=2"]
+FLAGS += ["--device=cpu", "--dtype=float32", "--threads=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "t.txt").write_text("a stitch in time saves nine, they say.\n" * 200, encoding="utf-8")
+    prepare(PrepareConfig(inputs=(folder / "t.txt",), out=folder / "prepared", tokenizer="characters"))
+    return str(folder / "prepared")
+
+
+@pytest.fixture(autouse=True)
+def restore_threads(monkeypatch):
+    # The allocator's policy is for the command's own process, not for this one.
+    monkeypatch.setenv("FASTLM_KEEP_FREED_MEMORY", "0")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_trains_refuses_a_used_folder_and_resumes(data, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    command = ["train", data, "--out", out, *FLAGS]
+    assert main([*command, "--max-steps", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "n_embd = 16" in shown
+    assert "max_steps after 4 steps" in shown
+
+    assert main([*command, "--max-steps", "4"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "holds last.safetensors: add --resume to continue it or --overwrite" in error
+
+    # Nothing but the folder: the rest comes from the run's own configuration, and flags win over it.
+    assert main(["train", "--out", out, "--resume", "--max-steps", "6"]) == 0
+    assert load_checkpoint(out).step == 6
+    assert TrainConfig.load(f"{out}/config.toml").max_steps == 6
+    assert TrainConfig.load(f"{out}/config.toml").n_embd == 16
+
+    assert main([*command, "--max-steps", "3", "--overwrite"]) == 0
+    assert load_checkpoint(out).step == 3
+
+
+def test_flags_win_over_the_file(data, tmp_path, capsys):
+    file = tmp_path / "small.toml"
+    file.write_text(
+        "n_layer = 1\nn_head = 1\nn_embd = 8\nmax_steps = 9\nlearning_rate = 0.5\n", encoding="utf-8"
+    )
+    out = str(tmp_path / "run")
+    flags = ["--max-steps", "2", "--context-length=8", "--device", "cpu"]
+    assert main(["train", data, "--out", out, "--config", str(file), *flags]) == 0
+    config = TrainConfig.load(f"{out}/config.toml")
+    assert (config.n_embd, config.max_steps, config.context_length, config.learning_rate) == (8, 2, 8, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data names no folder"),
+        (["no/such/folder"], "no/such/folder: "),
+        (["{data}", "--resume"], "no run to resume"),
+        (["{data}", "--config", "none.toml"], "none.toml does not exist"),
+        (["{data}", "--n-head", "7"], "n_head is 7, expected a divisor of n_embd = 384"),
+        (["{data}", "--dtype", "float16", "--device", "cpu"], "needs a CUDA device"),
+        (["{data}", "--context-length", "99999"], "a window of context_length = 99999 needs 100000"),
+    ],
+)
+def test_mistakes_are_one_clear_line(data, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *(a.format(data=data) for a in arguments)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastlm train: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_flag_names_the_nearest(data, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", data, "--n-layers", "3"])
+    assert caught.value.code == 2
+    assert "--n-layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path, number):
+    out = str(tmp_path / "a run")  # the space must survive in the printed command
+    command = [sys.executable, "-m", "fastlm.cli", "train", data, "--out", out, *FLAGS]
+    process = subprocess.Popen([*command, "--max-steps", "100000000"], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    metrics = os.path.join(out, "metrics.jsonl")
+    while not (os.path.exists(metrics) and os.path.getsize(metrics)):
+        assert time.monotonic() < deadline, "the run did not start"
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"to continue: fastlm train --out '{out}' --resume" in shown
+    step = load_checkpoint(out).step
+    assert step > 0
+    assert f"interrupted after {step} steps" in shown
+    with open(metrics, encoding="utf-8") as file:
+        assert all(json.loads(line)["step"] <= step for line in file)
+    assert main(["train", "--out", out, "--resume", "--max-steps", str(step + 3)]) == 0
+    assert load_checkpoint(out).step == step + 3
+
+
+MEMORY = """
+import os, torch
+{before}
+def faults():
+    return int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[7])
+torch.empty(2**22).zero_()
+start = faults()
+for _ in range(20):
+    torch.empty(2**22).zero_()  # 16 MB, above the size that glibc maps anew each time
+print(faults() - start)
+"""
+
+
+def page_faults(before, **environment):
+    code = MEMORY.format(before=before)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "FASTLM_KEEP_FREED_MEMORY": "1", "OMP_NUM_THREADS": "1", **environment},
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the policy is glibc's")
+def test_kept_memory_is_not_faulted_in_again():
+    call = "from fastlm.training.memory import keep_freed_memory; keep_freed_memory()"
+    pages = 20 * 2**24 // os.sysconf("SC_PAGE_SIZE")
+    if page_faults("") < pages // 2:
+        pytest.skip("this system does not fault each new page in (huge pages, or not glibc)")
+    assert page_faults(call) < pages // 20
+    assert page_faults(call, FASTLM_KEEP_FREED_MEMORY="0") > pages // 2
+    # A bare import leaves the allocator alone.
+    assert page_faults("import fastlm, fastlm.training") > pages // 2
