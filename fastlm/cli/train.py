@@ -30,6 +30,9 @@ class Arguments(TrainConfig):
     resume: bool = False  # continue the run in --out from its last checkpoint
     overwrite: bool = False  # start afresh in a run folder that holds a checkpoint
 
+    def __post_init__(self) -> None:
+        """Left to the TrainConfig that `main` makes, whose errors tyro would dress up."""
+
 
 def main(argv: list[str]) -> int:
     """Run the verb. Returns 0, or 130 after Ctrl-C, when the run was saved."""
