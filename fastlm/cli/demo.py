@@ -126,7 +126,7 @@ def write_sample(model: GPT, tokenizer: Tokenizer, arguments: Arguments, reporte
         seed=arguments.seed,
         stop_token=tokenizer.eot_id,
     )
-    new = [step.item() for step in steps]
+    new = [int(step) for step in steps]
     if new and new[-1] == tokenizer.eot_id:
         new.pop()
     text = arguments.prompt + tokenizer.decode(new) + "\n"

@@ -49,7 +49,7 @@ class Checkpoint:
 
 def save_checkpoint(
     path: str | Path,
-    model: nn.Module,
+    model: GPT,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     step: int = 0,
@@ -62,7 +62,7 @@ def save_checkpoint(
 
     Args:
         path: the file, by custom `last.safetensors` or `best.safetensors` in a run folder.
-        model: has a `config` with `to_dict()`; a tensor that has two names is stored under the first.
+        model: a tensor that has two names is stored under the first.
         optimizer: its state is stored too; without it the checkpoint serves inference only.
         step: optimizer steps done.
         train_config: the run's configuration.

@@ -21,12 +21,13 @@ def seed_all(seed: int) -> None:
 def capture() -> dict[str, Tensor]:
     """The generators' states: Python's and NumPy's words, each with the Gaussian it keeps back, and PyTorch's."""
     _, words, gaussian = random.getstate()
-    _, keys, position, has_gaussian, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    words_numpy, position = numpy["state"]["key"].tolist(), numpy["state"]["pos"]
     states = {
         "python": torch.tensor([*words, gaussian is not None], dtype=torch.int64),
         "python_gaussian": torch.tensor(gaussian or 0.0, dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gaussian], dtype=torch.int64),
-        "numpy_gaussian": torch.tensor(cached, dtype=torch.float64),
+        "numpy": torch.tensor([*words_numpy, position, numpy["has_gauss"]], dtype=torch.int64),
+        "numpy_gaussian": torch.tensor(numpy["gauss"], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
