@@ -19,7 +19,7 @@ def seed_all(seed: int) -> None:
 
 
 def capture() -> dict[str, Tensor]:
-    """The generators' states: Python's and NumPy's words, each with the Gaussian it keeps back, and PyTorch's."""
+    """The states of Python's and NumPy's generator, with the Gaussian each keeps back, and PyTorch's."""
     _, words, gaussian = random.getstate()
     numpy = np.random.get_state(legacy=False)
     words_numpy, position = numpy["state"]["key"].tolist(), numpy["state"]["pos"]
