@@ -1,6 +1,7 @@
 """`fastlm train` and the engine's memory policy, as a user meets them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,10 +10,12 @@ import time
 
 import pytest
 import torch
-from fastlm.cli import main
-from fastlm.data import PrepareConfig, prepare
+
+import fastlm
+from fastlm.cli import demo, main
+from fastlm.data import PrepareConfig, load_tokens, prepare
 from fastlm.training import TrainConfig
-from fastlm.training.checkpoint import load_checkpoint
+from fastlm.training.checkpoint import load_checkpoint, load_model
 
 FLAGS = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=16", "--batch-size=2"]
 FLAGS += ["--warmup-steps=2", "--eval-interval=50", "--log-interval=2"]
@@ -61,9 +64,7 @@ def test_trains_refuses_a_used_folder_and_resumes(data, tmp_path, capsys):
 
 def test_flags_win_over_the_file(data, tmp_path, capsys):
     file = tmp_path / "small.toml"
-    file.write_text(
-        "n_layer = 1\nn_head = 1\nn_embd = 8\nmax_steps = 9\nlearning_rate = 0.5\n", encoding="utf-8"
-    )
+    file.write_text("n_layer = 1\nn_head = 1\nn_embd = 8\nmax_steps = 9\nlearning_rate = 0.5\n", encoding="utf-8")
     out = str(tmp_path / "run")
     flags = ["--max-steps", "2", "--context-length=8", "--device", "cpu"]
     assert main(["train", data, "--out", out, "--config", str(file), *flags]) == 0
@@ -122,6 +123,55 @@ def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path, number):
         assert all(json.loads(line)["step"] <= step for line in file)
     assert main(["train", "--out", out, "--resume", "--max-steps", str(step + 3)]) == 0
     assert load_checkpoint(out).step == step + 3
+
+
+class TestDemo:
+    @pytest.fixture
+    def corpus(self, tmp_path, monkeypatch):
+        """A local text in place of the one that is fetched."""
+        path = tmp_path / "play.txt"
+        path.write_text("To be, or not to be: that is the question.\nWhether 'tis nobler\n" * 400, encoding="utf-8")
+        monkeypatch.setattr(demo, "demo_corpus", lambda cache_dir: ("a play", [path]))
+        return tmp_path / "demo"
+
+    def test_leaves_everything_it_promises(self, corpus, capsys):
+        arguments = ["demo", "--out", str(corpus), "--steps", "3", "--sample-tokens", "5", "--device", "cpu"]
+        assert main([*arguments, "--prompt", "To be"]) == 0
+        for name in ("loss.png", "metrics.jsonl", "sample.txt", "summary.json"):
+            assert (corpus / name).stat().st_size > 0
+        assert (corpus / "sample.txt").read_text(encoding="utf-8").startswith("To be")
+        summary = json.loads((corpus / "summary.json").read_text(encoding="utf-8"))
+        assert (summary["corpus"], summary["steps"], summary["device"]) == ("a play", 3, "cpu")
+        assert summary["isa"] == fastlm.cpu_isa()
+        assert summary["backend"] in fastlm._dispatch.NAMES
+        assert summary["parameters"] == load_model(corpus)[0].num_parameters()
+        assert 0 < summary["train_seconds"] < 240
+        assert summary["tokens_per_second"] > 0
+        assert "bits per character on held-out text of a play" in capsys.readouterr().out
+
+        # Bits per character again, from the text and the saved model alone.
+        model, tokenizer = load_model(corpus)
+        tokens = torch.from_numpy(load_tokens(corpus / "data", "val").astype("int64"))
+        windows = [tokens[i : i + 129] for i in range(0, len(tokens) - 1, 128)]
+        with torch.no_grad():
+            nats = sum(model(w[None, :-1], w[None, 1:]).item() * (len(w) - 1) for w in windows)
+        text = "".join(tokenizer.decode(part.tolist()) for part in tokens.split(10**9))
+        end = tokenizer.decode([tokenizer.eot_id])
+        count = len(tokens) / (len(tokens) - 1)  # the first token is not predicted
+        bits = nats * count / math.log(2) / len(text.replace(end, ""))
+        # The run multiplied in bfloat16 where the CPU can, this in float32: 8 bits of mantissa.
+        assert summary["bits_per_char"] == pytest.approx(bits, rel=2**-8)
+
+        # A rerun starts afresh.
+        assert main([*arguments, "--prompt", "Whether", "--seed", "2"]) == 0
+        assert (corpus / "sample.txt").read_text(encoding="utf-8").startswith("Whether")
+        assert load_checkpoint(corpus).step == 3
+        assert TrainConfig.load(corpus / "config.toml").seed == 2
+
+    def test_minutes_must_be_positive(self, corpus, capsys):
+        assert main(["demo", "--out", str(corpus), "--minutes", "0"]) == 1
+        assert capsys.readouterr().err == "fastlm demo: minutes is 0.0, expected more than 0\n"
+        assert not corpus.exists()
 
 
 MEMORY = """

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastlm.data import PrepareConfig, load_manifest, load_tokens, prepare
 from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.models.gpt import GPT, GPTConfig
@@ -20,9 +23,7 @@ from fastlm.training.loader import WindowLoader, evaluation_batches
 from fastlm.training.metrics import read_metrics
 from fastlm.training.optimizer import build_optimizer
 from fastlm.training.progress import ConsoleReporter, Reporter, clock
-from fastlm.training.system import choose_device, choose_dtype, cpu_bfloat16_feature
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fastlm.training.system import choose_device, choose_dtype, choose_threads, cpu_bfloat16_feature
 
 SMALL = {
     "n_layer": 2,
@@ -153,17 +154,26 @@ class TestConfig:
 
     def test_auto_dtype_on_a_cpu_follows_its_instruction_sets(self):
         capabilities = getattr(torch.cpu, "get_capabilities", lambda: None)()
-        if (
-            not capabilities
-            or capabilities["architecture"] != "x86_64"
-            or not sys.platform.startswith("linux")
-        ):
+        if not capabilities or capabilities["architecture"] != "x86_64" or not sys.platform.startswith("linux"):
             pytest.skip("PyTorch does not tell this CPU's instruction sets")
         fast = capabilities["avx512_bf16"] or capabilities["amx_bf16"]
         dtype, why = choose_dtype("auto", torch.device("cpu"))
         assert dtype == (torch.bfloat16 if fast else torch.float32)
         assert bool(cpu_bfloat16_feature()) == fast
         assert ("the CPU has" in why) == fast
+
+    @pytest.mark.parametrize(
+        ("asked", "limits", "threads"),
+        [(0, "200000 100000", 2), (0, "50000 100000", 1), (0, "max 100000", 8), (0, None, 8), (5, "200000 100000", 5)],
+    )
+    def test_threads_stay_within_a_containers_share(self, tmp_path, monkeypatch, asked, limits, threads):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        file = tmp_path / "cpu.max"
+        if limits is not None:
+            file.write_text(limits + "\n", encoding="utf-8")
+        assert choose_threads(asked, 8, file) == threads
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        assert choose_threads(asked, 7, file) == (asked or 7)
 
 
 class TestLoader:
@@ -213,9 +223,7 @@ class TestLoader:
         assert len({int(e.min()) for e in epochs}) > 2
         assert len({tuple((e - e.min()).tolist()) for e in epochs}) == 6
 
-    @given(
-        n=st.integers(2, 200), context=st.integers(1, 20), batch=st.integers(1, 5), cap=st.integers(0, 250)
-    )
+    @given(n=st.integers(2, 200), context=st.integers(1, 20), batch=st.integers(1, 5), cap=st.integers(0, 250))
     @settings(max_examples=60, deadline=None)
     def test_evaluation_predicts_each_token_once(self, n, context, batch, cap):
         tokens = np.arange(n, dtype=np.uint16)
@@ -253,12 +261,8 @@ class TestEvaluation:
         loss = total / (len(ids) - 1)
         assert result.tokens == len(ids) - 1
         assert result.loss == pytest.approx(loss, rel=1e-5)
-        assert result.bits_per_byte == pytest.approx(
-            loss * split["tokens"] / split["bytes"] / math.log(2), rel=1e-5
-        )
-        assert result.bits_per_char == pytest.approx(
-            loss * split["tokens"] / split["chars"] / math.log(2), rel=1e-5
-        )
+        assert result.bits_per_byte == pytest.approx(loss * split["tokens"] / split["bytes"] / math.log(2), rel=1e-5)
+        assert result.bits_per_char == pytest.approx(loss * split["tokens"] / split["chars"] / math.log(2), rel=1e-5)
         assert result.bits_per_char > result.bits_per_byte
 
 
@@ -310,9 +314,7 @@ class TestResume:
         settings = config(data, tmp_path, dropout=0.2, gradient_accumulation=2)
         train(settings, reporter=Recorder(interrupt_after=10))
         with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(
-                '{"kind": "train", "step": 12, "loss": 1.0}\n{"kind": "validation", "step": 16, "loss"'
-            )
+            file.write('{"kind": "train", "step": 12, "loss": 1.0}\n{"kind": "validation", "step": 16, "loss"')
         train(settings, resume=True)
         assert curve(tmp_path) == curve(whole_run[0])
 
@@ -343,9 +345,7 @@ class TestResume:
 def curve(out):
     """Lines of metrics without what depends on the clock."""
     timing = ("seconds", "tokens_per_second")
-    return [
-        {k: v for k, v in line.items() if k not in timing} for line in read_metrics(out / "metrics.jsonl")
-    ]
+    return [{k: v for k, v in line.items() if k not in timing} for line in read_metrics(out / "metrics.jsonl")]
 
 
 class TestRun:
@@ -368,9 +368,7 @@ class TestRun:
 
     def test_one_line_of_metrics_an_interval(self, whole_run):
         out, _, reporter = whole_run
-        lines = [
-            json.loads(text) for text in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         train_lines = [line for line in lines if line["kind"] == "train"]
         assert [line["step"] for line in train_lines] == [3, 6, 9, 12, 15, 18]
         assert [line["step"] for line in lines if line["kind"] == "validation"] == [8, 16, 20]
@@ -392,12 +390,8 @@ class TestRun:
 
     def test_accumulation_is_a_larger_batch(self, data, tmp_path):
         """Two batches of 4 added up are one of 8, but for the order of additions."""
-        small = config(
-            data, tmp_path / "a", batch_size=4, gradient_accumulation=2, max_steps=3, grad_clip=0.0
-        )
-        large = config(
-            data, tmp_path / "b", batch_size=8, gradient_accumulation=1, max_steps=3, grad_clip=0.0
-        )
+        small = config(data, tmp_path / "a", batch_size=4, gradient_accumulation=2, max_steps=3, grad_clip=0.0)
+        large = config(data, tmp_path / "b", batch_size=8, gradient_accumulation=1, max_steps=3, grad_clip=0.0)
         reports = []
         for each in (small, large):
             reporter = Recorder()
@@ -409,17 +403,13 @@ class TestRun:
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
             train(config(data, tmp_path / name, seed=seed, max_steps=3, dropout=0.1))
         assert_same_tensors(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
-        assert not torch.equal(
-            tensors(tmp_path / "a")["model.wte.weight"], tensors(tmp_path / "c")["model.wte.weight"]
-        )
+        assert not torch.equal(tensors(tmp_path / "a")["model.wte.weight"], tensors(tmp_path / "c")["model.wte.weight"])
 
     def test_bfloat16_keeps_weights_in_float32(self, data, tmp_path):
         result = train(config(data, tmp_path, dtype="bfloat16", max_steps=40, learning_rate=1e-2))
         assert result.dtype == "bfloat16"
         assert result.best_loss < math.log(load_manifest(data).vocab_size) - 0.3
-        floating = {
-            t.dtype for name, t in tensors(tmp_path).items() if name.startswith(("model", "optimizer"))
-        }
+        floating = {t.dtype for name, t in tensors(tmp_path).items() if name.startswith(("model", "optimizer"))}
         assert floating == {torch.float32}
 
     def test_patience_stops_early(self, data, tmp_path):

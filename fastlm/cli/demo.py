@@ -108,9 +108,7 @@ def prepare_corpus(out: Path, reporter: Reporter) -> str:
     # 2048 tokens: short enough words to learn in minutes, long enough that a context holds several lines.
     settings = PrepareConfig(inputs=tuple(paths), out=out / "data", tokenizer="bpe", vocab_size=2048)
     splits = prepare(settings).splits
-    reporter.message(
-        f"tokens: {splits['train']['tokens']:,} to train on, {splits['val']['tokens']:,} held out"
-    )
+    reporter.message(f"tokens: {splits['train']['tokens']:,} to train on, {splits['val']['tokens']:,} held out")
     return name
 
 

@@ -147,9 +147,7 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
             wanted = () if key == "step" else tuple(parameter.shape)
             got = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
             if tensor is None or tuple(tensor.shape) != wanted:
-                raise CheckpointError(
-                    f"{checkpoint.path}: optimizer.{name}.{key} is {got}, expected {wanted}"
-                )
+                raise CheckpointError(f"{checkpoint.path}: optimizer.{name}.{key} is {got}, expected {wanted}")
         optimizer.state[parameter] = {
             key: t.to(parameter.device, torch.float32) if key == "step" else t.to(parameter.device)
             for key, t in state.items()

@@ -73,7 +73,7 @@ class TrainConfig:
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
     dtype: Dtype = "auto"  # of matrix products; weights, norms and the optimizer stay float32
-    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
+    threads: int = 0  # CPU threads; 0: one a core, within a container's share
     compile: bool = False  # torch.compile the model: slow first step, then faster
     keep_freed_memory: bool = True  # glibc only: reuse freed tensors' pages and never return them
 

@@ -26,7 +26,7 @@ from .progress import Reporter, StepReport
 from .schedules import SCHEDULES
 from .state import State, TrainResult
 from .storage import replacing
-from .system import Interrupt, catch_interrupts, choose_device, choose_dtype
+from .system import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads
 
 
 class DivergenceError(FastlmError, ArithmeticError):
@@ -70,8 +70,7 @@ class Trainer:
         self.out = Path(config.out)
         self.device = choose_device(config.device)
         self.dtype, why = choose_dtype(config.dtype, self.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(choose_threads(config.threads, torch.get_num_threads()))
         self._open_data()
         rng.seed_all(config.seed)
         self.model = _build_model(config, self.manifest.vocab_size).to(self.device)
@@ -102,9 +101,7 @@ class Trainer:
         )
         self.validation = load_tokens(config.data, "val")
         if len(self.validation) < 2:
-            raise DataError(
-                f"{config.data}: the val split has {len(self.validation)} tokens, expected 2 or more"
-            )
+            raise DataError(f"{config.data}: the val split has {len(self.validation)} tokens, expected 2 or more")
 
     def open_folder(self, resume: bool, overwrite: bool) -> None:
         """Make the run folder ready: load its checkpoint, or clear it, or refuse."""

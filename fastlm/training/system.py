@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 
 from ..errors import ConfigError
 
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,9 +32,7 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -67,6 +67,26 @@ def cpu_bfloat16_feature() -> str | None:
         return None
     # "bf16" is Arm's name for it.
     return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in words), None)
+
+
+def choose_threads(asked: int, started_with: int, cpu_max: Path = CPU_MAX) -> int:
+    """CPU threads to use: what is asked for, else PyTorch's choice, but no more than a container may run.
+
+    PyTorch counts the machine's cores; in a container limited to 2 of 64 its 64 threads would spend their
+    time waiting for each other. OMP_NUM_THREADS is the user's own word and stands.
+
+    Args:
+        asked: 0 for the automatic choice.
+        started_with: PyTorch's choice.
+        cpu_max: the control group's "QUOTA PERIOD" in microseconds, or "max PERIOD".
+    """
+    if asked or "OMP_NUM_THREADS" in os.environ:
+        return asked or started_with
+    try:
+        quota, period = (int(word) for word in cpu_max.read_text(encoding="utf-8").split())
+    except (OSError, ValueError):  # no control group, or "max"
+        return started_with
+    return max(1, min(started_with, quota // period))
 
 
 class Interrupt:
