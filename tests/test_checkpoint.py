@@ -10,6 +10,9 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from fastlm.data import Tokenizer
 from fastlm.errors import CheckpointError, DataError
 from fastlm.models.gpt import GPT, GPTConfig
@@ -22,8 +25,6 @@ from fastlm.training.checkpoint import (
     save_checkpoint,
 )
 from fastlm.training.optimizer import build_optimizer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 SIZES = {"vocab_size": 31, "context_length": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
 

@@ -3,9 +3,10 @@
 import math
 
 import pytest
-from fastlm.training.schedules import SCHEDULES
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastlm.training.schedules import SCHEDULES
 
 WARMUP, DECAY, FLOOR = 10, 110, 0.1
 
