@@ -1,0 +1,21 @@
+"""Layer normalization (Ba et al. 2016), as `torch.nn.LayerNorm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.layer_norm import layer_norm
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` on `fastlm.layer_norm`: same constructor, parameters and state_dict."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize `input` (..., *normalized_shape) over its last dimensions.
+
+        Raises:
+            ValueError: if input's shape does not end in normalized_shape, or it is on another device.
+            TypeError: if input is not floating-point.
+        """
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
