@@ -56,7 +56,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         _check_inputs(self, query, key, value)
         if is_causal and attn_mask is None:
-            raise RuntimeError("MultiheadAttention: is_causal is set and attn_mask is None; the hint needs the mask")
+            raise RuntimeError(
+                "MultiheadAttention: is_causal is set and attn_mask is None; the hint needs the mask"
+            )
         causal = is_causal and key_padding_mask is None and not need_weights
         q, k, v = (_split_heads(self, x) for x in _project(self, query, key, value))  # (B, H, T or S, D)
         unbatched = query.dim() == 2
@@ -88,7 +90,9 @@ def _project(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
     ws = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if w is None else w.chunk(3)
     bs = (None, None, None) if b is None else b.chunk(3)
     inputs = (query, key, value)
-    return tuple(F.linear(x, w_x, b_x).unflatten(-1, heads) for x, w_x, b_x in zip(inputs, ws, bs, strict=True))
+    return tuple(
+        F.linear(x, w_x, b_x).unflatten(-1, heads) for x, w_x, b_x in zip(inputs, ws, bs, strict=True)
+    )
 
 
 def _split_heads(layer: MultiheadAttention, x: Tensor) -> Tensor:
@@ -128,7 +132,12 @@ def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _merged_mask(
-    layer: MultiheadAttention, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, S: int, unbatched: bool
+    layer: MultiheadAttention,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    q: Tensor,
+    S: int,
+    unbatched: bool,
 ) -> Tensor | None:
     """One mask that broadcasts to (B, H, T, S): boolean with True where blocked, or floating-point to add."""
     B, H, T, _ = q.shape
@@ -156,7 +165,9 @@ def _extended_mask(layer: MultiheadAttention, mask: Tensor, dtype: torch.dtype) 
 
 def _check_mask(name: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"MultiheadAttention: {name} has dtype {mask.dtype}, expected bool or a floating-point dtype")
+        raise TypeError(
+            f"MultiheadAttention: {name} has dtype {mask.dtype}, expected bool or a floating-point dtype"
+        )
     if mask.shape not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"MultiheadAttention: {name} has shape {tuple(mask.shape)}, expected {expected}")
@@ -178,7 +189,11 @@ def _check_inputs(layer: MultiheadAttention, query: Tensor, key: Tensor, value: 
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{op}: {name} has dtype {x.dtype}, the parameters have {weight.dtype}")
     if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"{op}: value has shape {tuple(value.shape)}, expected key's {tuple(key.shape[:-1])} before features")
+        raise ValueError(
+            f"{op}: value has shape {tuple(value.shape)}, expected key's {tuple(key.shape[:-1])} before features"
+        )
     batch = 0 if layer.batch_first else 1
     if query.dim() == 3 and key.shape[batch] != query.shape[batch]:
-        raise ValueError(f"{op}: key has a batch of {key.shape[batch]}, expected query's {query.shape[batch]}")
+        raise ValueError(
+            f"{op}: key has a batch of {key.shape[batch]}, expected query's {query.shape[batch]}"
+        )
