@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import fastlm.nn
 import pytest
 import torch
-from tolerances import assert_as_close_as_torch
 
-import fastlm.nn
+from tolerances import assert_as_close_as_torch
 
 FORMS = ["none", "tanh"]
 

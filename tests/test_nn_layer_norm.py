@@ -6,11 +6,11 @@ import copy
 import math
 import pickle
 
+import fastlm.nn
 import pytest
 import torch
-from tolerances import assert_as_close_as_torch
 
-import fastlm.nn
+from tolerances import assert_as_close_as_torch
 
 OPTIONS = [
     {"normalized_shape": 13},

@@ -17,8 +17,8 @@ from ..ops.attention import scaled_dot_product_attention
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on `fastlm.scaled_dot_product_attention`.
 
-    Constructor, parameters, state_dict, masks and results are torch's, with one difference: a query whose keys
-    are all masked out attends to nothing, and gets weights of 0 and zero gradients where torch gives NaN.
+    Constructor, parameters, state_dict, masks and results are torch's, with one difference: a query whose
+    keys are all masked out attends to nothing, and gets weights of 0 and zero gradients where torch gives NaN.
     """
 
     def forward(
@@ -37,17 +37,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Args:
             query: (T, B, embed_dim), or (B, T, embed_dim) with batch_first, or (T, embed_dim).
             key, value: likewise with length S, and kdim and vdim features.
-            key_padding_mask: (B, S), or (S,) unbatched. Boolean: True leaves the key out. Floating-point: added to
-                the scores.
+            key_padding_mask: (B, S), or (S,) unbatched. Boolean: True leaves the key out. Floating-point: added
+                to the scores.
             need_weights: also return the attention weights; they are computed, and stored, only then.
             attn_mask: (T, S) or (B * num_heads, T, S), boolean or floating-point as key_padding_mask.
             average_attn_weights: return the weights' mean over heads.
-            is_causal: a promise that attn_mask is the causal mask. It is then not read, unless key_padding_mask or
-                need_weights call for it; a key of add_bias_kv or add_zero_attn lies beyond the causal triangle.
+            is_causal: a promise that attn_mask is the causal mask. It is then not read, unless key_padding_mask
+                or need_weights call for it; a key of add_bias_kv or add_zero_attn is then beyond the triangle.
 
         Returns:
-            (output, weights): output has query's shape; weights are (B, T, S) averaged or (B, num_heads, T, S),
-            without B for unbatched input, after dropout in training, or None.
+            (output, weights): output has query's shape; weights are None, or after dropout in training
+            (B, T, S) averaged and (B, num_heads, T, S) otherwise, without B for unbatched input.
 
         Raises:
             ValueError: if a shape or device does not fit.
@@ -56,9 +56,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         _check_inputs(self, query, key, value)
         if is_causal and attn_mask is None:
-            raise RuntimeError(
-                "MultiheadAttention: is_causal is set and attn_mask is None; the hint needs the mask"
-            )
+            raise RuntimeError("MultiheadAttention: attn_mask is None, but the is_causal hint needs it")
         causal = is_causal and key_padding_mask is None and not need_weights
         q, k, v = (_split_heads(self, x) for x in _project(self, query, key, value))  # (B, H, T or S, D)
         unbatched = query.dim() == 2
@@ -89,10 +87,8 @@ def _project(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
         return F.linear(query, w[:E], b_q).unflatten(-1, heads), k, v
     ws = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if w is None else w.chunk(3)
     bs = (None, None, None) if b is None else b.chunk(3)
-    inputs = (query, key, value)
-    return tuple(
-        F.linear(x, w_x, b_x).unflatten(-1, heads) for x, w_x, b_x in zip(inputs, ws, bs, strict=True)
-    )
+    projected = (F.linear(*args) for args in zip((query, key, value), ws, bs, strict=True))
+    return tuple(x.unflatten(-1, heads) for x in projected)
 
 
 def _split_heads(layer: MultiheadAttention, x: Tensor) -> Tensor:
@@ -110,7 +106,7 @@ def _join_heads(layer: MultiheadAttention, y: Tensor, unbatched: bool) -> Tensor
 
 
 def _extend(layer: MultiheadAttention, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Keys or values (B, H, S, D) followed by the learned row of add_bias_kv and the zero row of add_zero_attn."""
+    """(B, H, S, D) keys or values, then the learned row of add_bias_kv and the zero row of add_zero_attn."""
     B, H, _, D = x.shape
     rows = []
     if bias is not None:
@@ -165,9 +161,7 @@ def _extended_mask(layer: MultiheadAttention, mask: Tensor, dtype: torch.dtype) 
 
 def _check_mask(name: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"MultiheadAttention: {name} has dtype {mask.dtype}, expected bool or a floating-point dtype"
-        )
+        raise TypeError(f"MultiheadAttention: {name} has dtype {mask.dtype}, expected bool or floating-point")
     if mask.shape not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"MultiheadAttention: {name} has shape {tuple(mask.shape)}, expected {expected}")
@@ -189,11 +183,8 @@ def _check_inputs(layer: MultiheadAttention, query: Tensor, key: Tensor, value: 
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{op}: {name} has dtype {x.dtype}, the parameters have {weight.dtype}")
     if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(
-            f"{op}: value has shape {tuple(value.shape)}, expected key's {tuple(key.shape[:-1])} before features"
-        )
+        expected = (*key.shape[:-1], layer.vdim)
+        raise ValueError(f"{op}: value has shape {tuple(value.shape)}, expected {expected} to match key")
     batch = 0 if layer.batch_first else 1
     if query.dim() == 3 and key.shape[batch] != query.shape[batch]:
-        raise ValueError(
-            f"{op}: key has a batch of {key.shape[batch]}, expected query's {query.shape[batch]}"
-        )
+        raise ValueError(f"{op}: key has a batch of {key.shape[batch]}, query one of {query.shape[batch]}")
