@@ -3,5 +3,6 @@
 from .attention import MultiheadAttention
 from .gelu import GELU
 from .layer_norm import LayerNorm
+from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["GELU", "LayerNorm", "MultiheadAttention"]
+__all__ = ["GELU", "LayerNorm", "MultiheadAttention", "TransformerDecoderLayer", "TransformerEncoderLayer"]

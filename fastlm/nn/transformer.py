@@ -1,0 +1,241 @@
+"""Transformer layers (Vaswani et al. 2017; pre-norm: Xiong et al. 2020), as those of `torch.nn`.
+
+A layer is a chain of sublayers: attention, cross-attention in a decoder, feed-forward. Each ends in dropout, the
+residual addition and, somewhere, a layer normalization; those three run as one `fastlm.add_layer_norm`:
+
+    post-norm   x = norm_i(x + dropout_i(f_i(x)))
+    pre-norm    x = x + dropout_i(f_i(norm_i(x))),   fused with norm_{i+1} of the sum
+
+A module that has hooks, that was replaced by another kind, or a block method that a subclass overrides, is called
+as torch would call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.gelu import bias_gelu, gelu
+from ..ops.layer_norm import add_layer_norm
+from .attention import MultiheadAttention
+from .gelu import GELU
+from .layer_norm import LayerNorm
+
+# (the sublayer's function, the dropout after it or None, its normalization)
+Sublayer = tuple[Callable[[Tensor], Tensor], nn.Dropout | None, nn.LayerNorm]
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` on fastlm's ops: same constructor, parameters, masks and results.
+
+    Nested input, which `torch.nn.TransformerEncoder` makes of padded batches in evaluation, is padded again.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation,
+            layer_norm_eps, batch_first, norm_first, bias, device, dtype,
+        )  # fmt: skip
+        _adopt_children(self)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Encode `src`, laid out as the query of `MultiheadAttention`; masks and the causal hint are as there.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `MultiheadAttention`; ValueError for a mask on nested input.
+        """
+        if src.is_nested:
+            return _through_padding(self, src, src_mask, src_key_padding_mask)
+        attend = partial(_self_attention, self, src_mask, src_key_padding_mask, is_causal)
+        attention = _block(self, "_sa_block", attend, self.dropout1, src_mask, src_key_padding_mask, is_causal)
+        feed_forward = _block(self, "_ff_block", partial(_feed_forward, self), self.dropout2)
+        return _chain(src, [(*attention, self.norm1), (*feed_forward, self.norm2)], self.norm_first)
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` on fastlm's ops: same constructor, parameters, masks and results."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation,
+            layer_norm_eps, batch_first, norm_first, bias, device, dtype,
+        )  # fmt: skip
+        _adopt_children(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Decode `tgt` against the encoder's `memory`; masks and causal hints are `MultiheadAttention`'s.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `MultiheadAttention`.
+        """
+        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        other = (memory_mask, memory_key_padding_mask, memory_is_causal)
+        attention = _block(self, "_sa_block", partial(_self_attention, self, *own), self.dropout1, *own)
+        look_up = partial(_cross_attention, self, memory, *other)
+        cross_attention = _block(self, "_mha_block", look_up, self.dropout2, memory, *other)
+        feed_forward = _block(self, "_ff_block", partial(_feed_forward, self), self.dropout3)
+        sublayers = [(*attention, self.norm1), (*cross_attention, self.norm2), (*feed_forward, self.norm3)]
+        return _chain(tgt, sublayers, self.norm_first)
+
+
+TransformerLayer = TransformerEncoderLayer | TransformerDecoderLayer
+FASTLM_CLASS = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
+
+
+def _adopt_children(layer: nn.Module) -> None:
+    """Give torch's submodules fastlm's forward: parameters are drawn once, so that a seed gives torch's layer."""
+    for child in layer.children():
+        child.__class__ = FASTLM_CLASS.get(type(child), type(child))
+
+
+def _self_attention(
+    layer: TransformerLayer, attn_mask: Tensor | None, padding: Tensor | None, is_causal: bool, x: Tensor
+) -> Tensor:
+    return layer.self_attn(
+        x, x, x, attn_mask=attn_mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal
+    )[0]
+
+
+def _cross_attention(
+    layer: TransformerDecoderLayer,
+    memory: Tensor,
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+    x: Tensor,
+) -> Tensor:
+    return layer.multihead_attn(
+        x, memory, memory, attn_mask=attn_mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal
+    )[0]
+
+
+def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
+    """linear2(dropout(activation(linear1(x)))), with linear1's bias, GELU and dropout in one pass."""
+    linear1, dropout, form = layer.linear1, layer.dropout, _gelu_form(layer.activation)
+    if form is None or linear1.bias is None or not (_plain(linear1, nn.Linear) and _plain(dropout, nn.Dropout)):
+        return layer.linear2(dropout(layer.activation(linear1(x))))
+    hidden = F.linear(x, linear1.weight)
+    return layer.linear2(bias_gelu(hidden, linear1.bias, form, dropout.p if dropout.training else 0.0))
+
+
+def _gelu_form(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """GELU's `approximate`, or None for another activation."""
+    if activation is F.gelu or activation is gelu:
+        return "none"
+    if isinstance(activation, nn.GELU) and _plain(activation, nn.GELU, GELU):
+        return activation.approximate
+    return None
+
+
+def _chain(x: Tensor, sublayers: list[Sublayer], norm_first: bool) -> Tensor:
+    """The residual stream x through every sublayer."""
+    if not norm_first:
+        for function, dropout, norm in sublayers:
+            x, _ = _add_norm(function(x), x, dropout, norm)
+        return x
+    normed = sublayers[0][2](x)
+    for (function, dropout, _), (_, _, next_norm) in pairwise(sublayers):
+        normed, x = _add_norm(function(normed), x, dropout, next_norm)
+    function, dropout, _ = sublayers[-1]
+    y = function(normed)
+    return x + (y if dropout is None else dropout(y))
+
+
+def _add_norm(x: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """(norm(z), z) with z = residual + dropout(x)."""
+    if _plain(norm, LayerNorm) and len(norm.normalized_shape) == 1 and (dropout is None or _plain(dropout, nn.Dropout)):
+        dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
+        return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p)
+    z = residual + (x if dropout is None else dropout(x))
+    return norm(z), z
+
+
+def _block(
+    layer: TransformerLayer, name: str, function: Callable[[Tensor], Tensor], dropout: nn.Dropout, *args
+) -> tuple[Callable[[Tensor], Tensor], nn.Dropout | None]:
+    """(`function`, `dropout`), or a subclass's or an instance's own `name` method, which has its dropout inside."""
+    inherited = getattr(nn.TransformerDecoderLayer, name)
+    if isinstance(layer, TransformerEncoderLayer):
+        inherited = getattr(nn.TransformerEncoderLayer, name)
+    if getattr(type(layer), name) is inherited and name not in layer.__dict__:
+        return function, dropout
+    method = getattr(layer, name)
+    return lambda x: method(x, *args), None
+
+
+def _plain(module: nn.Module, *types: type) -> bool:
+    """Whether calling `module` is calling the forward of one of `types`, with no hook that would notice."""
+    hooks = nn.modules.module
+    return type(module) in types and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def _through_padding(
+    layer: TransformerEncoderLayer, src: Tensor, src_mask: Tensor | None, padding: Tensor | None
+) -> Tensor:
+    """The layer on a nested tensor of (length, E) sequences."""
+    if src_mask is not None or padding is not None:
+        name = "src_key_padding_mask" if src_mask is None else "src_mask"
+        raise ValueError(f"TransformerEncoderLayer: {name} is given with a nested src, which holds no padding")
+    sequences = src.unbind()
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=src.device)
+    x = nn.utils.rnn.pad_sequence(list(sequences), batch_first=layer.self_attn.batch_first)
+    T = x.shape[1 if layer.self_attn.batch_first else 0]
+    y = layer.forward(x, src_key_padding_mask=torch.arange(T, device=src.device) >= lengths[:, None])
+    rows = y.unbind(0 if layer.self_attn.batch_first else 1)
+    return torch.nested.as_nested_tensor([row[: len(s)] for row, s in zip(rows, sequences, strict=True)])
