@@ -160,7 +160,8 @@ def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), with linear1's bias, GELU and dropout in one pass."""
     linear1, dropout, form = layer.linear1, layer.dropout, _gelu_form(layer.activation)
     if form is None or linear1.bias is None or not (_plain(linear1, nn.Linear) and _plain(dropout, nn.Dropout)):
-        return layer.linear2(dropout(layer.activation(linear1(x))))
+        hidden = linear1(x)
+        return layer.linear2(dropout(layer.activation(hidden) if form is None else gelu(hidden, form)))
     hidden = F.linear(x, linear1.weight)
     return layer.linear2(bias_gelu(hidden, linear1.bias, form, dropout.p if dropout.training else 0.0))
 
@@ -201,10 +202,9 @@ def _block(
     layer: TransformerLayer, name: str, function: Callable[[Tensor], Tensor], dropout: nn.Dropout, *args
 ) -> tuple[Callable[[Tensor], Tensor], nn.Dropout | None]:
     """(`function`, `dropout`), or a subclass's or an instance's own `name` method, which has its dropout inside."""
-    inherited = getattr(nn.TransformerDecoderLayer, name)
-    if isinstance(layer, TransformerEncoderLayer):
-        inherited = getattr(nn.TransformerEncoderLayer, name)
-    if getattr(type(layer), name) is inherited and name not in layer.__dict__:
+    encoder = isinstance(layer, nn.TransformerEncoderLayer)
+    torchs = nn.TransformerEncoderLayer if encoder else nn.TransformerDecoderLayer
+    if getattr(type(layer), name) is getattr(torchs, name) and name not in layer.__dict__:
         return function, dropout
     method = getattr(layer, name)
     return lambda x: method(x, *args), None
