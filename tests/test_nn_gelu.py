@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
-import fastlm.nn
 import pytest
 import torch
 
+import fastlm.nn
 from tolerances import assert_as_close_as_torch
 
 FORMS = ["none", "tanh"]

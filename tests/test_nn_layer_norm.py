@@ -6,10 +6,10 @@ import copy
 import math
 import pickle
 
-import fastlm.nn
 import pytest
 import torch
 
+import fastlm.nn
 from tolerances import assert_as_close_as_torch
 
 OPTIONS = [

@@ -8,12 +8,12 @@ import itertools
 import pickle
 import warnings
 
-import fastlm.nn
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastlm.nn
 from tolerances import assert_as_close_as_torch
 
 E, H, FF, B, T, S = 22, 2, 37, 3, 5, 7  # D = 11
@@ -238,6 +238,14 @@ def test_compiles_whole(kind, norm_first):
     inputs, masks = inputs_of(kind, ours), masks_of(kind, "causal padding memory")
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs, **masks), ours(*inputs, **masks))
+
+
+@KINDS
+def test_exports(kind):
+    ours = twins(kind, activation="gelu", batch_first=True)[0].eval()
+    inputs, masks = inputs_of(kind, ours), masks_of(kind, "causal padding memory")
+    exported = torch.export.export(ours, inputs, masks).module()
+    torch.testing.assert_close(exported(*inputs, **masks), ours(*inputs, **masks))
 
 
 @KINDS
