@@ -4,7 +4,7 @@ Importing this package imports torch and nothing heavier: Triton, the CUDA modul
 extras are loaded when something needs them.
 """
 
-from . import errors
+from . import errors, nn
 from ._dispatch import backend, explain
 from ._native import cpu_isa, cpu_isas, set_cpu_isa
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
@@ -33,6 +33,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "nn",
     "scaled_dot_product_attention",
     "set_cpu_isa",
 ]
