@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cpu/attention.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -9,6 +10,33 @@ using namespace fastlm;
 using ptr = std::uintptr_t;
 
 #define P(name) reinterpret_cast<void*>(name)
+
+namespace {
+
+// A (B, H, T, D) tensor as (address, strides).
+Heads heads(ptr data, const py::tuple& strides) {
+  return {P(data), strides[0].cast<int64_t>(), strides[1].cast<int64_t>(), strides[2].cast<int64_t>()};
+}
+
+Mask mask_of(ptr data, const py::tuple& strides, int type) {
+  if (!data) return {};
+  return {P(data), strides[0].cast<int64_t>(), strides[1].cast<int64_t>(), strides[2].cast<int64_t>(),
+          strides[3].cast<int64_t>(), type};
+}
+
+// What both directions of attention share; sizes are (B, H, Hkv, T, S, D, Dv).
+AttentionArgs attention_args(const Heads& q, const Heads& k, const Heads& v, const Mask& mask, const Heads& out,
+                             ptr lse, const py::tuple& sizes, double scale, bool causal, double p, int64_t seed,
+                             int type) {
+  AttentionArgs a{};
+  a.q = q, a.k = k, a.v = v, a.mask = mask, a.out = out, a.lse = P(lse);
+  int64_t* const size[] = {&a.B, &a.H, &a.Hkv, &a.T, &a.S, &a.D, &a.Dv};
+  for (size_t i = 0; i < 7; ++i) *size[i] = sizes[i].cast<int64_t>();
+  a.scale = scale, a.causal = causal, a.dropout_p = p, a.seed = seed, a.type = type;
+  return a;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   using nogil = py::call_guard<py::gil_scoped_release>;
@@ -46,4 +74,26 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
           gelu_bwd(P(dy), P(x), P(bias), P(dx), P(partial), P(db), M, N, tanh, p, seed, type, b_type);
         },
         nogil());
+  m.def("attention_fwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
+                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse,
+                            const py::tuple& sizes, double scale, bool causal, double p, int64_t seed, int type) {
+    const AttentionArgs a = attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type),
+                                           heads(out, os), lse, sizes, scale, causal, p, seed, type);
+    const py::gil_scoped_release nogil_here;
+    attention_fwd(a);
+  });
+  m.def("attention_bwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
+                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr dout,
+                            const py::tuple& dos, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk, const py::tuple& dks,
+                            ptr dv, const py::tuple& dvs, ptr dmask, const py::tuple& dmask_sizes,
+                            const py::tuple& sizes, double scale, bool causal, double p, int64_t seed, int type) {
+    AttentionArgs a = attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type),
+                                     heads(out, os), lse, sizes, scale, causal, p, seed, type);
+    a.dout = heads(dout, dos), a.dlse = P(dlse);
+    if (dq) a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);
+    a.dmask.data = P(dmask);
+    for (size_t i = 0; dmask && i < 4; ++i) a.dmask_sizes[i] = dmask_sizes[i].cast<int64_t>();
+    const py::gil_scoped_release nogil_here;
+    attention_bwd(a);
+  });
 }

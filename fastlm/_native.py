@@ -185,3 +185,85 @@ def dropout_factors(M: int, N: int, p: float, seed: int) -> Tensor:
 def omp_threads() -> int | None:
     """Threads that the CPU kernels would use, or None where the extension is missing."""
     return None if _cpu is None else _cpu.omp_threads()
+
+
+_BOOL = 4  # the mask type beside TYPE_CODE's
+
+
+def _attention_mask(mask: Tensor | None, sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...], int]:
+    """Address, strides and type of a (B, H, T, S) mask whose broadcast dimensions have size 1."""
+    if mask is None:
+        return 0, (), 0
+    mask = mask.expand(sizes)
+    return mask.data_ptr(), mask.stride(), TYPE_CODE.get(mask.dtype, _BOOL)
+
+
+def _attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    B, H, T, D = q.shape
+    return B, H, k.shape[1], T, k.shape[2], D, v.shape[3]
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """q (B, H, T, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), last dimensions contiguous -> (out, lse or None).
+
+    out is (B, H, T, Dv) over (B, T, H, Dv) memory, lse (B, H, T) in compute dtype.
+    """
+    B, H, _, T, S, _, Dv = sizes = _attention_sizes(q, k, v)
+    out = q.new_empty(B, T, H, Dv).transpose(1, 2)
+    sums = q.new_empty(B, H, T, dtype=compute_dtype(q.dtype)) if lse else None
+    _cpu.attention_fwd(
+        q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
+        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), _ptr(sums),
+        sizes, scale, is_causal, dropout_p, seed, TYPE_CODE[q.dtype],
+    )  # fmt: skip
+    return out, sums
+
+
+def heads_like(x: Tensor) -> Tensor:
+    """An empty tensor for x's gradient: dense, in x's order of dimensions, its last dimension contiguous."""
+    grad = torch.empty_like(x)
+    return grad if grad.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    inputs: bool = True,
+    mask_grad: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> (dq, dk, dv) like q, k and v where `inputs`, and dmask in mask's shape and compute dtype where `mask_grad`."""
+    B, H, _, T, S, _, _ = sizes = _attention_sizes(q, k, v)
+    dq, dk, dv = (heads_like(x) if inputs else None for x in (q, k, v))
+    dmask = torch.empty(mask.shape, dtype=lse.dtype) if mask is not None and mask_grad else None
+    _cpu.attention_bwd(
+        q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
+        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), lse.data_ptr(),
+        dout.data_ptr(), dout.stride(), _ptr(dlse), *_heads(dq), *_heads(dk), *_heads(dv),
+        _ptr(dmask), () if dmask is None else tuple(dmask.shape),
+        sizes, scale, is_causal, dropout_p, seed, TYPE_CODE[q.dtype],
+    )  # fmt: skip
+    return dq, dk, dv, dmask
+
+
+def _heads(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    return (0, ()) if x is None else (x.data_ptr(), x.stride())

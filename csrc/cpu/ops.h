@@ -38,4 +38,9 @@ void gelu_fwd(const void* x, const void* bias, void* y, int64_t M, int64_t N, bo
 void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M, int64_t N,
               bool tanh, double p, int64_t seed, int type, int b_type);
 
+// Attention; attention.h says what the arguments are.
+struct AttentionArgs;
+void attention_fwd(const AttentionArgs& args);
+void attention_bwd(const AttentionArgs& args);
+
 }  // namespace fastlm

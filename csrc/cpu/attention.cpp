@@ -1,0 +1,77 @@
+// Scaled dot-product attention with an online softmax: no (T, S) matrix reaches memory.
+//
+// attention_tile.h has the matrix products, packing and masks; attention_fwd.h and attention_bwd.h the two passes.
+// 16-bit inputs are widened to fp32 while they are packed.
+
+#include "cpu/attention.h"
+
+#include <limits>
+#include <utility>
+
+#include "cpu/ops.h"
+
+#ifndef FASTLM_ISA
+#define FASTLM_FILE "cpu/attention.cpp"
+#include "cpu/foreach_isa.h"
+#endif
+
+#ifdef FASTLM_ISA
+#include "cpu/attention_tile.h"
+#include "cpu/attention_fwd.h"
+#include "cpu/attention_bwd.h"
+
+namespace fastlm::FASTLM_ISA::attention {
+
+void forward(const AttentionArgs& a) {
+  switch ((DType)a.type) {
+    case DType::f32: return fwd<float>(a);
+    case DType::f64: return fwd<double>(a);
+    case DType::bf16: return fwd<bf16_t>(a);
+    case DType::f16: return fwd<f16_t>(a);
+  }
+}
+void backward(const AttentionArgs& a) {
+  switch ((DType)a.type) {
+    case DType::f32: return bwd<float>(a);
+    case DType::f64: return bwd<double>(a);
+    case DType::bf16: return bwd<bf16_t>(a);
+    case DType::f16: return bwd<f16_t>(a);
+  }
+}
+
+}  // namespace fastlm::FASTLM_ISA::attention
+
+#else
+
+#include <cstdlib>
+#include <new>
+
+namespace fastlm {
+
+namespace {
+struct Kept {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Kept() { std::free(data); }
+};
+}  // namespace
+
+void* attention_scratch(size_t bytes) {
+  thread_local Kept kept;
+  if (bytes > kept.size) {
+    std::free(kept.data);
+    kept.size = (bytes + 4095) / 4096 * 4096;
+    kept.data = std::aligned_alloc(4096, kept.size);
+    if (!kept.data) {
+      kept.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return kept.data;
+}
+
+void attention_fwd(const AttentionArgs& args) { FASTLM_DISPATCH(attention::forward, args); }
+void attention_bwd(const AttentionArgs& args) { FASTLM_DISPATCH(attention::backward, args); }
+
+}  // namespace fastlm
+#endif

@@ -1,0 +1,235 @@
+// Attention's building blocks, for inclusion inside a pass of foreach_isa.h: no include guard.
+//
+// Tiles live in scratch memory in the compute type, rows padded with zeros to whole vectors ("Dp" is D padded).
+// A tile of keys has kKeys of them; its scores are an (n, kKeys) array with that row stride.
+
+namespace fastlm::FASTLM_ISA::attention {
+
+constexpr int64_t kKeys = 64;
+
+// The register block of the matrix products: kRows x kVecs accumulators, and one vector for each of the operands.
+#if FASTLM_ISA_LEVEL >= 2
+constexpr int kRows = 6, kVecs = 4;
+#elif FASTLM_ISA_LEVEL == 1
+constexpr int kRows = 6, kVecs = 2;
+#else
+constexpr int kRows = 4, kVecs = 2;
+#endif
+
+template <class V>
+inline int64_t padded(int64_t n) {
+  return ceil_div(n, lanes<V>) * lanes<V>;
+}
+
+template <class S>
+constexpr S minus_infinity = -std::numeric_limits<S>::infinity();
+
+// ---- matrix products -------------------------------------------------------------------------------------------
+
+enum class Start { zero, add, scale };
+
+// C (R x N*lanes) = start + A (R x K) B (K x N*lanes). Element (r, k) of A is A[r * ar + k] or, transposed, A[k * ar + r].
+template <int R, int N, bool kTransposed, class V>
+inline void block(const lane_t<V>* A, int64_t ar, const lane_t<V>* B, int64_t br, lane_t<V>* C, int64_t cr, int64_t K,
+                  Start start, const lane_t<V>* factor) {
+  constexpr int64_t L = lanes<V>;
+  V c[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) {
+      c[r][n] = start == Start::zero ? V{} : load<V>(C + r * cr + n * L);
+      if (start == Start::scale) c[r][n] *= factor[r];
+    }
+  for (int64_t k = 0; k < K; ++k) {
+    V b[N];
+    for (int n = 0; n < N; ++n) b[n] = load<V>(B + k * br + n * L);
+    for (int r = 0; r < R; ++r) {
+      const V a = set1<V>(kTransposed ? A[k * ar + r] : A[r * ar + k]);
+      for (int n = 0; n < N; ++n) c[r][n] = fma(a, b[n], c[r][n]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) store(C + r * cr + n * L, c[r][n]);
+}
+
+template <int R, int N, bool kTransposed, class V>
+inline void block_of(int64_t r, int64_t n, const lane_t<V>* A, int64_t ar, const lane_t<V>* B, int64_t br, lane_t<V>* C,
+                     int64_t cr, int64_t K, Start start, const lane_t<V>* factor) {
+  if (r == R && n == N) return block<R, N, kTransposed, V>(A, ar, B, br, C, cr, K, start, factor);
+  if constexpr (R > 1) {
+    if (r < R) return block_of<R - 1, N, kTransposed, V>(r, n, A, ar, B, br, C, cr, K, start, factor);
+  }
+  if constexpr (N > 1) {
+    if (n < N) return block_of<R, N - 1, kTransposed, V>(r, n, A, ar, B, br, C, cr, K, start, factor);
+  }
+}
+
+// C (M x N) = start + A (M x K) B (K x N) for N a multiple of the lanes; C's columns in blocks of even width.
+template <bool kTransposed, class V>
+void product(const lane_t<V>* A, int64_t ar, const lane_t<V>* B, int64_t br, lane_t<V>* C, int64_t cr, int64_t M,
+             int64_t N, int64_t K, Start start, const lane_t<V>* factor = nullptr) {
+  const int64_t vecs = N / lanes<V>, blocks = ceil_div(vecs, kVecs);
+  for (int64_t j = 0; j < blocks; ++j) {
+    const int64_t first = j * vecs / blocks, n = (j + 1) * vecs / blocks - first, at = first * lanes<V>;
+    for (int64_t i = 0; i < M; i += kRows)
+      block_of<kRows, kVecs, kTransposed, V>(std::min<int64_t>(kRows, M - i), n, A + i * (kTransposed ? 1 : ar), ar,
+                                             B + at, br, C + i * cr + at, cr, K, start, factor ? factor + i : nullptr);
+  }
+}
+
+// ---- exponentials and reductions ---------------------------------------------------------------------------------
+
+// 2^x for x <= 0 or slightly above, 0 below -150, NaN for NaN: 2^n (1 + r P(r)) with |r| <= 1/2, P to 9.1e-8; 2 ULP.
+inline VF exp2(VF x) {
+  x = max(set1<VF>(-200.0f), x);
+  const VF n = round(x), r = x - n;
+  VF p = fma(r, set1<VF>(1.326472725e-3f), set1<VF>(9.671512786e-3f));
+  p = fma(p, r, set1<VF>(5.550733744e-2f));
+  p = fma(p, r, set1<VF>(2.402224208e-1f));
+  p = fma(p, r, set1<VF>(6.931469776e-1f));
+  p = fma(p, r, set1<VF>(1.0f));
+  return scale_by_power_of_two(p, n);
+}
+inline VD exp2(VD x) {
+  for (int64_t i = 0; i < lanes<VD>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// The largest lane; what a NaN gives is left open.
+inline float largest(VF v) {
+#if FASTLM_ISA_LEVEL >= 2
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float m = v[0];
+  for (int64_t i = 1; i < lanes<VF>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+inline double largest(VD v) {
+  double m = v[0];
+  for (int64_t i = 1; i < lanes<VD>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// ---- packing -----------------------------------------------------------------------------------------------------
+
+// dst (Dp) = factor * src (D), padded with zeros.
+template <class V, class T>
+inline void pack_row(const T* src, int64_t D, lane_t<V> factor, lane_t<V>* dst) {
+  for_lanes<V>(D, [&](int64_t d, auto n) { store(dst + d, V(load<V>(src + d, n) * factor)); });
+}
+
+// One butterfly step of a transpose: swaps the off-diagonal squares of side kStep between rows a and b.
+template <int kStep, class V, size_t... kLane>
+inline void exchange(V& a, V& b, std::index_sequence<kLane...>) {
+  constexpr size_t L = sizeof...(kLane);
+  const V low = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane : kLane + kStep)...);
+  a = low;
+}
+template <int kStep, class V>
+inline void transpose(V* rows) {
+  constexpr int64_t L = lanes<V>;
+  for (int i = 0; i < L; ++i)
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<(size_t)L>{});
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
+// dst (D, kKeys) = the transpose of n rows of D, with zeros for the keys beyond n.
+template <class V, class T>
+void pack_transposed(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* dst) {
+  constexpr int64_t L = lanes<V>;
+  for (int64_t j = 0; j < kKeys; j += L)
+    for (int64_t d = 0; d < D; d += L) {
+      const int64_t width = std::min(L, D - d);
+      V rows[L];
+      for (int64_t i = 0; i < L; ++i) {
+        const T* row = src + (j + i) * stride + d;
+        rows[i] = j + i >= n ? V{} : width == L ? load<V>(row) : load_n<V>(row, width);
+      }
+      transpose<L / 2>(rows);
+      for (int64_t i = 0; i < width; ++i) store(dst + (d + i) * kKeys + j, rows[i]);
+    }
+}
+
+// dst (kKeys, Dp) = n rows of D, with zeros for the keys beyond n.
+template <class V, class T>
+void pack_keys(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* dst) {
+  const int64_t Dp = padded<V>(D);
+  for (int64_t i = 0; i < n; ++i) pack_row<V>(src + i * stride, D, lane_t<V>(1), dst + i * Dp);
+  std::fill(dst + n * Dp, dst + kKeys * Dp, lane_t<V>(0));
+}
+
+// ---- rows and masks ------------------------------------------------------------------------------------------------
+
+// The query rows of one key-value head: those of all heads of its group, one after the other.
+struct Row {
+  int64_t head, index;
+  int64_t limit;  // keys at and beyond it are not attended
+  int64_t mask;   // offset of its mask row
+  int64_t id;     // its number among all rows, for dropout
+};
+
+inline Row row_of(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t r) {
+  const int64_t head = kv_head * (a.H / a.Hkv) + r / a.T, i = r % a.T;
+  return {head, i, a.causal ? std::min(a.S, i + 1) : a.S, b * a.mask.b + head * a.mask.h + i * a.mask.t,
+          (b * a.H + head) * a.T + i};
+}
+
+// out[j] = mask[j] in the exp2 domain, for n keys; returns the largest, or NaN where there is one.
+template <class V, class M>
+inline bool mask_row(const M* mask, int64_t stride, int64_t n, lane_t<V>* out) {
+  constexpr auto log2e = lane_t<V>(1.4426950408889634);
+  bool open = false;
+  if constexpr (std::is_same_v<M, bool>) {
+    for (int64_t j = 0; j < n; ++j) out[j] = mask[j * stride] ? lane_t<V>(0) : minus_infinity<lane_t<V>>;
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j * stride])) * log2e;
+  }
+  for (int64_t j = 0; j < n; ++j) open |= !(out[j] == minus_infinity<lane_t<V>>);
+  return open;
+}
+
+template <class V>
+inline bool mask_row(const Mask& m, int64_t offset, int64_t n, lane_t<V>* out) {
+  switch (m.type) {
+    case kBool: return mask_row<V>((const bool*)m.data + offset, m.s, n, out);
+    case (int)DType::f64: return mask_row<V>((const double*)m.data + offset, m.s, n, out);
+    case (int)DType::bf16: return mask_row<V>((const bf16_t*)m.data + offset, m.s, n, out);
+    case (int)DType::f16: return mask_row<V>((const f16_t*)m.data + offset, m.s, n, out);
+    default: return mask_row<V>((const float*)m.data + offset, m.s, n, out);
+  }
+}
+
+// The additive mask of `count` rows and the keys from j0 on, into out (count x kKeys, or one row where all share it,
+// told by *stride = 0). Returns false where it closes every key to every row.
+template <class V>
+bool mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64_t n, lane_t<V>* out, int64_t* stride) {
+  const bool shared = rows[0].mask == rows[count - 1].mask && m.t == 0 && (m.h == 0 || rows[0].head == rows[count - 1].head);
+  *stride = shared ? 0 : kKeys;
+  bool open = false;
+  for (int64_t r = 0; r < (shared ? 1 : count); ++r)
+    open |= mask_row<V>(m, rows[r].mask + j0 * m.s, n, out + r * kKeys);
+  return open;
+}
+
+// Scores beyond each row's limit become minus infinity.
+template <class S>
+inline void close_beyond(const Row* rows, int64_t count, int64_t j0, S* scores) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t j = std::max<int64_t>(0, rows[r].limit - j0); j < kKeys; ++j)
+      scores[r * kKeys + j] = minus_infinity<S>;
+}
+
+struct Limits {
+  int64_t least, most;
+};
+inline Limits limits(const Row* rows, int64_t count) {
+  Limits l{rows[0].limit, rows[0].limit};
+  for (int64_t r = 1; r < count; ++r) {
+    l.least = std::min(l.least, rows[r].limit);
+    l.most = std::max(l.most, rows[r].limit);
+  }
+  return l;
+}
+
+}  // namespace fastlm::FASTLM_ISA::attention
