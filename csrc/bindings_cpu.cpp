@@ -90,7 +90,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     AttentionArgs a = attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type),
                                      heads(out, os), lse, sizes, scale, causal, p, seed, type);
     a.dout = heads(dout, dos), a.dlse = P(dlse);
-    if (dq) a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);
+    a.inputs = dqs.size() > 0;
+    if (a.inputs) a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);
     a.dmask.data = P(dmask);
     for (size_t i = 0; dmask && i < 4; ++i) a.dmask_sizes[i] = dmask_sizes[i].cast<int64_t>();
     const py::gil_scoped_release nogil_here;

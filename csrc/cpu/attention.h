@@ -20,7 +20,7 @@ struct Mask {
 constexpr int kBool = 4;
 
 struct AttentionArgs {
-  Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; dq, dk and dv may be null together
+  Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; dq, dk and dv only where `inputs`
   Mask mask, dmask;                      // dmask: contiguous, compute type, sizes in dmask_sizes; may be null
   void* lse;                             // (B, H, T), compute type; null in a forward pass that does not want it
   const void* dlse;                      // the same, or null
@@ -28,7 +28,7 @@ struct AttentionArgs {
   int64_t B, H, Hkv, T, S, D, Dv;
   double scale, dropout_p;
   int64_t seed;
-  bool causal;
+  bool causal, inputs;
   int type;
 };
 

@@ -99,7 +99,7 @@ struct Bwd {
       const S* additive = a.mask.data ? s.additive + r * mask_stride : nullptr;
       for_lanes<V>(n, [&](int64_t j, auto k) {
         V x = load<V>(p + j) * scale;
-        if (additive) x += load<V>(additive + j, k);
+        if (additive) x = masked<V>(x, load<V>(additive + j, k));
         store(p + j, exp2(x - lse));
       });
       for (int64_t j = std::max<int64_t>(0, row[r].limit - j0); j < kKeys; ++j) p[j] = 0;
@@ -234,8 +234,9 @@ struct Bwd {
 template <class T>
 void bwd(const AttentionArgs& a) {
   using V = vec_of<T>;
+  if (a.B * a.H == 0) return;
   const Bwd<T> kernel{a, Dropout(a.seed, a.dropout_p), padded<V>(a.D), padded<V>(a.Dv), a.H / a.Hkv * a.T};
-  if (a.dq.data) kernel.run();
+  if (a.inputs) kernel.run();
   if (a.dmask.data) kernel.run_mask();
 }
 

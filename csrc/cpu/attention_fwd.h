@@ -40,7 +40,7 @@ struct Fwd {
   }
 
   // One group of rows and one tile of keys.
-  void group(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n) const {
+  void group(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, bool finite) const {
     const Row* rows = s.rows + first;
     const Limits limit = limits(rows, count);
     if (limit.most <= j0) return;
@@ -51,14 +51,26 @@ struct Fwd {
     if (a.mask.data)
       for (int64_t r = 0; r < count; ++r)
         for_lanes<V>(n, [&](int64_t j, auto k) {
-          store(p + r * kKeys + j, V(load<V>(p + r * kKeys + j, k) + load<V>(additive + r * mask_stride + j, k)), k);
+          store(p + r * kKeys + j, masked<V>(load<V>(p + r * kKeys + j), load<V>(additive + r * mask_stride + j, k)), k);
         });
     if (limit.least < j0 + kKeys) close_beyond(rows, count, j0, p);
     alignas(64) S factor[kState];
     softmax(p, count, s.maximum + first, s.sum + first, factor);
     if (a.dropout_p > 0) drop(rows, count, j0, p);
-    product<false, V>(p, kKeys, s.values, Dvp, s.out + first * Dvp, Dvp, count, Dvp, std::min(n, limit.most - j0),
-                      Start::scale, factor);
+    S* out = s.out + first * Dvp;
+    if (finite || !(a.mask.data || limit.least < j0 + n))
+      product<false, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, std::min(n, limit.most - j0), Start::scale, factor);
+    else
+      add_open_values(s, p, count, n, out, factor);
+  }
+
+  // For a tile with closed keys and with an infinity or NaN among its values, which times 0 would be NaN.
+  void add_open_values(const Scratch& s, const S* p, int64_t count, int64_t n, S* out, const S* factor) const {
+    product<false, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, 0, Start::scale, factor);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t j = 0; j < n; ++j)
+        if (p[r * kKeys + j] != 0)
+          product<false, V>(p + r * kKeys + j, 1, s.values + j * Dvp, Dvp, out + r * Dvp, Dvp, 1, Dvp, 1, Start::add);
   }
 
   // scores -> probabilities relative to the new running maximum; factor: what the sums so far shrink by.
@@ -114,8 +126,8 @@ struct Fwd {
     for (int64_t j0 = 0; j0 < end; j0 += kKeys) {
       const int64_t n = std::min(kKeys, a.S - j0);
       pack_transposed<V>(k + j0 * a.k.t, a.k.t, n, a.D, s.keys);
-      pack_keys<V>(v + j0 * a.v.t, a.v.t, n, a.Dv, s.values);
-      for (int64_t r = 0; r < count; r += kRows) group(s, r, std::min<int64_t>(kRows, count - r), j0, n);
+      const bool finite = pack_keys<V>(v + j0 * a.v.t, a.v.t, n, a.Dv, s.values);
+      for (int64_t r = 0; r < count; r += kRows) group(s, r, std::min<int64_t>(kRows, count - r), j0, n, finite);
     }
     for (int64_t r = 0; r < count; ++r) finish(s, b, r);
   }
@@ -130,8 +142,8 @@ struct Fwd {
   }
 
   void run() {
+    if (a.B * a.H * a.T == 0) return;
     const int64_t rows = a.H / a.Hkv * a.T, heads = a.B * a.Hkv;
-    if (rows * heads == 0) return;
     int64_t threads = 1;
 #ifdef _OPENMP
     threads = omp_get_max_threads();

@@ -151,12 +151,26 @@ void pack_transposed(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<
     }
 }
 
-// dst (kKeys, Dp) = n rows of D, with zeros for the keys beyond n.
+// dst (kKeys, Dp) = n rows of D, with zeros for the keys beyond n. Returns whether all are finite.
 template <class V, class T>
-void pack_keys(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* dst) {
+bool pack_keys(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* dst) {
   const int64_t Dp = padded<V>(D);
-  for (int64_t i = 0; i < n; ++i) pack_row<V>(src + i * stride, D, lane_t<V>(1), dst + i * Dp);
+  V zero{};
+  for (int64_t i = 0; i < n; ++i)
+    for_lanes<V>(D, [&](int64_t d, auto width) {
+      const V x = load<V>(src + i * stride + d, width);
+      zero += x * 0;
+      store(dst + i * Dp + d, x);
+    });
   std::fill(dst + n * Dp, dst + kKeys * Dp, lane_t<V>(0));
+  return reduce_add(zero) == 0;
+}
+
+// scores + mask; a closed key's score counts for nothing, not even where it is NaN.
+template <class V>
+inline V masked(V score, V additive) {
+  const V closed = set1<V>(minus_infinity<lane_t<V>>);
+  return additive == closed ? closed : score + additive;
 }
 
 // ---- rows and masks ------------------------------------------------------------------------------------------------
@@ -175,7 +189,7 @@ inline Row row_of(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t r)
           (b * a.H + head) * a.T + i};
 }
 
-// out[j] = mask[j] in the exp2 domain, for n keys; returns the largest, or NaN where there is one.
+// out[j] = mask[j] in the exp2 domain, for n keys; returns whether any of them is open.
 template <class V, class M>
 inline bool mask_row(const M* mask, int64_t stride, int64_t n, lane_t<V>* out) {
   constexpr auto log2e = lane_t<V>(1.4426950408889634);

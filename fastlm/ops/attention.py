@@ -28,29 +28,65 @@ class _Options(NamedTuple):
     seed: int = 0
 
 
+def _wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 or wider, with as many heads in k and v as in q."""
+    dtype = _native.compute_dtype(q.dtype)
+    group = q.shape[1] // max(k.shape[1], 1)
+    return q.to(dtype), *(x.to(dtype).repeat_interleave(group, 1) if group > 1 else x.to(dtype) for x in (k, v))
+
+
+def _weights_ref(q: Tensor, k: Tensor, mask: Tensor | None, options: _Options) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(softmax weights (B, H, T, S), lse (B, H, T), dropout's factors of the weights)."""
+    scores = q @ k.transpose(-2, -1) * options.scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask.to(q.dtype)
+    B, H, T, S = scores.shape
+    if options.is_causal:
+        scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    closed = (scores == -math.inf).all(-1, keepdim=True)  # rows that attend to nothing
+    lse = scores.masked_fill(closed, 0.0).logsumexp(-1, keepdim=True)
+    factors: Tensor | float = 1.0
+    if options.dropout_p > 0:
+        rows = _dropout.factors(B * H * T, S, options.dropout_p, options.seed, q.dtype, q.device)
+        factors = rows.view(B, H, T, S)
+    return torch.exp(scores - lse), lse.masked_fill(closed, -math.inf).squeeze(-1), factors
+
+
 def attention_ref(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, dropout_p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """The definition in fp32 or wider: q (B, H, T, D), k and v (B, Hkv, S, ...) -> (out, lse (B, H, T))."""
     with torch.autocast(q.device.type, enabled=False):
-        wide = _native.compute_dtype(q.dtype)
-        group = q.shape[1] // max(k.shape[1], 1)
-        keys, values = (x.to(wide).repeat_interleave(group, 1) if group > 1 else x.to(wide) for x in (k, v))
-        scores = q.to(wide) @ keys.transpose(-2, -1) * scale  # (B, H, T, S)
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -math.inf)
-        elif mask is not None:
-            scores = scores + mask.to(wide)
-        T, S = scores.shape[-2:]
-        if is_causal:
-            scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1), -math.inf)
-        closed = (scores == -math.inf).all(-1, keepdim=True)  # rows that attend to nothing
-        lse = scores.masked_fill(closed, 0.0).logsumexp(-1, keepdim=True)
-        weights = torch.exp(scores - lse)
-        if dropout_p > 0:
-            B, H = q.shape[:2]
-            weights = weights * _dropout.factors(B * H * T, S, dropout_p, seed, wide, q.device).view(B, H, T, S)
-        return (weights @ values).to(q.dtype), lse.masked_fill(closed, -math.inf).squeeze(-1)
+        queries, keys, values = _wide(q, k, v)
+        weights, lse, factors = _weights_ref(queries, keys, mask, _Options(is_causal, scale, dropout_p, seed))
+        return (weights * factors @ values).to(q.dtype), lse
+
+
+def attention_backward_ref(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: _Options,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients by formula, for the registered operator, inside which autograd does not record."""
+    queries, keys, values = _wide(q, k, v)
+    dout = dout.to(queries.dtype)
+    weights, _, factors = _weights_ref(queries, keys, mask, options)
+    dweights = dout @ values.transpose(-2, -1) * factors
+    delta = (dweights * weights).sum(-1, keepdim=True)
+    dscores = weights * (dweights - delta + (0.0 if dlse is None else dlse.unsqueeze(-1)))
+    dq = dscores @ keys * options.scale
+    dk = dscores.transpose(-2, -1) @ queries * options.scale
+    dv = (weights * factors).transpose(-2, -1) @ dout
+    shared = (g.unflatten(1, (x.shape[1], -1)).sum(2) for g, x in ((dk, k), (dv, v)))
+    grads = (_native.heads_like(x).copy_(g) for x, g in zip((q, k, v), (dq, *shared), strict=True))
+    return *grads, dscores.sum_to_size(mask.shape) if mask is not None and mask_grad else None
 
 
 def _torch_unsupported(request: Request) -> str | None:
@@ -164,19 +200,8 @@ def _attention_backward_op(
             dout, dlse, q, k, v, mask, out, lse, *options, mask_grad=mask_grad
         )
     else:
-        dq, dk, dv, dmask = _reference_backward(dout, dlse, q, k, v, mask, options, mask_grad)
+        dq, dk, dv, dmask = attention_backward_ref(dout, dlse, q, k, v, mask, options, mask_grad)
     return dq, dk, dv, q.new_empty(0) if dmask is None else dmask.to(mask.dtype)
-
-
-def _reference_backward(dout, dlse, q, k, v, mask, options, mask_grad):
-    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
-    if mask_grad:
-        mask = mask.detach().requires_grad_()
-    grads = reference_gradients(
-        lambda *args: attention_ref(*args, *options), (*inputs, mask), (True, True, True, mask_grad), (dout, dlse)
-    )
-    filled = (_native.heads_like(x).copy_(g) for x, g in zip((q, k, v), grads[:3], strict=True))
-    return *(x.detach() for x in filled), None if grads[3] is None else grads[3].detach()
 
 
 @_attention_backward_op.register_fake
@@ -270,7 +295,10 @@ def _as_4d(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, T
         lead = _broadcast([x.shape[:-3] for x in (q, k, v)], "batch dimensions")
         q, k, v = (x.expand(*lead, *x.shape[-3:]) for x in (q, k, v))
     if q.dim() > 4:
-        q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.numel() else x.new_empty(math.prod(lead), *x.shape[-3:]) for x in (q, k, v))
+        q, k, v = (
+            x.reshape(-1, *x.shape[-3:]) if x.numel() else x.new_empty(math.prod(lead), *x.shape[-3:])
+            for x in (q, k, v)
+        )
     return *_share_heads(q, k, v, enable_gqa), lead
 
 
