@@ -109,6 +109,29 @@ def test_wide_residual_stream(isa, poisoned, dtype):
         assert_as_close_as_torch(a, e, None, 53)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_out_dtype(x_dtype, out_dtype, backend):
+    """The norm's result in another dtype than the stream: one rounding, at the store."""
+    x = torch.randn(6, 53).to(x_dtype).requires_grad_()
+    residual, weight, bias = (torch.randn(*s).requires_grad_() for s in ((6, 53), (53,), (53,)))
+    g = torch.randn(6, 53).to(out_dtype)
+    with fastlm.backend(backend):
+        y, z = fastlm.add_layer_norm(x, residual, weight, bias, out_dtype=out_dtype)
+        alone = fastlm.layer_norm(z.detach(), 53, weight, bias, out_dtype=out_dtype)
+        actual = torch.autograd.grad((y, z), (x, residual, weight, bias), (g, g.float()))
+    assert (y.dtype, z.dtype, alone.dtype) == (out_dtype, torch.float32, out_dtype)
+    X, R, W, B = _double(x, residual, weight, bias)
+    Z = R + X
+    Y = F.layer_norm(Z, (53,), W, B)
+    for result in (y, alone):  # computed in fp32, whatever it is stored in
+        assert_as_close_as_torch(result.float() if out_dtype == torch.float64 else result, Y, None, 53)
+    expected = torch.autograd.grad((Y, Z), (X, R, W, B), (g.double(), g.double()))
+    for a, e in zip(actual, expected, strict=True):
+        assert_as_close_as_torch(a, e, None, 53)
+
+
 def test_parameters_of_another_dtype(isa):
     x = torch.randn(5, 31).bfloat16().requires_grad_()
     weight, bias = torch.randn(31, requires_grad=True), torch.randn(31).half().requires_grad_()

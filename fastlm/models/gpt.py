@@ -97,6 +97,12 @@ class GPTConfig:
         return cls(**settings)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products run in: the norms write it, so that autocast has nothing left to cast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -149,7 +155,7 @@ class Block(nn.Module):
 
     def add(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         dropout = self.dropout if self.training else 0.0
-        return add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout)
+        return add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout, out_dtype=product_dtype(x))
 
 
 class GPT(nn.Module):
@@ -216,7 +222,9 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         norms: list[Any] = [block.ln_1 for block in self.h] + [self.ln_f]
-        normed = layer_norm(x, norms[0].normalized_shape, norms[0].weight, norms[0].bias, norms[0].eps)
+        first = norms[0]
+        shape, dtype = first.normalized_shape, product_dtype(x)
+        normed = layer_norm(x, shape, first.weight, first.bias, first.eps, out_dtype=dtype)
         for block, next_norm in zip(self.h, norms[1:], strict=True):
             normed, x = block(normed, x, next_norm, cache)
         if cache is not None:

@@ -218,12 +218,19 @@ def _same_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | No
     return weight, bias
 
 
+def _stored_by_kernels(stream: torch.dtype, out: torch.dtype) -> bool:
+    """Whether the kernels write this output dtype from a stream of that one: the same, or 16 bits from fp32."""
+    return out == stream or (stream == torch.float32 and out in (torch.bfloat16, torch.float16))
+
+
 def layer_norm(
     x: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Layer normalization over the last dimensions, as `torch.nn.functional.layer_norm`.
 
@@ -232,9 +239,10 @@ def layer_norm(
         normalized_shape: the trailing dimensions to normalize over.
         weight, bias: normalized_shape, of any floating-point dtype; None for 1 and 0.
         eps: added to the variance.
+        out_dtype: of the result, where it is not x's: a 16-bit one spares the cast before a 16-bit product.
 
     Returns:
-        Like x. Statistics are computed in fp32 or wider, the variance from centred values.
+        Like x, in out_dtype. Statistics are computed in fp32 or wider, the variance from centred values.
 
     Raises:
         ValueError: if shapes or devices disagree.
@@ -243,19 +251,22 @@ def layer_norm(
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _check("layer_norm", x, shape, weight, bias)
+    out_dtype = out_dtype or x.dtype
     if must_trace(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias, eps)
+        return F.layer_norm(x, shape, weight, bias, eps).to(out_dtype)
     N = shape[0] if len(shape) == 1 else math.prod(shape)
     backend = choose("layer_norm", (x.device.type, x.dtype, ()))
     if backend == "torch":
-        return F.layer_norm(x, shape, weight, bias, eps)
+        return F.layer_norm(x, shape, weight, bias, eps).to(out_dtype)
     if backend == "reference":
-        return layer_norm_ref(x, weight, bias, N, eps)
+        return layer_norm_ref(x, weight, bias, N, eps).to(out_dtype)
     x = x.contiguous()
     weight, bias = _same_dtype(weight, bias)
+    if not _stored_by_kernels(x.dtype, out_dtype):
+        return layer_norm(x, shape, weight, bias, eps).to(out_dtype)
     if needs_grad(x, weight, bias):
-        return _LayerNorm.apply(x, weight, bias, N, eps, x.dtype, backend)
-    return KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps, statistics=False)[0]
+        return _LayerNorm.apply(x, weight, bias, N, eps, out_dtype, backend)
+    return KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps, out_dtype=out_dtype, statistics=False)[0]
 
 
 def add_layer_norm(
@@ -265,6 +276,8 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and layer normalization in one pass: the seam between two pre-norm sublayers.
 
@@ -275,9 +288,12 @@ def add_layer_norm(
         eps: added to the variance.
         dropout_p: probability of dropping an element of x; the mask comes from torch's default generator's
             seed and is recomputed, not stored, for the backward pass.
+        out_dtype: of the normalized result, where it is not z's: a 16-bit one under a float32 stream spares
+            the cast before a 16-bit product.
 
     Returns:
-        (layer_norm(z), z) with z = residual + dropout(x), both in the wider dtype of x and residual.
+        (layer_norm(z), z) with z = residual + dropout(x) in the wider dtype of x and residual, and the
+        normalized one in out_dtype.
 
     Raises:
         ValueError: if shapes or devices disagree, or dropout_p is no probability.
@@ -292,22 +308,26 @@ def add_layer_norm(
         raise ValueError(f"{op}: residual is on {residual.device}, x is on {x.device}")
     dropout_p = _dropout.check_probability(op, dropout_p)
     stream = torch.promote_types(x.dtype, residual.dtype)
+    out_dtype = out_dtype or stream
     if residual.dtype != stream:
         residual = residual.to(stream)
-    if x.dtype != stream and stream != torch.float32:
+    if x.dtype != stream and (stream != torch.float32 or out_dtype not in (stream, x.dtype)):
         x = x.to(stream)
     if must_trace(x, residual, weight, bias):
         z = residual + F.dropout(x, dropout_p)
-        return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
+        return F.layer_norm(z, z.shape[-1:], weight, bias, eps).to(out_dtype), z
     backend = choose(op, (x.device.type, x.dtype, ()))
     seed = _dropout.draw_seed() if dropout_p > 0 else 0
     if backend == "reference":
-        return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
+        y, z = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
+        return y.to(out_dtype), z
     x, residual = x.contiguous(), residual.contiguous()
     weight, bias = _same_dtype(weight, bias)
+    kernel_dtype = out_dtype if _stored_by_kernels(stream, out_dtype) else stream
     if needs_grad(x, residual, weight, bias):
-        return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed, stream, backend)
-    y, z, _, _ = KERNELS[backend].layer_norm_fwd(
-        x, residual, weight, bias, x.shape[-1], eps, dropout_p, seed, out_dtype=stream, statistics=False
-    )
-    return y, z
+        y, z = _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed, kernel_dtype, backend)
+    else:
+        y, z, _, _ = KERNELS[backend].layer_norm_fwd(
+            x, residual, weight, bias, x.shape[-1], eps, dropout_p, seed, out_dtype=kernel_dtype, statistics=False
+        )
+    return y.to(out_dtype), z
