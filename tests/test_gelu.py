@@ -71,7 +71,7 @@ def test_tails_keep_their_relative_accuracy(isa, approximate):
     far = torch.tensor([-3e38, -1e20, -1e4, -60, 60, 1e4, 1e20, 3e38], requires_grad=True)
     y = fastlm.gelu(far, approximate)
     (dx,) = torch.autograd.grad(y.sum(), far)
-    assert torch.equal(y, far.clamp(min=0))
+    torch.testing.assert_close(y, far.clamp(min=0), rtol=torch.finfo(torch.float32).eps, atol=1e-30)
     torch.testing.assert_close(dx, (far > 0).float(), rtol=0, atol=1e-30)
 
 

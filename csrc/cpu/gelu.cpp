@@ -22,43 +22,63 @@ namespace gelu {
 constexpr double kInvSqrt2 = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
 constexpr double kSqrt2OverPi = 0.79788456080286535588, kCubic = 0.044715;
 
-template <class V>
+// SHORT: the result is stored in 16 bits, so shorter polynomials serve.
+template <bool SHORT, class V>
 inline V cdf(V x, V* pdf) {
   using S = lane_t<V>;
-  V gauss;
-  const V a = min(set1<V>(40), abs(x) * S(kInvSqrt2));
-  const V tail = erfc_positive(a, &gauss) * S(0.5);
+  V gauss, tail;
+  if constexpr (SHORT)
+    tail = erfc_16(min(set1<V>(6), abs(x) * S(kInvSqrt2)), &gauss);
+  else
+    tail = erfc_positive(min(set1<V>(40), abs(x) * S(kInvSqrt2)), &gauss);
   *pdf = gauss * S(kInvSqrt2Pi);
-  return x > 0 ? S(1) - tail : tail;
+  return x > 0 ? fma(tail, set1<V>(-0.5), set1<V>(1)) : tail * S(0.5);
 }
-template <class V>
+template <bool SHORT, class V>
 inline V exp_of_minus_2u(V x, V square) {
   using S = lane_t<V>;
-  return exp(x * fma(square, set1<V>(S(-2 * kSqrt2OverPi * kCubic)), set1<V>(S(-2 * kSqrt2OverPi))));
+  const V minus_2u = x * fma(square, set1<V>(S(-2 * kSqrt2OverPi * kCubic)), set1<V>(S(-2 * kSqrt2OverPi)));
+  if constexpr (SHORT)
+    return exp_16(minus_2u);
+  else
+    return exp(minus_2u);
 }
 
-template <bool TANH, class V>
-inline V value(V x) {
-  if constexpr (TANH) return x / (lane_t<V>(1) + exp_of_minus_2u(x, V(x * x)));
-  V pdf;
-  return x * cdf(x, &pdf);
+// Beyond 10 the sigmoid is 1 or below 1e-37, and e would overflow; beyond 40 the exact form is x or 0.
+template <class V>
+inline V clamped(V x, double limit) {
+  return max(set1<V>(-limit), min(set1<V>(limit), x));
 }
-template <bool TANH, class V>
+
+template <bool TANH, bool SHORT, class V>
+inline V value(V x) {
+  if constexpr (TANH) {
+    const V c = clamped(x, 10);
+    return max(set1<V>(-10), x) * reciprocal(V(lane_t<V>(1) + exp_of_minus_2u<SHORT>(c, V(c * c))));
+  } else {
+    V pdf;
+    return max(set1<V>(-40), x) * cdf<SHORT>(x, &pdf);
+  }
+}
+template <bool TANH, bool SHORT, class V>
 inline V derivative(V x) {
   using S = lane_t<V>;
   if constexpr (TANH) {
-    const V c = max(set1<V>(-10), min(set1<V>(10), x));  // beyond, s (1 - s) < 1e-37, and e would overflow
+    const V c = clamped(x, 10);
     const V square = c * c;
-    const V e = exp_of_minus_2u(c, square);
-    const V s = S(1) / (S(1) + e);
+    const V e = exp_of_minus_2u<SHORT>(c, square);
+    const V s = reciprocal(V(S(1) + e));
     const V slope = fma(square, set1<V>(S(6 * kSqrt2OverPi * kCubic)), set1<V>(S(2 * kSqrt2OverPi)));
     return fma(c * slope, s * (e * s), s);  // 1 - s = e s: a difference would lose it near 1
   } else {
     V pdf;
-    const V phi = cdf(x, &pdf);
-    return fma(max(set1<V>(-40), min(set1<V>(40), x)), pdf, phi);
+    const V phi = cdf<SHORT>(x, &pdf);
+    return fma(clamped(x, 40), pdf, phi);
   }
 }
+
+template <class T>
+constexpr bool is_short = sizeof(T) == 2;
 
 constexpr int64_t kBlock = 64;  // columns for which dropout factors are made at a time
 
@@ -74,7 +94,7 @@ void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, doubl
       for_lanes<V>(N, [&](int64_t j, auto n) {
         V v = load<V>(in + j, n);
         if (bias) v += load<V>(bias + j, n);
-        store(out + j, value<TANH>(v), n);
+        store(out + j, value<TANH, is_short<T>>(v), n);
       });
       continue;
     }
@@ -85,7 +105,7 @@ void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, doubl
       for_lanes<V>(n_block, [&](int64_t k, auto n) {
         V v = load<V>(in + first + k, n);
         if (bias) v += load<V>(bias + first + k, n);
-        store(out + first + k, V(value<TANH>(v) * load<V>(factor + k, n)), n);
+        store(out + first + k, V(value<TANH, is_short<T>>(v) * load<V>(factor + k, n)), n);
       });
     }
   }
@@ -106,7 +126,7 @@ inline void bwd_tile(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, s
     for (int r = 0; r < R; ++r) {
       V g = load<V>(dy + (i + r) * N + j, n);
       if (dropout) g *= load<V>(factor[r] + k, n);
-      const V d = g * derivative<TANH>(V(load<V>(x + (i + r) * N + j, n) + b));
+      const V d = g * derivative<TANH, is_short<T>>(V(load<V>(x + (i + r) * N + j, n) + b));
       total += d;
       store(dx + (i + r) * N + j, d, n);
     }
