@@ -82,10 +82,13 @@ def layer_norm_fwd(
     out_dtype: torch.dtype | None = None,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """x of M rows of N -> (y, z or None, mean (M,) or None, rstd or None); weight and bias share a dtype."""
+    """x of M rows of N -> (y, z or None, mean (M,) or None, rstd or None); weight and bias share a dtype.
+
+    out_dtype: of y; None means x's.
+    """
     M = x.numel() // N if N else 0
     stream = x if residual is None else residual
-    y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
+    y = torch.empty_like(x) if out_dtype in (None, x.dtype) else torch.empty_like(x, dtype=out_dtype)
     z = None if residual is None else torch.empty_like(residual)
     mean = x.new_empty(M, dtype=compute_dtype(stream.dtype)) if statistics else None
     rstd = torch.empty_like(mean) if mean is not None else None

@@ -74,7 +74,7 @@ class _Gelu(torch.autograd.Function):
 @torch.library.custom_op("fastlm::gelu", mutates_args=())
 def _gelu_op(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x = x.contiguous()
-    backend = choose("gelu" if bias is None else "bias_gelu", (x.device.type, x.dtype, ()))
+    backend = choose("gelu" if bias is None else "bias_gelu", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
     if backend in KERNELS:
         return KERNELS[backend].gelu_fwd(x, bias, approximate == "tanh")
     return gelu_ref(x, bias, approximate)
@@ -88,7 +88,7 @@ def _(x, bias, approximate):
 @torch.library.custom_op("fastlm::gelu_backward", mutates_args=())
 def _gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
-    backend = choose("gelu" if bias is None else "bias_gelu", (x.device.type, x.dtype, ()))
+    backend = choose("gelu" if bias is None else "bias_gelu", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
     if backend in KERNELS:
         dx, db = KERNELS[backend].gelu_bwd(dy, x, bias, approximate == "tanh")
     else:
@@ -144,7 +144,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     _check("gelu", x, approximate)
     if must_trace(x):
         return F.gelu(x, approximate=approximate)
-    backend = choose("gelu", (x.device.type, x.dtype, ()))
+    backend = choose("gelu", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
     if backend == "torch":
         return F.gelu(x, approximate=approximate)
     if backend == "reference":
@@ -184,7 +184,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none", dropout_p: flo
     dropout_p = _dropout.check_probability(op, dropout_p)
     if must_trace(x, bias):
         return F.dropout(F.gelu((x + bias).to(x.dtype), approximate=approximate), dropout_p)
-    backend = choose(op, (x.device.type, x.dtype, ()))
+    backend = choose(op, ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
     seed = _dropout.draw_seed() if dropout_p > 0 else 0
     if backend == "reference":
         return gelu_ref(x, bias, approximate, dropout_p, seed)
