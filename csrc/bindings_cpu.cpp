@@ -97,4 +97,35 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release nogil_here;
     attention_bwd(a);
   });
+  m.def("cross_entropy_targets", [](ptr target, ptr w, int64_t M, int64_t N, int64_t ignore_index, int w_type) {
+    return cross_entropy_targets(P(target), P(w), M, N, ignore_index, w_type);
+  });
+  m.def("cross_entropy_total", [](ptr loss, int64_t M, int type) { return cross_entropy_total(P(loss), M, type); });
+  m.def("cross_entropy_fwd",
+        [](ptr x, ptr target, ptr w, ptr loss, ptr stats, ptr dx, int64_t M, int64_t N, int64_t ignore_index,
+           double smoothing, double scale, int type, int w_type) {
+          cross_entropy_fwd(P(x), P(target), P(w), P(loss), P(stats), P(dx), M, N, ignore_index, smoothing, scale, type,
+                            w_type);
+        },
+        nogil());
+  m.def("cross_entropy_update",
+        [](ptr x, ptr target, ptr w, ptr states, int64_t M, int64_t n, int64_t first, int64_t N, int64_t ignore_index,
+           double smoothing, int type, int w_type) {
+          cross_entropy_update(P(x), P(target), P(w), P(states), M, n, first, N, ignore_index, smoothing, type, w_type);
+        },
+        nogil());
+  m.def("cross_entropy_finish",
+        [](ptr states, ptr target, ptr w, ptr loss, ptr stats, int64_t M, int64_t N, int64_t ignore_index,
+           double smoothing, int type, int w_type) {
+          cross_entropy_finish(P(states), P(target), P(w), P(loss), P(stats), M, N, ignore_index, smoothing, type,
+                               w_type);
+        },
+        nogil());
+  m.def("cross_entropy_bwd",
+        [](ptr x, ptr target, ptr w, ptr stats, ptr g, ptr dx, int64_t M, int64_t n, int64_t first, int64_t N,
+           int64_t ignore_index, double smoothing, double scale, int type, int w_type) {
+          cross_entropy_bwd(P(x), P(target), P(w), P(stats), P(g), P(dx), M, n, first, N, ignore_index, smoothing,
+                            scale, type, w_type);
+        },
+        nogil());
 }

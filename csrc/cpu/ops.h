@@ -3,6 +3,8 @@
 // sizes, scalars, types. A null pointer means "absent" where the comment says optional.
 #pragma once
 
+#include <utility>
+
 #include "cpu/isa.h"
 
 namespace fastlm {
@@ -42,5 +44,23 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* p
 struct AttentionArgs;
 void attention_fwd(const AttentionArgs& args);
 void attention_bwd(const AttentionArgs& args);
+// Cross-entropy over logits x: (M, N) T, target: (M) int64, class weights w: (N) of w_type, optional.
+// (row of the first target outside [0, N) that is not ignore_index, or -1; sum of the other targets' weights.)
+std::pair<int64_t, double> cross_entropy_targets(const void* target, const void* w, int64_t M, int64_t N,
+                                                 int64_t ignore_index, int w_type);
+double cross_entropy_total(const void* loss, int64_t M, int type);  // sum of (M) compute type, in order
+// loss: (M) and stats: (M, 3), compute type. dx: (M, N) T, optional: the gradient of scale * sum(loss).
+void cross_entropy_fwd(const void* x, const void* target, const void* w, void* loss, void* stats, void* dx, int64_t M,
+                       int64_t N, int64_t ignore_index, double smoothing, double scale, int type, int w_type);
+// The same in windows of columns: x: (M, n) holds columns first .. first + n of N. Windows come in order from 0 and
+// begin at multiples of 2048. states: (M, 5) compute type, written by the first update and changed by the others.
+void cross_entropy_update(const void* x, const void* target, const void* w, void* states, int64_t M, int64_t n,
+                          int64_t first, int64_t N, int64_t ignore_index, double smoothing, int type, int w_type);
+void cross_entropy_finish(const void* states, const void* target, const void* w, void* loss, void* stats, int64_t M,
+                          int64_t N, int64_t ignore_index, double smoothing, int type, int w_type);
+// dx: (M, n) T, may be x itself. g: (M) compute type, one factor a row, or null for `scale`.
+void cross_entropy_bwd(const void* x, const void* target, const void* w, const void* stats, const void* g, void* dx,
+                       int64_t M, int64_t n, int64_t first, int64_t N, int64_t ignore_index, double smoothing,
+                       double scale, int type, int w_type);
 
 }  // namespace fastlm

@@ -1,7 +1,365 @@
-"""Softmax cross-entropy."""
+"""Softmax cross-entropy.
 
+Of a row x of logits with class y and lse = log sum_c exp x_c, with label smoothing e (Szegedy et al. 2016) and
+class weights w:   loss = (1 - e) w_y (lse - x_y) + e/N sum_c w_c (lse - x_c);   the mean divides by the sum of w_y.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from ._autograd import reference_gradients
+
+KERNELS = {"cpu": _native}
+REDUCTIONS = ("none", "mean", "sum")
 
 
-def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+def cross_entropy_ref(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The definition in fp32 or wider, over dimension 1 (0 where it is the only one), in the input's dtype."""
+    wide = _native.compute_dtype(input.dtype)
+    dim = min(1, input.dim() - 1)
+    C = input.shape[dim]
+    log_p = input.to(wide).log_softmax(dim).movedim(dim, -1)
+    w = input.new_ones(C, dtype=wide) if weight is None else weight.to(wide)
+    if target.is_floating_point():
+        q = target.to(wide).movedim(dim, -1) * (1 - label_smoothing) + label_smoothing / C
+        loss = -(log_p * q * w).sum(-1)
+        count = loss.new_tensor(loss.numel())
+    else:
+        keep = target != ignore_index
+        classes = torch.where(keep, target, 0).long()
+        loss = -(1 - label_smoothing) * w[classes] * log_p.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+        if label_smoothing > 0:
+            loss = loss - label_smoothing / C * (log_p * w).sum(-1)
+        loss = torch.where(keep, loss, 0)
+        count = torch.where(keep, w[classes], 0).sum()
+    if reduction != "none":
+        loss = loss.sum() / count if reduction == "mean" else loss.sum()
+    return loss.to(input.dtype)
+
+
+def cross_entropy_grad_ref(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    grad: Tensor,
+) -> Tensor:
+    """Gradient of the definition for class indices and logits (M, C), in fp32 or wider, without autograd."""
+    wide, C = _native.compute_dtype(x.dtype), x.shape[1]
+    w = x.new_ones(C, dtype=wide) if weight is None else weight.to(wide)
+    keep = target != ignore_index
+    classes = torch.where(keep, target, 0)
+    w_y = torch.where(keep, w[classes], 0)
+    grad = grad.to(wide) / w_y.sum() if reduction == "mean" else grad.to(wide)
+    spread = w * (label_smoothing / C)
+    hard = (1 - label_smoothing) * w_y
+    dx = (hard + spread.sum())[:, None] * x.to(wide).softmax(1) - spread
+    dx = dx.scatter_add(1, classes[:, None], -hard[:, None])
+    return torch.where(keep[:, None], dx * grad.reshape(-1, 1), 0)
+
+
+def _cpu_unsupported(request: Request) -> str | None:
+    if ("target", "probabilities") in request.features:
+        return "its kernels take class indices, not class probabilities"
+    return cpu_unsupported(request)
+
+
+register(
+    "cross_entropy",
+    Backend("cpu", _cpu_unsupported),
+    Backend("torch", always),
+    Backend("reference", always),
+)
+
+
+class Options(NamedTuple):
+    """What a call says beyond its tensors; `dtype` is the loss's."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    dtype: torch.dtype
+
+
+def reduced(loss: Tensor, count: float, options: Options) -> Tensor:
+    """(M,) losses in compute dtype -> the result; count is the sum of the targets' class weights."""
+    if options.reduction == "none":
+        return loss.to(options.dtype)
+    total = _native.cross_entropy_total(loss)
+    if options.reduction == "mean":
+        total = total / count if count else math.nan
+    return torch.tensor(total, dtype=loss.dtype).to(options.dtype)
+
+
+def row_scale(grad: float, count: float, options: Options) -> float:
+    """What a row's gradient is multiplied by, where the reduced loss received `grad`."""
+    if options.reduction == "sum":
+        return grad
+    return grad / count if count else math.nan
+
+
+# The gradient that the last reduced loss received: 1 in plain training, 1/k under gradient accumulation, a loss
+# scale. The forward pass computes the logits' gradient for this guess while the row is in cache, which saves
+# reading the logits again; a wrong guess costs that time and changes no bit.
+_expected = [1.0]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, target, weight, options, backend, inplace):
+        kernels = KERNELS[backend]
+        count = kernels.cross_entropy_targets(target, weight, x.shape[1], options.ignore_index)
+        guess = None if options.reduction == "none" or inplace else _expected[0]
+        loss, stats, dx = kernels.cross_entropy_fwd(
+            x, target, weight, options.ignore_index, options.label_smoothing,
+            None if guess is None else row_scale(guess, count, options),
+        )  # fmt: skip
+        ctx.save_for_backward(x, target, weight, stats)
+        ctx.options, ctx.backend, ctx.inplace, ctx.count = options, backend, inplace, count
+        ctx.guess, ctx.dx = guess, dx
+        return reduced(loss, count, options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, target, weight, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dx, _ = reference_gradients(
+                lambda x, t: cross_entropy_ref(x, t, weight, *ctx.options[:3]).to(ctx.options.dtype),
+                (x, target),
+                (True, False),
+                (grad,),
+            )
+            return dx, None, None, None, None, None
+        out, ctx.dx = ctx.dx, None  # handed out once: what a second backward pass returns is another tensor
+        if ctx.options.reduction == "none":
+            scale = grad.to(stats.dtype).contiguous()
+        else:
+            value = grad.item()
+            if math.isfinite(value):
+                _expected[0] = value
+            if out is not None and value == ctx.guess:
+                return out, None, None, None, None, None
+            scale = row_scale(value, ctx.count, ctx.options)
+        if ctx.inplace:
+            out = x.detach()
+        dx = KERNELS[ctx.backend].cross_entropy_bwd(
+            x, target, weight, stats, scale, ctx.options.ignore_index, ctx.options.label_smoothing, out
+        )
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(x)  # whoever else saved the logits is told that they are gone
+        return dx, None, None, None, None, None
+
+
+@torch.library.custom_op("fastlm::cross_entropy", mutates_args=())
+def _cross_entropy_op(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    x, target = x.contiguous(), target.contiguous()
+    options = Options(ignore_index, reduction, label_smoothing, dtype)
+    backend = choose("cross_entropy", Request(x.device.type, x.dtype))
+    if backend in KERNELS:
+        count = KERNELS[backend].cross_entropy_targets(target, weight, x.shape[1], ignore_index)
+        loss, stats, _ = KERNELS[backend].cross_entropy_fwd(x, target, weight, ignore_index, label_smoothing)
+        return reduced(loss, count, options).clone(), stats
+    loss = cross_entropy_ref(x, target, weight, ignore_index, reduction, label_smoothing)
+    return loss.to(dtype, copy=True), x.new_zeros(x.shape[0], 3, dtype=_native.compute_dtype(x.dtype))
+
+
+@_cross_entropy_op.register_fake
+def _(x, target, weight, ignore_index, reduction, label_smoothing, dtype):
+    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=dtype)
+    return loss, x.new_empty(x.shape[0], 3, dtype=_native.compute_dtype(x.dtype))
+
+
+@torch.library.custom_op("fastlm::cross_entropy_backward", mutates_args=())
+def _cross_entropy_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    x, target = x.contiguous(), target.contiguous()
+    options = Options(ignore_index, reduction, label_smoothing, grad.dtype)
+    backend = choose("cross_entropy", Request(x.device.type, x.dtype))
+    if backend in KERNELS:
+        scale: Tensor | float
+        if reduction == "none":
+            scale = grad.to(stats.dtype).contiguous()
+        else:
+            count = KERNELS[backend].cross_entropy_targets(target, weight, x.shape[1], ignore_index)
+            scale = row_scale(grad.item(), count, options)
+        return KERNELS[backend].cross_entropy_bwd(x, target, weight, stats, scale, ignore_index, label_smoothing)
+    dx = cross_entropy_grad_ref(x, target, weight, ignore_index, reduction, label_smoothing, grad)
+    return dx.to(x.dtype)
+
+
+@_cross_entropy_backward_op.register_fake
+def _(grad, x, target, weight, stats, ignore_index, reduction, label_smoothing):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _op_setup(ctx, inputs, output):
+    x, target, weight, *ctx.options, _ = inputs
+    ctx.save_for_backward(x, target, weight, output[1])
+
+
+def _op_backward(ctx, grad, _):
+    dx = torch.ops.fastlm.cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return dx, None, None, None, None, None, None
+
+
+_cross_entropy_op.register_autograd(_op_backward, setup_context=_op_setup)
+
+
+def check_options(op: str, reduction: str, label_smoothing: float) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected 0 to 1")
+
+
+def check_class_weight(op: str, name: str, weight: Tensor | None, like: Tensor, C: int) -> None:
+    if weight is None:
+        return
+    if weight.shape != (C,):
+        raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}, expected ({C},), one a class")
+    if not weight.is_floating_point():
+        raise TypeError(f"{op}: {name} has dtype {weight.dtype}, expected a floating-point dtype")
+    if weight.device != like.device:
+        raise ValueError(f"{op}: {name} is on {weight.device}, the logits are on {like.device}")
+    if needs_grad(weight):
+        raise ValueError(f"{op}: {name} requires a gradient, which this op does not have; detach it")
+
+
+def check_target(
+    op: str, target: Tensor, like: Tensor, logits_shape: tuple[int, ...], target_shape: tuple[int, ...]
+) -> None:
+    probabilities = target.is_floating_point()
+    expected = logits_shape if probabilities else target_shape
+    if tuple(target.shape) != tuple(expected):
+        kind = "class probabilities" if probabilities else "class indices"
+        raise ValueError(f"{op}: target has shape {tuple(target.shape)}, expected {tuple(expected)} for {kind}")
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(f"{op}: target has dtype {target.dtype}, expected class indices or probabilities")
+    if target.device != like.device:
+        raise ValueError(f"{op}: target is on {target.device}, the logits are on {like.device}")
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    op = "cross_entropy"
+    if not input.is_floating_point():
+        raise TypeError(f"{op}: input has dtype {input.dtype}, expected a floating-point dtype")
+    if input.dim() == 0:
+        raise ValueError(f"{op}: input has no dimensions, expected (C,), (N, C) or (N, C, d1, ...)")
+    dim = min(1, input.dim() - 1)
+    if input.shape[dim] == 0:
+        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected at least one class in dimension {dim}")
+    check_target(op, target, input, input.shape, input.shape[:dim] + input.shape[dim + 1 :])
+    check_class_weight(op, "weight", weight, input, input.shape[dim])
+
+
+def loss_dtype(x: Tensor) -> torch.dtype:
+    """torch's: the input's, but float32 for 16-bit inputs under autocast."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if narrow and torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Softmax cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16.
+        target: class indices of any integer dtype, shaped like input without its class dimension; or class
+            probabilities, floating-point, shaped like input (these run on PyTorch's own operator).
+        weight: (C,) weights of the classes; no gradient reaches them.
+        ignore_index: rows with this target have loss and gradient 0, whatever their logits.
+        reduction: "none", "mean" (over the summed class weights of the targets that count; NaN where none
+            does) or "sum".
+        label_smoothing: share of the target spread evenly over the classes, 0 to 1.
+        inplace_backward: let the backward pass write the gradient over the logits instead of into a new tensor
+            of their size. The logits are then lost: a later use of them in the backward pass raises.
+
+    Returns:
+        The loss in input's dtype (float32 under autocast), a scalar or shaped like the class indices. Sums are
+        in fp32, in fp64 for float64.
+
+    Raises:
+        ValueError: if shapes, devices or options are wrong, or a target is outside [0, C) and not ignored.
+        TypeError: if a dtype is wrong.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    check_options("cross_entropy", reduction, label_smoothing)
+    _check(input, target, weight)
+    probabilities = target.is_floating_point()
+    if not probabilities:
+        target = target.long()
+    compiling = torch.compiler.is_compiling()
+    args = (weight, ignore_index, reduction, label_smoothing)
+    if must_trace(input, target, weight) and not (compiling and not probabilities):
+        return _by_torch(input, target, *args)
+    if inplace_backward and input.is_leaf and needs_grad(input):
+        raise ValueError("cross_entropy: input is a leaf that requires a gradient; inplace_backward would overwrite it")
+    if not compiling or probabilities:
+        features = (("target", "probabilities"),) if probabilities else ()
+        backend = choose("cross_entropy", Request(input.device.type, input.dtype, features))
+        if backend == "torch":
+            return _by_torch(input, target, *args)
+        if backend == "reference":
+            return cross_entropy_ref(input, target, *args).to(loss_dtype(input))
+    C = input.shape[min(1, input.dim() - 1)]
+    x = (input.movedim(1, -1) if input.dim() > 2 else input).reshape(-1, C).contiguous()
+    rows = target.reshape(-1).contiguous()
+    weight = None if weight is None else weight.detach().contiguous()
+    options = Options(ignore_index, reduction, float(label_smoothing), loss_dtype(input))
+    if compiling:
+        loss, _ = torch.ops.fastlm.cross_entropy(x, rows, weight, *options)
+    elif needs_grad(x):
+        loss = _CrossEntropy.apply(x, rows, weight, options, backend, inplace_backward)
+    else:
+        count = KERNELS[backend].cross_entropy_targets(rows, weight, C, ignore_index)
+        loss = reduced(
+            KERNELS[backend].cross_entropy_fwd(x, rows, weight, ignore_index, label_smoothing)[0], count, options
+        )
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _by_torch(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
     return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)

@@ -1,10 +1,484 @@
-"""Linear projection and softmax cross-entropy in one op that never holds the full logits."""
+"""Linear projection and softmax cross-entropy in one op that never holds the full logits.
 
+The logits are made in windows of classes, each (rows, window), so that the weight's gradient is one product a
+window, complete and rounded once. A first sweep folds the windows into every row's maximum and sum; a second one
+makes them again, last window first (that one is still there), turns each into its gradient in place and multiplies
+it out. With a share f of the logits held, the cost is 4 - f products of rows x classes x width instead of 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from ._autograd import reference_gradients
+from .cross_entropy import (
+    Options,
+    check_class_weight,
+    check_options,
+    check_target,
+    cross_entropy_grad_ref,
+    cross_entropy_ref,
+    loss_dtype,
+    reduced,
+    row_scale,
+)
+
+KERNELS = {"cpu": _native}
+
+
+def linear_cross_entropy_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """The definition over rows of hidden (M, H), with logits in fp32 or wider, in hidden's dtype."""
+    wide = _native.compute_dtype(hidden.dtype)
+    logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    loss = cross_entropy_ref(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+    return loss.to(hidden.dtype)
+
+
+def _cpu_unsupported(request: Request) -> str | None:
+    if ("target", "probabilities") in request.features:
+        return "its kernels take class indices, not class probabilities"
+    return cpu_unsupported(request)
+
+
+register(
+    "linear_cross_entropy",
+    Backend("cpu", _cpu_unsupported),
+    Backend("torch", always),
+    Backend("reference", always),
+)
+
+
+class Grads(NamedTuple):
+    """Gradients of hidden, weight and bias; None where one is not wanted."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class _Projection:
+    """The projection of counted rows onto the classes, window by window, in one buffer."""
+
+    def __init__(self, kernels, tensors, options: Options, memory: float):
+        hidden, weight, bias, target, class_weight = tensors
+        self.kernels, self.options = kernels, options
+        self.weight, self.bias, self.class_weight = weight, bias, class_weight
+        self.M, self.C = hidden.shape[0], weight.shape[0]
+        self.count = kernels.cross_entropy_targets(target, class_weight, self.C, options.ignore_index)
+        kept = (target != options.ignore_index).nonzero().squeeze(1)
+        # Ignored rows are gathered away where that pays for the copies.
+        self.kept = kept if kept.numel() < 0.9 * self.M else None
+        self.hidden, self.target = self._gather(hidden), self._gather(target)
+        self.windows = self._windows(memory)
+        self.buffer = hidden.new_empty(self.hidden.shape[0] * max(n for _, n in self.windows))
+        self.held: int | None = None
+
+    def _windows(self, memory: float) -> list[tuple[int, int]]:
+        """(first class, number): whole blocks of the kernels, within `memory` times the full logits' size.
+
+        The first window is the short one, since the last one is not made twice.
+        """
+        block = self.kernels.CROSS_ENTROPY_BLOCK
+        blocks = -(-self.C // block)
+        rows = max(self.hidden.shape[0], 1)
+        share = min(memory * self.M / rows, 1.0)
+        size = blocks if share == 1 else max(1, int(share * self.C) // block)
+        starts = sorted(max(0, b) * block for b in range(blocks - size, -size, -size))
+        return [(a, b - a) for a, b in zip(starts, [*starts[1:], self.C], strict=True)]
+
+    def _logits(self, first: int, n: int) -> Tensor:
+        """(rows, n): the window that begins at class `first`."""
+        out = self.buffer[: self.hidden.shape[0] * n].view(-1, n)
+        if self.held != first:
+            part = self.weight[first : first + n].t()
+            if self.bias is None:
+                torch.mm(self.hidden, part, out=out)
+            else:
+                torch.addmm(self.bias[first : first + n], self.hidden, part, out=out)
+        self.held = first
+        return out
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        """(loss (M,), stats (M, 3)), zeros where ignored."""
+        smoothing = self.options.label_smoothing
+        compute = _native.compute_dtype(self.hidden.dtype)
+        states = self.hidden.new_empty(self.hidden.shape[0], 5, dtype=compute)
+        for first, n in self.windows:
+            self.kernels.cross_entropy_update(
+                self._logits(first, n), self.target, self.class_weight, states, first, self.C,
+                self.options.ignore_index, smoothing,
+            )  # fmt: skip
+        loss, stats = self.kernels.cross_entropy_finish(
+            states, self.target, self.class_weight, self.C, self.options.ignore_index, smoothing
+        )
+        return self._spread(loss), self._spread(stats)
+
+    def gradients(self, stats: Tensor, scale: Tensor | float, wanted: Sequence[bool]) -> Grads:
+        """Gradients of the inputs where row i of the loss receives `scale`, or scale[i]."""
+        stats = self._gather(stats)
+        scale = self._gather(scale) if isinstance(scale, Tensor) else scale
+        dhidden = torch.zeros_like(self.hidden, dtype=stats.dtype) if wanted[0] else None
+        dweight = torch.empty_like(self.weight) if wanted[1] else None
+        dbias = torch.empty_like(self.bias) if wanted[2] and self.bias is not None else None
+        for first, n in reversed(self.windows):
+            d = self._logits(first, n)
+            self.held = None
+            self.kernels.cross_entropy_bwd(
+                d, self.target, self.class_weight, stats, scale,
+                self.options.ignore_index, self.options.label_smoothing, d, first, self.C,
+            )  # fmt: skip
+            window = slice(first, first + n)
+            if dhidden is not None:
+                _add_product(dhidden, d, self.weight[window])
+            if dweight is not None:
+                torch.mm(d.t(), self.hidden, out=dweight[window])
+            if dbias is not None:
+                torch.sum(d, 0, out=dbias[window])
+        return Grads(None if dhidden is None else self._spread(dhidden.to(self.hidden.dtype)), dweight, dbias)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        return rows if self.kept is None else rows.index_select(0, self.kept)
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        """Rows that are held -> all M, zeros where ignored."""
+        if self.kept is None:
+            return rows
+        return rows.new_zeros(self.M, *rows.shape[1:]).index_copy_(0, self.kept, rows)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype, which may be wider."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total += torch.mm(a, b)
+
+
+def _scaled(grads: Grads, factor: Tensor) -> Grads:
+    """The gradients times the scalar that the loss received, in place."""
+    if factor.item() == 1:
+        return grads
+    return Grads(*(None if g is None else g.mul_(factor) for g in grads))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients of a reduced loss are made with it, while its windows are at hand, for an incoming gradient of 1."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, class_weight, options, memory, backend):
+        projection = _Projection(KERNELS[backend], (hidden, weight, bias, target, class_weight), options, memory)
+        loss, stats = projection.loss()
+        ctx.grads = None
+        if options.reduction != "none":
+            scale = row_scale(1.0, projection.count, options)
+            ctx.grads = projection.gradients(stats, scale, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(hidden, weight, bias, target, class_weight, stats)
+        ctx.options, ctx.memory, ctx.backend = options, memory, backend
+        return reduced(loss, projection.count, options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, target, class_weight, stats = ctx.saved_tensors
+        options, need, rest = ctx.options, ctx.needs_input_grad[:3], (None,) * 5
+        if torch.is_grad_enabled():
+
+            def reference(hidden, weight, bias):
+                loss = linear_cross_entropy_ref(
+                    hidden,
+                    weight,
+                    target,
+                    bias,
+                    options.ignore_index,
+                    options.reduction,
+                    options.label_smoothing,
+                    class_weight,
+                )
+                return loss.to(options.dtype)
+
+            return *reference_gradients(reference, (hidden, weight, bias), need, (grad,)), *rest
+        grads, ctx.grads = ctx.grads, None  # handed out once, since they are scaled in place
+        # fp16 has too little range to be scaled afterwards: what a loss scale would have saved is lost already.
+        if grads is not None and (hidden.dtype != torch.float16 or grad.item() == 1):
+            return *_scaled(grads, grad), *rest
+        del grads
+        tensors = (hidden, weight, bias, target, class_weight)
+        projection = _Projection(KERNELS[ctx.backend], tensors, options, ctx.memory)
+        return *projection.gradients(stats, _scale(grad, stats, projection.count, options), need), *rest
+
+
+def _scale(grad: Tensor, stats: Tensor, count: float, options: Options) -> Tensor | float:
+    if options.reduction == "none":
+        return grad.to(stats.dtype).contiguous()
+    return row_scale(grad.item(), count, options)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+def _or_empty(grads: Grads, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = (like.new_empty(0) if g is None else g for g in grads)
+    return hidden, weight, bias
+
+
+@torch.library.custom_op("fastlm::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    memory: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> (loss, stats, and for a reduced loss the gradients of hidden, weight and bias that are wanted, else empty)."""
+    options = Options(ignore_index, reduction, label_smoothing, dtype)
+    backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype))
+    if backend not in KERNELS:
+        return _op_by_reference(hidden, weight, bias, target, class_weight, options, wanted)
+    tensors = _contiguous(hidden, weight, bias, target, class_weight)
+    projection = _Projection(KERNELS[backend], tensors, options, memory)
+    loss, stats = projection.loss()
+    grads = Grads()
+    if reduction != "none":
+        grads = projection.gradients(stats, row_scale(1.0, projection.count, options), tuple(wanted))
+    return reduced(loss, projection.count, options).clone(), stats, *_or_empty(grads, hidden)
+
+
+def _grads_by_reference(hidden, weight, bias, target, class_weight, options: Options, grad, wanted) -> Grads:
+    """In fp32 or wider and without autograd, which does not record inside a registered op."""
+    h, w = (t.to(_native.compute_dtype(hidden.dtype)) for t in (hidden, weight))
+    logits = F.linear(h, w, None if bias is None else bias.to(h.dtype))
+    d = cross_entropy_grad_ref(logits, target, class_weight, *options[:3], grad)
+    made = (d @ w if wanted[0] else None, d.t() @ h if wanted[1] else None, d.sum(0) if wanted[2] else None)
+    return Grads(*(None if g is None else g.to(hidden.dtype) for g in made))
+
+
+def _op_by_reference(hidden, weight, bias, target, class_weight, options: Options, wanted):
+    loss = linear_cross_entropy_ref(
+        hidden, weight, target, bias, options.ignore_index, options.reduction, options.label_smoothing, class_weight
+    )
+    grads = Grads()
+    if options.reduction != "none":
+        one = hidden.new_ones((), dtype=torch.float32)
+        grads = _grads_by_reference(hidden, weight, bias, target, class_weight, options, one, wanted)
+    stats = hidden.new_zeros(hidden.shape[0], 3, dtype=_native.compute_dtype(hidden.dtype))
+    return loss.to(options.dtype, copy=True), stats, *_or_empty(grads, hidden)
+
+
+@_linear_cross_entropy_op.register_fake
+def _(hidden, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing, dtype, memory, wanted):
+    each = reduction == "none"
+    loss = hidden.new_empty(hidden.shape[:1] if each else (), dtype=dtype)
+    stats = hidden.new_empty(hidden.shape[0], 3, dtype=_native.compute_dtype(hidden.dtype))
+    inputs = (hidden, weight, bias)
+    made = Grads(
+        *(
+            t.new_empty(t.shape) if want and t is not None and not each else None
+            for t, want in zip(inputs, wanted, strict=True)
+        )
+    )
+    return loss, stats, *_or_empty(made, hidden)
+
+
+@torch.library.custom_op("fastlm::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    stats: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    memory: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for reduction "none"; empty where one is not wanted."""
+    options = Options(ignore_index, "none", label_smoothing, grad.dtype)
+    backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype))
+    if backend in KERNELS:
+        tensors = _contiguous(hidden, weight, bias, target, class_weight)
+        projection = _Projection(KERNELS[backend], tensors, options, memory)
+        return _or_empty(projection.gradients(stats, grad.to(stats.dtype).contiguous(), wanted), hidden)
+    grads = _grads_by_reference(hidden, weight, bias, target, class_weight, options, grad, wanted)
+    return _or_empty(grads, hidden)
+
+
+@_linear_cross_entropy_backward_op.register_fake
+def _(grad, hidden, weight, bias, target, class_weight, stats, ignore_index, label_smoothing, memory, wanted):
+    inputs = (hidden, weight, bias)
+    made = (t.new_empty(t.shape) if w and t is not None else None for t, w in zip(inputs, wanted, strict=True))
+    return _or_empty(Grads(*made), hidden)
+
+
+def _op_setup(ctx, inputs, output):
+    (
+        hidden,
+        weight,
+        bias,
+        target,
+        class_weight,
+        ctx.ignore_index,
+        ctx.reduction,
+        ctx.smoothing,
+        _,
+        ctx.memory,
+        ctx.wanted,
+    ) = inputs
+    _, stats, *grads = output
+    if ctx.reduction == "none":
+        ctx.save_for_backward(hidden, weight, bias, target, class_weight, stats)
+    else:
+        ctx.save_for_backward(*grads)
+
+
+def _op_backward(ctx, grad, *_):
+    if ctx.reduction == "none":
+        grads = torch.ops.fastlm.linear_cross_entropy_backward(
+            grad, *ctx.saved_tensors, ctx.ignore_index, ctx.smoothing, ctx.memory, ctx.wanted
+        )
+    else:
+        grads = tuple(g * grad.to(g.dtype) for g in ctx.saved_tensors)
+    return *(g if w else None for g, w in zip(grads, ctx.wanted, strict=True)), *(None,) * 8
+
+
+_linear_cross_entropy_op.register_autograd(_op_backward, setup_context=_op_setup)
+
+
+def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    op = "linear_cross_entropy"
+    if hidden.dim() == 0:
+        raise ValueError(f"{op}: hidden has no dimensions, expected (..., H)")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, expected (C, {hidden.shape[-1]}) to match hidden"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) to match weight")
+    for name, given in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if given is None:
+            continue
+        if not given.is_floating_point():
+            raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected a floating-point dtype")
+        if given.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {given.device}, hidden is on {hidden.device}")
+        if given.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected {hidden.dtype} to match hidden")
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """To autocast's dtype where it is on, as the projection's own cast would be; float64 stays."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def linear_cross_entropy(
-    hidden, weight, target, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, class_weight=None
-):
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    *,
+    memory: float = 0.1,
+) -> Tensor:
+    """cross_entropy(linear(hidden, weight, bias), target, class_weight, ...) that never holds the full logits.
+
+    Args:
+        hidden: (..., H), float32, float64, bfloat16 or float16; cast to autocast's dtype where that is on.
+        weight: (C, H), the projection, in hidden's dtype.
+        target: (...) class indices of any integer dtype; or class probabilities (..., C), floating-point,
+            which run on PyTorch's own operators, with the full logits.
+        bias: (C,), in hidden's dtype, or None.
+        ignore_index, reduction, label_smoothing: as for `cross_entropy`. Ignored rows are left out of the
+            products where they are more than a tenth.
+        class_weight: (C,) weights of the classes; no gradient reaches them.
+        memory: share of the full logits that may be held at once, above 0; no less than 2048 classes are held.
+            The products cost 4 - memory instead of 3 of full size; 1 holds everything once.
+
+    Returns:
+        The loss in hidden's dtype (float32 under autocast), a scalar or shaped like the class indices.
+        The gradients of a reduced loss are computed with it and kept until the backward pass.
+
+    Raises:
+        ValueError: if shapes, devices or options are wrong, or a target is outside [0, C) and not ignored.
+        TypeError: if a dtype is wrong.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    op = "linear_cross_entropy"
+    check_options(op, reduction, label_smoothing)
+    if not memory > 0:
+        raise ValueError(f"{op}: memory is {memory}, expected a share above 0")
+    _check_projection(hidden, weight, bias)
+    C = weight.shape[0]
+    check_target(op, target, hidden, (*hidden.shape[:-1], C), hidden.shape[:-1])
+    check_class_weight(op, "class_weight", class_weight, hidden, C)
+    dtype = loss_dtype(hidden)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    probabilities = target.is_floating_point()
+    compiling = torch.compiler.is_compiling()
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    flat = target.reshape(-1, C) if probabilities else target.reshape(-1).long()
+    options = Options(ignore_index, reduction, float(label_smoothing), dtype)
+    if must_trace(hidden, weight, target, bias, class_weight) and not (compiling and not probabilities):
+        loss = _by_torch(rows, weight, flat, bias, class_weight, options)
+    elif compiling:
+        loss = _by_op(rows, weight, flat, bias, class_weight, options, memory)
+    else:
+        loss = _eager(rows, weight, flat, bias, class_weight, options, memory)
+    return loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def _by_torch(hidden, weight, target, bias, class_weight, options: Options) -> Tensor:
     logits = F.linear(hidden, weight, bias)
-    return F.cross_entropy(logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing)
+    return F.cross_entropy(logits, target, class_weight, None, options.ignore_index, None, *options[1:3])
+
+
+def _by_op(hidden, weight, target, bias, class_weight, options: Options, memory: float) -> Tensor:
+    wanted = [needs_grad(t) for t in (hidden, weight, bias)]
+    return torch.ops.fastlm.linear_cross_entropy(hidden, weight, bias, target, class_weight, *options, memory, wanted)[
+        0
+    ]
+
+
+def _eager(hidden, weight, target, bias, class_weight, options: Options, memory: float) -> Tensor:
+    features = (("target", "probabilities"),) if target.is_floating_point() else ()
+    backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype, features))
+    if backend == "torch":
+        return _by_torch(hidden, weight, target, bias, class_weight, options)
+    if backend == "reference":
+        return linear_cross_entropy_ref(
+            hidden, weight, target, bias, options.ignore_index, options.reduction, options.label_smoothing, class_weight
+        ).to(options.dtype)
+    tensors = _contiguous(hidden, weight, bias, target, class_weight)
+    if needs_grad(hidden, weight, bias):
+        return _LinearCrossEntropy.apply(*tensors, options, memory, backend)
+    projection = _Projection(KERNELS[backend], tensors, options, memory)
+    return reduced(projection.loss()[0], projection.count, options)
