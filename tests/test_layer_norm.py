@@ -227,18 +227,24 @@ def test_only_the_wanted_gradients():
     torch.testing.assert_close(a.grad, torch.ones(4, 6), atol=1e-5, rtol=0)
 
 
-def test_registered_op():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_registered_op(backend):
     x, weight, bias = torch.randn(4, 5, requires_grad=True), torch.randn(5, requires_grad=True), torch.randn(5)
-    for args in [(x, weight, bias, 5, 1e-5), (x, None, None, 5, 1e-5), (x.detach().bfloat16(), weight, None, 5, 1e-5)]:
-        torch.library.opcheck(torch.ops.fastlm.layer_norm, args)
-    y, _, _ = torch.ops.fastlm.layer_norm(x, weight, bias, 5, 1e-5)
-    torch.testing.assert_close(y, F.layer_norm(x, (5,), weight, bias))
-    for a, e in zip(
-        torch.autograd.grad(y.square().sum(), (x, weight)),
-        torch.autograd.grad(F.layer_norm(x, (5,), weight, bias).square().sum(), (x, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, e)
+    with fastlm.backend(backend):
+        for args in [
+            (x, weight, bias, 5, 1e-5),
+            (x, None, None, 5, 1e-5),
+            (x.detach().bfloat16(), weight, None, 5, 1e-5),
+        ]:
+            torch.library.opcheck(torch.ops.fastlm.layer_norm, args)
+        y, _, _ = torch.ops.fastlm.layer_norm(x, weight, bias, 5, 1e-5)
+        torch.testing.assert_close(y, F.layer_norm(x, (5,), weight, bias))
+        for a, e in zip(
+            torch.autograd.grad(y.square().sum(), (x, weight)),
+            torch.autograd.grad(F.layer_norm(x, (5,), weight, bias).square().sum(), (x, weight)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, e)
 
 
 def test_registered_op_refuses_a_second_derivative():
