@@ -13,6 +13,8 @@ VERBS = {
     "train": "pretrain a GPT on prepared data",
     "generate": "sample text from a trained model",
     "demo": "prepare, train and generate on a small real corpus",
+    "bench": "time every op and the engine against PyTorch and its peers",
+    "verify": "check every op and backend on random inputs against the fp64 reference",
     "doctor": "what is installed, what was built, which backend serves what",
 }
 

@@ -1,0 +1,154 @@
+"""scaled_dot_product_attention under `fastlm verify`."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlm
+
+from .op import Rounding, Sample, Spec, Tensors, integers, largest, normal, size
+
+
+def _mask(generator: random.Random, B: int, H: int, T: int, S: int) -> Tensor | None:
+    """None, or a boolean or additive mask in any shape that broadcasts; some rows are masked altogether."""
+    kind = generator.choice(("none", "none", "boolean", "additive"))
+    if kind == "none":
+        return None
+    shape = generator.choice(((T, S), (B, 1, T, S), (1, H, T, S), (B, H, T, S), (B, 1, 1, S)))
+    if kind == "additive":
+        return normal(generator, *shape)
+    mask = integers(generator, 0, 3, *shape) > 0
+    if generator.random() < 0.3:
+        mask[..., generator.randrange(mask.shape[-2]), :] = False
+    return mask
+
+
+def _draw(generator: random.Random, dtype: torch.dtype, exact: bool) -> Sample:
+    B = 0 if generator.random() < 0.04 else generator.randint(1, 3)
+    kv_heads, group = generator.randint(1, 3), generator.choice((1, 1, 2, 3))
+    H = kv_heads * group
+    if exact:
+        return _exact(generator, dtype, B, H, kv_heads)
+    T, S = size(generator, 90), size(generator, 90)
+    D = generator.choice((64, 64, 128, 80, size(generator, 256)))
+    tensors: Tensors = {
+        "query": normal(generator, B, H, T, D),
+        "key": normal(generator, B, kv_heads, S, D),
+        "value": normal(generator, B, kv_heads, S, D),
+        "attn_mask": _mask(generator, B, H, T, S),
+    }
+    mask = tensors["attn_mask"]
+    tensors = {n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+    settings = {
+        "is_causal": mask is None and generator.random() < 0.5,
+        "scale": generator.choice((None, None, 0.3)),
+        "enable_gqa": group > 1,
+        "dropout_p": generator.choice((0.0, 0.0, 0.0, 0.2)),
+    }
+    learned = mask is not None and mask.is_floating_point() and mask.shape == (B, H, T, S)
+    differentiable = ("query", "key", "value") + (("attn_mask",) if learned else ())
+    per_batch = mask is not None and mask.dim() == 4 and mask.shape[0] == B and B > 1
+    rows = ("query", "key", "value") + (("attn_mask",) if per_batch else ())
+    rows = () if settings["dropout_p"] else rows
+    return Sample(dtype, settings, tensors, differentiable, generator.getrandbits(31), False, rows)
+
+
+def _exact(generator: random.Random, dtype: torch.dtype, B: int, H: int, kv_heads: int) -> Sample:
+    """A zero query weighs 2^k keys alike, so weights, outputs and gradients are sums of small binary fractions."""
+    T, S, D = size(generator, 20), 2 ** generator.randint(0, 4), generator.randint(1, 16)
+    tensors: Tensors = {
+        "query": torch.zeros(B, H, T, D, dtype=dtype),
+        "key": integers(generator, -2, 2, B, kv_heads, S, D).to(dtype),
+        "value": integers(generator, -2, 2, B, kv_heads, S, D).to(dtype),
+        "attn_mask": None,
+    }
+    settings = {"is_causal": False, "scale": 0.5, "enable_gqa": H != kv_heads, "dropout_p": 0.0}
+    # In 16 bits a kernel may round the weights' gradient, which has more digits than that.
+    wide = dtype in (torch.float32, torch.float64)
+    differentiable = ("query", "key", "value") if wide else ("value",)
+    return Sample(dtype, settings, tensors, differentiable, generator.getrandbits(31), True, ("query", "key", "value"))
+
+
+def _call(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
+    s = sample.settings
+    return (
+        fastlm.scaled_dot_product_attention(
+            t["query"], t["key"], t["value"], t["attn_mask"],
+            dropout_p=s["dropout_p"], is_causal=s["is_causal"], scale=s["scale"], enable_gqa=s["enable_gqa"],
+        ),
+    )  # fmt: skip
+
+
+def _stock(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
+    s = sample.settings
+    if s["dropout_p"]:
+        return ()  # PyTorch draws another mask
+    return (
+        F.scaled_dot_product_attention(
+            t["query"], t["key"], t["value"], t["attn_mask"],
+            is_causal=s["is_causal"], scale=s["scale"], enable_gqa=s["enable_gqa"],
+        ),
+    )  # fmt: skip
+
+
+def _heads(t: Tensors) -> tuple[Tensor, Tensor]:
+    """Keys and values, one head for each head of the query."""
+    H, kv_heads = t["query"].shape[1], t["key"].shape[1]
+    return tuple(t[name].repeat_interleave(H // kv_heads, 1) for name in ("key", "value"))  # type: ignore[return-value]
+
+
+def _weights(t: Tensors, sample: Sample) -> Tensor:
+    """softmax(q k^T scale + mask), and 0 where every key is masked."""
+    q, mask, scale = t["query"], t["attn_mask"], sample.settings["scale"]
+    keys, _ = _heads(t)
+    scores = q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if sample.settings["is_causal"]:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        dead = ~mask.any(-1, keepdim=True)
+        weights = scores.masked_fill(~mask, float("-inf")).masked_fill(dead, 0).softmax(-1)
+        return weights.masked_fill(~mask, 0)
+    return (scores if mask is None else scores + mask).softmax(-1)
+
+
+def _truth(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
+    if sample.settings["dropout_p"]:  # only the reference knows the mask
+        with fastlm.backend("reference"):
+            return _call(t, sample)
+    return (_weights(t, sample) @ _heads(t)[1],)
+
+
+def _rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str, Rounding]:
+    """Weights and their gradients may be rounded to the storage dtype before the second product."""
+    if not t["query"].numel() or not t["key"].numel():
+        return {}
+    q, do = t["query"], grads[0]
+    keys, values = _heads(t)
+    T, S, D = q.shape[-2], keys.shape[-2], q.shape[-1]
+    scale = D**-0.5 if sample.settings["scale"] is None else sample.settings["scale"]
+    weights = _weights(t, sample)
+    kept = 1 / (1 - sample.settings["dropout_p"])
+    column = float(weights.sum(-2).max()) * keys.shape[1] / t["key"].shape[1] * kept
+    scores = 1 + scale * float((q.abs() @ keys.abs().transpose(-1, -2)).max()) + largest(_additive(t))
+    v = largest(values) * kept
+    dp = 2 * float((do.abs() @ values.abs().transpose(-1, -2)).max()) * kept
+    return {
+        "output 0": Rounding(v, v * scores, S + D),
+        "dvalue": Rounding(largest(do) * column, largest(do) * column * scores, T + D),
+        "dquery": Rounding(scale * dp * largest(keys), scale * dp * largest(keys) * scores, S + D),
+        "dkey": Rounding(scale * dp * largest(q) * column, scale * dp * largest(q) * column * scores, T + D),
+        "dattn_mask": Rounding(dp, dp * scores, S + D),
+    }
+
+
+def _additive(t: Tensors) -> Tensor | None:
+    """The additive mask, if there is one."""
+    mask = t["attn_mask"]
+    return mask if mask is not None and mask.is_floating_point() else None
+
+
+ATTENTION = Spec("scaled_dot_product_attention", _draw, _call, _stock, _truth, _rounding)
