@@ -32,7 +32,7 @@ def _draw(generator: random.Random, dtype: torch.dtype, exact: bool) -> Sample:
     kv_heads, group = generator.randint(1, 3), generator.choice((1, 1, 2, 3))
     H = kv_heads * group
     if exact:
-        return _exact(generator, dtype, B, H, kv_heads)
+        return _exact(generator, dtype, B, kv_heads, group)
     T, S = size(generator, 90), size(generator, 90)
     D = generator.choice((64, 64, 128, 80, size(generator, 256)))
     tensors: Tensors = {
@@ -57,16 +57,16 @@ def _draw(generator: random.Random, dtype: torch.dtype, exact: bool) -> Sample:
     return Sample(dtype, settings, tensors, differentiable, generator.getrandbits(31), False, rows)
 
 
-def _exact(generator: random.Random, dtype: torch.dtype, B: int, H: int, kv_heads: int) -> Sample:
+def _exact(generator: random.Random, dtype: torch.dtype, B: int, kv_heads: int, group: int) -> Sample:
     """A zero query weighs 2^k keys alike, so weights, outputs and gradients are sums of small binary fractions."""
     T, S, D = size(generator, 20), 2 ** generator.randint(0, 4), generator.randint(1, 16)
     tensors: Tensors = {
-        "query": torch.zeros(B, H, T, D, dtype=dtype),
+        "query": torch.zeros(B, kv_heads * group, T, D, dtype=dtype),
         "key": integers(generator, -2, 2, B, kv_heads, S, D).to(dtype),
         "value": integers(generator, -2, 2, B, kv_heads, S, D).to(dtype),
         "attn_mask": None,
     }
-    settings = {"is_causal": False, "scale": 0.5, "enable_gqa": H != kv_heads, "dropout_p": 0.0}
+    settings = {"is_causal": False, "scale": 0.5, "enable_gqa": group > 1, "dropout_p": 0.0}
     # In 16 bits a kernel may round the weights' gradient, which has more digits than that.
     wide = dtype in (torch.float32, torch.float64)
     differentiable = ("query", "key", "value") if wide else ("value",)

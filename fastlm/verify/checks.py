@@ -85,6 +85,11 @@ def instruction_sets(backend: str) -> tuple[str | None, ...]:
     return (fastlm.cpu_isa(),) if os.environ.get("FASTLM_CPU_ISA") else fastlm.cpu_isas()
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's tensors lie: GPU kernels run on the CPU only where Triton interprets them."""
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -117,20 +122,20 @@ def evaluate(spec_call, tensors: Tensors, sample: Sample, grads: tuple[Tensor, .
     for leaf in leaves.values():
         leaf.requires_grad_()
     outputs = spec_call(tensors, sample)
-    results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    results = {f"output {i}": out.detach().cpu() for i, out in enumerate(outputs)}
     if grads is not None and outputs and leaves:
         pairs = [(out, g) for out, g in zip(outputs, grads, strict=True) if out.requires_grad]
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs], inputs=list(leaves.values()))
     for name, leaf in leaves.items():
         if leaf.grad is not None:
-            results["d" + name] = leaf.grad
+            results["d" + name] = leaf.grad.cpu()
     return results
 
 
-def _copies(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+def _copies(tensors: Tensors, dtype: torch.dtype | None = None, device: str = "cpu") -> Tensors:
     return {
-        n: None if t is None else t.clone().to(dtype if dtype and t.is_floating_point() else t.dtype)
+        n: None if t is None else t.clone().to(device, dtype if dtype and t.is_floating_point() else t.dtype)
         for n, t in tensors.items()
     }
 
@@ -163,8 +168,9 @@ def _guarded(
     """The results of a call between margins; None where it raised."""
     guards, layout = Guards(), random.Random(layout_seed)
     layout = None if sample.seed % 4 == 0 else layout
-    placed = {n: None if t is None else guards.place(n, t, layout) for n, t in sample.tensors.items()}
-    grads = tuple(guards.place(f"the gradient of output {i}", g, layout) for i, g in enumerate(truth.grads))
+    device = device_of(backend)
+    placed = {n: None if t is None else guards.place(n, t.to(device), layout) for n, t in sample.tensors.items()}
+    grads = tuple(guards.place(f"the gradient of output {i}", g.to(device), layout) for i, g in enumerate(truth.grads))
     try:
         with fastlm.backend(backend), threads(THREADS[sample.seed % len(THREADS)]), guarded_allocations(guards):
             results = evaluate(spec.call, placed, sample, grads)
@@ -252,7 +258,8 @@ def same_bits(a: Results, b: Results) -> str | None:
 def _repeatable(spec: Spec, backend: str, sample: Sample, truth: Truth) -> Iterator[Failure]:
     def run(tensors: Tensors, grads: tuple[Tensor, ...]) -> Results:
         with fastlm.backend(backend):
-            return evaluate(spec.call, _copies(tensors), sample, grads)
+            copies = _copies(tensors, device=device_of(backend))
+            return evaluate(spec.call, copies, sample, tuple(g.to(device_of(backend)) for g in grads))
 
     first = run(sample.tensors, truth.grads)
     if name := same_bits(first, run(sample.tensors, truth.grads)):
@@ -279,9 +286,8 @@ def _single_row(sample: Sample, rows: list[str], truth: Truth, first: Results, r
     """One element of the batch alone has to give the bits that it gives among the others."""
     index = sample.seed % len(sample.tensors[rows[0]])  # type: ignore[arg-type]
     part = slice(index, index + 1)
-    alone = run(
-        {n: t[part] if n in rows else t for n, t in sample.tensors.items()}, tuple(g[part] for g in truth.grads)
-    )
+    tensors = {n: t[part] if t is not None and n in rows else t for n, t in sample.tensors.items()}
+    alone = run(tensors, tuple(g[part] for g in truth.grads))
     names = [name for name in first if name.startswith("output") or name[1:] in rows]
     if name := same_bits({n: first[n][part] for n in names}, {n: alone[n] for n in names}):
         yield Failure("batch", f"{name}: row {index} has other bits alone than among the others")

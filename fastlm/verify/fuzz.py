@@ -16,7 +16,7 @@ from fastlm import _dispatch
 
 from ..errors import BackendError, ConfigError
 from .attention import ATTENTION
-from .checks import Errors, check, threads
+from .checks import Errors, check, device_of, threads
 from .cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
 from .gelu import BIAS_GELU, GELU
 from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -102,9 +102,10 @@ def unavailable(spec: Spec, backend: str) -> str | None:
     if spec.name not in _dispatch.ops():
         return f"{spec.name} has no entry in the table of backends"
     sample = spec.draw(random.Random(0), torch.float32, False)
+    tensors = {n: None if t is None else t.to(device_of(backend)) for n, t in sample.tensors.items()}
     try:
         with fastlm.backend(backend):
-            explanation = fastlm.explain(spec.call, sample.tensors, sample)
+            explanation = fastlm.explain(spec.call, tensors, sample)
     except BackendError as error:
         return str(error)
     return None if explanation.selected == backend else explanation.reasons[backend]
