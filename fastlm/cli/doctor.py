@@ -25,17 +25,20 @@ PEERS = (
     "quack-kernels",
     "cut-cross-entropy",
 )
+SETTINGS = ("FASTLM_", "OMP_", "KMP_", "GOMP_", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD", "TRITON_")
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "rich", "matplotlib", "tyro", "psutil")
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -43,6 +46,30 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, or None where there is no driver."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() if lines else None
+
+
+def settings() -> dict[str, str]:
+    """Environment variables that change which kernels run, on how many threads and in what memory."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SETTINGS)}
+
+
+def _allocator() -> dict[str, str | None]:
+    """The C library that serves memory, and what is preloaded in its place."""
+    name, release = platform.libc_ver()
+    return {"libc": f"{name} {release}".strip() or None, "preloaded": os.environ.get("LD_PRELOAD")}
 
 
 def _loaded_libgomp() -> list[str]:
@@ -58,6 +85,7 @@ def _cuda() -> dict:
     compiler = shutil.which("nvcc")
     found: dict = {
         "torch_cuda": torch.version.cuda,
+        "driver": driver_version(),
         "available": torch.cuda.is_available(),
         "nvcc": None,
         "devices": [],
@@ -110,10 +138,10 @@ def collect() -> dict:
         "fastlm": fastlm.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "peers": {name: _version(name) for name in PEERS},
+        "packages": {name: version(name) for name in PACKAGES},
+        "peers": {name: version(name) for name in PEERS},
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "extension": _native.missing_reason or "loaded",
@@ -121,9 +149,10 @@ def collect() -> dict:
             "isas": list(fastlm.cpu_isas()),
             "openmp_threads": _native.omp_threads(),
             "openmp_runtimes": _loaded_libgomp(),
+            "allocator": _allocator(),
         },
         "cuda": _cuda(),
-        "settings": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("FASTLM_", "OMP_"))},
+        "settings": settings(),
         "backends": {
             op: {device: _served_by(op, device, torch.bfloat16 if device == "cuda" else torch.float32)}
             for op in _dispatch.ops()
@@ -148,9 +177,12 @@ def _print(report: dict) -> None:
         print(f"           kernels: {cpu['isa']} (of {', '.join(cpu['isas'])}); OpenMP runtime {shared}")
     else:
         print(f"           kernels: none, {cpu['extension']}")
+    memory = cpu["allocator"]
+    print(f"memory     {memory['libc'] or 'unknown C library'}; preloaded: {memory['preloaded'] or 'nothing'}")
     devices = ", ".join(f"{d['name']} ({d['arch']}, {d['memory_gib']} GiB)" for d in cuda["devices"]) or "no device"
     print(
-        f"cuda       {devices}; torch built for CUDA {cuda['torch_cuda'] or 'none'}; nvcc {cuda['nvcc'] or 'not found'}"
+        f"cuda       {devices}; driver {cuda['driver'] or 'none'}; "
+        f"torch built for CUDA {cuda['torch_cuda'] or 'none'}; nvcc {cuda['nvcc'] or 'not found'}"
     )
     if report["settings"]:
         print("settings   " + "  ".join(f"{name}={value}" for name, value in report["settings"].items()))

@@ -1,0 +1,146 @@
+"""scaled_dot_product_attention over B sequences of T tokens with H heads of size D; "decode" has one query."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlm
+
+from .case import Case, Counts, Unavailable
+from .kernel import Inputs, KernelBenchmark, each_dtype
+from .peers import attribute
+from .providers import need_cuda
+
+VARIANTS = ("causal", "full", "padding", "bias", "dropout", "gqa", "decode")
+GQA_GROUP = 3  # query heads that share a key
+DROPOUT = 0.1
+PADDED = 0.75  # of the keys are real
+
+
+def _table(quick: bool, device: str) -> list[Case]:
+    def case(B: int, H: int, T: int, D: int, variant: str = "causal", passes=("fwd", "bwd"), headline=False) -> Case:
+        return Case("attention", (B, H, T, D), "", variant, passes, headline)
+
+    if quick:
+        return each_dtype([case(2, 12, 256, 64, headline=True), case(1, 12, 1024, 64, "decode", ("fwd",))])
+    if device != "cpu":
+        lengths = [case(16384 // T, 16, T, D) for D in (64, 128) for T in (512, 2048, 8192, 16384)]
+        return each_dtype(lengths, ("bfloat16", "float16"))
+    cases = [case(max(1, 1024 // T), 12, T, 64, headline=T == 1024) for T in (256, 512, 1024, 2048)]
+    cases += [case(max(1, 1024 // T), 6, T, 128) for T in (256, 2048)]
+    cases += [case(1, 12, 1024, 64, "full")]
+    cases += [case(2, 12, 512, 64, variant, ("fwd",)) for variant in ("padding", "bias", "dropout", "gqa")]
+    return each_dtype([*cases, case(1, 12, 1024, 64, "decode", ("fwd",)), case(1, 12, 1, 64, "full", ("fwd",))])
+
+
+def _inputs(case: Case, device: str) -> Inputs:
+    B, H, T, D = case.shape
+    queries = 1 if case.variant == "decode" else T
+    kv_heads = H // GQA_GROUP if case.variant == "gqa" else H
+    shapes = [(B, H, queries, D), (B, kv_heads, T, D), (B, kv_heads, T, D)]
+    drawn = [torch.randn(*shape, device=device).to(case.torch_dtype) for shape in shapes]
+    if case.variant == "padding":
+        mask = (torch.arange(T, device=device) < int(T * PADDED)).expand(B, 1, 1, T)
+    elif case.variant == "bias":
+        mask = torch.randn(H, T, T, device=device).to(case.torch_dtype)
+    else:
+        mask = None
+    return Inputs((*drawn, mask), (0, 1, 2))
+
+
+def _options(case: Case) -> dict:
+    return {
+        "is_causal": case.variant in ("causal", "dropout", "gqa"),
+        "enable_gqa": case.variant == "gqa",
+        "dropout_p": DROPOUT if case.variant == "dropout" else 0.0,
+    }
+
+
+def _call(function, case: Case):
+    options = _options(case)
+    return lambda q, k, v, mask: function(q, k, v, mask, **options)
+
+
+def _ours(case: Case):
+    return _call(fastlm.scaled_dot_product_attention, case)
+
+
+def _stock(case: Case):
+    return _call(F.scaled_dot_product_attention, case)
+
+
+def _counts(case: Case, which: str) -> Counts:
+    """Two products forward and five backward (the scores once more), over the pairs that a causal mask leaves."""
+    B, H, T, D = case.shape
+    queries = 1 if case.variant == "decode" else T
+    pairs = T * (T + 1) // 2 if _options(case)["is_causal"] else queries * T
+    kv_heads = H // GQA_GROUP if case.variant == "gqa" else H
+    size = case.torch_dtype.itemsize
+    q, kv = B * H * queries * D * size, B * kv_heads * T * D * size
+    product = 2 * B * H * pairs * D
+    mask = {"padding": B * T, "bias": H * T * T * size}.get(case.variant, 0)
+    forward = Counts(2 * q + 2 * kv + mask, 2 * product, case.dtype, reads_only=case.variant == "decode")
+    backward = Counts(4 * q + 4 * kv + mask, 5 * product, case.dtype)
+    if which == "full":
+        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops, case.dtype)
+    return forward if which == "fwd" else backward
+
+
+def _sdpa(backend: str, case: Case, device: str):
+    """torch's operator held to one of its GPU kernels."""
+    need_cuda(device, "a choice of SDPA kernels")
+    kernel, choose = attribute("torch.nn.attention", "SDPBackend"), attribute("torch.nn.attention", "sdpa_kernel")
+    stock = _stock(case)
+
+    def run(*tensors):
+        with choose(getattr(kernel, backend)):
+            return stock(*tensors)
+
+    return run
+
+
+def _flex(case: Case, device: str):
+    need_cuda(device, "FlexAttention with a backward pass")
+    if case.variant not in ("causal", "full"):
+        raise Unavailable("benchmarked without masks only")
+    flex = torch.compile(attribute("torch.nn.attention.flex_attention", "flex_attention"))
+    block_mask = None
+    if case.variant == "causal":
+        T = case.shape[2]
+        make = attribute("torch.nn.attention.flex_attention", "create_block_mask")
+        block_mask = make(lambda b, h, q, k: q >= k, None, None, T, T, device=device)
+    return lambda q, k, v, mask: flex(q, k, v, block_mask=block_mask)
+
+
+def _flash(case: Case, device: str):
+    need_cuda(device, "flash-attn")
+    if case.variant in ("padding", "bias"):
+        raise Unavailable("it takes no mask")
+    if case.dtype == "float32":
+        raise Unavailable("it takes float16 and bfloat16")
+    function, options = attribute("flash_attn", "flash_attn_func"), _options(case)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        heads_last = [t.transpose(1, 2) for t in (q, k, v)]
+        out = function(*heads_last, dropout_p=options["dropout_p"], causal=options["is_causal"])
+        return out.transpose(1, 2)
+
+    return run
+
+
+PEERS = {
+    "sdpa-flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
+    "sdpa-cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
+    "sdpa-efficient": functools.partial(_sdpa, "EFFICIENT_ATTENTION"),
+    "flex": _flex,
+    "flash-attn": _flash,
+}
+
+ATTENTION = KernelBenchmark(
+    "attention", ("B", "H", "T", "D"), VARIANTS, _table, _inputs, _ours, _stock, _counts,
+    lambda case: case.shape[2] + case.shape[3], PEERS,
+)  # fmt: skip

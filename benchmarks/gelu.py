@@ -1,0 +1,86 @@
+"""gelu and bias_gelu over M rows of N."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import fastlm
+
+from .case import Case, Counts, Unavailable
+from .kernel import Inputs, KernelBenchmark, each_dtype
+from .peers import attribute, onnx_session
+
+FORMS = {"tanh": "tanh", "erf": "none"}
+FORWARD_FLOPS, BACKWARD_FLOPS = 8, 16  # an element, with exp or erf counted as one operation
+
+
+def _table(quick: bool, device: str, name: str) -> list[Case]:
+    if quick:
+        return each_dtype([Case(name, (1024, 3072), "", "tanh", ("fwd", "bwd"), headline=True)])
+    shapes = [(4096, 3072)] if device == "cpu" else [(16384, N) for N in (3072, 4096, 8192, 16384)]
+    cases = [
+        Case(name, shape, "", form, ("fwd", "bwd"), headline=i == 0) for i, shape in enumerate(shapes) for form in FORMS
+    ]
+    return each_dtype([*cases, Case(name, (1, 3072), "", "tanh", ("fwd",))])
+
+
+def _inputs(case: Case, device: str) -> Inputs:
+    M, N = case.shape
+    drawn = [torch.randn(M, N, device=device)]
+    if case.op == "bias_gelu":
+        drawn.append(torch.randn(N, device=device))
+    return Inputs(tuple(t.to(case.torch_dtype) for t in drawn), tuple(range(len(drawn))))
+
+
+def _ours(case: Case):
+    form = FORMS[case.variant]
+    return lambda x: fastlm.gelu(x, form)
+
+
+def _stock(case: Case):
+    form = FORMS[case.variant]
+    return lambda x: F.gelu(x, approximate=form)
+
+
+def _bias_ours(case: Case):
+    form = FORMS[case.variant]
+    return lambda x, bias: fastlm.bias_gelu(x, bias, form)
+
+
+def _bias_stock(case: Case):
+    form = FORMS[case.variant]
+    return lambda x, bias: F.gelu(x + bias, approximate=form)
+
+
+def _counts(case: Case, which: str) -> Counts:
+    """x in and y out; x and dy in and dx out; with a bias, that in and its gradient out."""
+    M, N = case.shape
+    size, bias = case.torch_dtype.itemsize, case.op == "bias_gelu"
+    forward = Counts((2 * M * N + bias * N) * size, (FORWARD_FLOPS + bias) * M * N)
+    backward = Counts((3 * M * N + 2 * bias * N) * size, (BACKWARD_FLOPS + 2 * bias) * M * N)
+    if which == "full":
+        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops)
+    return forward if which == "fwd" else backward
+
+
+def _transformers(case: Case, device: str):
+    if case.variant != "tanh":
+        raise Unavailable("its erf form is torch's own")
+    return attribute("transformers.activations", "NewGELUActivation")()
+
+
+def _onnxruntime(case: Case, device: str):
+    return onnx_session(case, device, "Gelu", {"approximate": FORMS[case.variant]}, list(_inputs(case, device).tensors))
+
+
+PEERS = {"transformers": _transformers, "onnxruntime": _onnxruntime}
+
+GELU = KernelBenchmark(
+    "gelu", ("M", "N"), tuple(FORMS), lambda q, d: _table(q, d, "gelu"), _inputs, _ours, _stock, _counts,
+    lambda case: 1, PEERS,
+)  # fmt: skip
+BIAS_GELU = KernelBenchmark(
+    "bias_gelu", ("M", "N"), tuple(FORMS), lambda q, d: _table(q, d, "bias_gelu"), _inputs, _bias_ours, _bias_stock,
+    _counts, lambda case: case.shape[0],
+)  # fmt: skip

@@ -1,0 +1,94 @@
+"""Every benchmark by name; `fastlm bench` runs them in this order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastlm.errors import ConfigError
+
+from .attention import ATTENTION
+from .case import DTYPES, PASSES, Benchmark, Case
+from .cross_entropy import CROSS_ENTROPY
+from .gelu import BIAS_GELU, GELU
+from .generate import GENERATE
+from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from .train import TRAIN
+
+KERNELS = (LAYER_NORM, ADD_LAYER_NORM, GELU, BIAS_GELU, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
+BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*KERNELS, TRAIN, GENERATE)}
+
+
+def known(names: list[str], valid, what: str) -> list[str]:
+    """`names`, or all that are valid if there are none.
+
+    Raises:
+        ConfigError: for a name that is not valid; the message lists those that are.
+    """
+    for name in names:
+        if name not in valid:
+            raise ConfigError(f"{what} is {name!r}, expected one of {', '.join(valid)}")
+    return names or list(valid)
+
+
+def select(
+    op: str, device: str, dtypes: list[str], shapes: list[str], passes: list[str], quick: bool = False
+) -> list[Case]:
+    """The cases that a command line asks for.
+
+    Args:
+        op: a benchmark's name, or "all".
+        dtypes, shapes, passes: restrict (dtypes, passes) or replace (shapes) those of the benchmark; empty keeps.
+
+    Raises:
+        ConfigError: for an unknown name, a shape that does not fit, or if no case is left.
+    """
+    known([] if op == "all" else [op], [*BENCHMARKS, "all"], "op")
+    known(dtypes, DTYPES, "dtype")
+    known(passes, PASSES, "pass")
+    chosen = BENCHMARKS.values() if op == "all" else [BENCHMARKS[op]]
+    cases = [case for b in chosen for case in _cases(b, device, dtypes, shapes, quick)]
+    if passes:
+        # "full" replaces the passes of a case that has gradients at all; the others are taken where they exist.
+        cases = [dataclasses.replace(case, passes=_passes(case, passes)) for case in cases]
+        cases = [case for case in cases if case.passes]
+    if not cases:
+        raise ConfigError(f"{op} has no case of pass {', '.join(passes)} in {', '.join(dtypes)}")
+    return cases
+
+
+def _passes(case: Case, wanted: list[str]) -> tuple[str, ...]:
+    possible = PASSES if case.passes not in (("fwd",), ("full",)) else case.passes
+    return tuple(p for p in PASSES if p in wanted and p in possible)
+
+
+def _cases(b: Benchmark, device: str, dtypes: list[str], shapes: list[str], quick: bool) -> list[Case]:
+    cases = b.cases(device, quick)
+    if shapes:
+        first = cases[0]
+        cases = [
+            Case(b.name, parse_shape(b, text), first.dtype, variant, first.passes, headline=True)
+            for text in shapes
+            for variant in (b.variants[0],)
+        ]
+        dtypes = dtypes or list(dict.fromkeys(case.dtype for case in b.cases(device, quick)))
+    if not dtypes:
+        return cases
+    distinct = dict.fromkeys((c.shape, c.variant, c.passes, c.headline) for c in cases)
+    return [Case(b.name, s, dtype, v, p, h) for s, v, p, h in distinct for dtype in dtypes]
+
+
+def parse_shape(b: Benchmark, text: str) -> tuple[int, ...]:
+    """Extents from "4096x768".
+
+    Raises:
+        ConfigError: if they are not as many positive integers as the benchmark has dimensions.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != len(b.dims) or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ConfigError(f"shape is {text!r}, expected {'x'.join(b.dims)} for {b.name}, such as {_example(b)}")
+    return tuple(int(p) for p in parts)
+
+
+def _example(b: Benchmark) -> str:
+    return "x".join(map(str, b.cases("cpu", True)[0].shape))

@@ -1,0 +1,253 @@
+"""`fastlm bench`: how fast every op and the engine are here, against whom, and how close to the machine's limits."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tyro.conf import Positional, arg
+
+from ..benchmarks import providers, registry, report
+from ..benchmarks.case import Case
+from ..benchmarks.results import Results, Row, environment, load
+from ..benchmarks.runner import ALLOCATORS, Plan, run
+from ..errors import ConfigError
+from .tables import print_table
+
+ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.5, 0.1
+
+
+@dataclass
+class Options:
+    """Time ops and the engine against PyTorch and the peers that are installed.
+
+    Every result is compared with fp64 first: a wrong one gets no time. All providers take turns in one process;
+    shown are medians, the spread, the share of the roof measured in the same run, and peak memory. On a CPU
+    each headline case runs twice: with freed memory kept by the C library, and as it comes.
+
+    See also: fastlm bench compare A.json B.json, fastlm bench report README.md RESULTS.json
+    """
+
+    op: Positional[Annotated[str, arg(metavar="[OP|train|generate|all]")]] = "all"
+    """what to time"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    dtype: Annotated[str, arg(metavar="DTYPE,...")] = ""
+    """float32, bfloat16, float16, float64; by default those of each op"""
+    shape: Annotated[str, arg(metavar="SHAPE,...")] = ""
+    """extents such as 4096x768 instead of the op's own cases"""
+    passes: Annotated[str, arg(name="pass", metavar="PASS,...")] = ""
+    """fwd, bwd, full"""
+    against: Annotated[str, arg(metavar="PROVIDER,...")] = ""
+    """who to compare with; by default everyone that is installed"""
+    quick: bool = False
+    """small shapes: about a minute in all"""
+    allocator: Literal["kept", "default", "both"] = "both"
+    """whether the C library keeps freed memory on a CPU"""
+    threads: Annotated[int | None, arg(metavar="N")] = None
+    """of the CPU; by default as many as torch uses"""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """write the results here"""
+    plot: Annotated[Path | None, arg(metavar="DIR")] = None
+    """write PNG plots here"""
+    csv: Annotated[Path | None, arg(metavar="FILE")] = None
+    """write the rows here, as comma-separated values"""
+
+
+@dataclass
+class CompareOptions:
+    """Show what moved between two results files beyond the noise; exit status 1 if fastlm got slower."""
+
+    before: Positional[Annotated[Path, arg(metavar="A.json")]]
+    after: Positional[Annotated[Path, arg(metavar="B.json")]]
+    threshold: float = 0.05
+    """slow-down that counts as a regression: 0.05 is 5 %"""
+    relative: bool = False
+    """compare ratios to PyTorch instead of times, for files of different machines"""
+
+
+@dataclass
+class ReportOptions:
+    """Write tables from results files into a text, between <!-- bench:NAME --> and <!-- /bench -->.
+
+    NAME is an op, train, generate or all.
+    """
+
+    readme: Positional[Annotated[Path, arg(metavar="README.md")]]
+    results: Positional[Annotated[tuple[Path, ...], arg(metavar="RESULTS.json ...")]]
+    plot: Annotated[Path | None, arg(metavar="DIR")] = None
+    """write the plots of each file here, in a folder of the file's name"""
+
+
+def main(argv: list[str]) -> int:
+    verbs: dict[str, tuple[type, Callable]] = {
+        "compare": (CompareOptions, _compare),
+        "report": (ReportOptions, _report),
+    }
+    if argv and argv[0] in verbs:
+        kind, action = verbs[argv[0]]
+        return action(tyro.cli(kind, prog=f"fastlm bench {argv[0]}", args=argv[1:]))
+    return _bench(tyro.cli(Options, prog="fastlm bench", args=argv))
+
+
+def _bench(options: Options) -> int:
+    plan = make_plan(options)
+    for path in (options.json, options.csv):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path}: the folder {path.parent} is not there")
+    results = Results(environment(plan.device))
+    status = 0
+    try:
+        with _progress(plan) as (started, measured):
+            run(plan, results, started, measured)
+    except KeyboardInterrupt:
+        print("interrupted: what follows was measured before that", file=sys.stderr)
+        status = 130
+    _print(results)
+    if options.json:
+        results.save(options.json)
+    if options.csv:
+        results.save_csv(options.csv)
+    if options.plot:
+        from ..benchmarks import plots
+
+        plots.write(results, options.plot)
+    wrong = [r for r in results.rows if r.status in ("wrong", "failed") and providers.is_ours(r.provider)]
+    return status or (1 if wrong else 0)
+
+
+def make_plan(options: Options) -> Plan:
+    """What the command line asks for.
+
+    Raises:
+        ConfigError: for an unknown op, provider, dtype, pass, shape or device.
+    """
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    threads = torch.get_num_threads() if options.threads is None else options.threads
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}, expected at least 1")
+    against = _names(options.against)
+    if against:
+        registry.known(against, providers.ALL, "provider")
+        against.append("torch")  # the yardstick of errors and ratios
+    cases = registry.select(
+        options.op, device, _names(options.dtype), _names(options.shape), _names(options.passes), options.quick
+    )
+    allocators = _allocators(options) if kind == "cpu" else ("cuda",)
+    return Plan(cases, device, threads, against, QUICK_ROUND_SECONDS if options.quick else ROUND_SECONDS, allocators)
+
+
+def _allocators(options: Options) -> tuple[str, ...]:
+    if options.allocator != "both":
+        return (options.allocator,)
+    if platform.libc_ver()[0] != "glibc":
+        return ("default",)
+    return ("kept",) if options.quick else ALLOCATORS
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextlib.contextmanager
+def _progress(plan: Plan) -> Iterator[tuple[Callable[[Case, str], None], Callable[[Row], None]]]:
+    """A bar with the time left on a terminal, a line a case elsewhere; both on standard error."""
+    if not sys.stderr.isatty():
+        done = 0
+
+        def note(case: Case, allocator: str) -> None:
+            nonlocal done
+            done += 1
+            print(f"{done}/{plan.total} {case.describe()} ({allocator} memory)", file=sys.stderr, flush=True)
+
+        yield note, lambda row: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring the roof", total=plan.total)
+        begun = False
+
+        def start(case: Case, allocator: str) -> None:
+            nonlocal begun
+            bar.update(task, advance=1 if begun else 0, description=f"{case.describe()} ({allocator} memory)")
+            begun = True
+
+        yield start, lambda row: None
+        bar.update(task, completed=plan.total)
+
+
+def _print(results: Results) -> None:
+    timed = [row for row in results.rows if row.status == "ok"]
+    e = results.environment
+    print(f"{e['cpu'] if e['device'] == 'cpu' else e['device']}, torch {e['packages'].get('torch')}, {e['date']}")
+    for line in report.roof_lines(results):
+        print(line)
+    if timed:
+        print_table(report.HEADERS, [report.cells(row) for row in timed], left=3)
+    for line in report.absences(results.rows):
+        print(f"not timed  {line}")
+
+
+def _compare(options: CompareOptions) -> int:
+    from ..benchmarks.compare import compare
+
+    if options.threshold < 0:
+        raise ConfigError(f"threshold is {options.threshold}, expected at least 0")
+    changes, lost = compare(load(options.before), load(options.after), options.relative)
+    moved = [c for c in changes if c.beyond_noise]
+    rows = [
+        (
+            report.case_name(c.after), c.after.which, c.after.label, report.seconds(c.before.median),
+            report.seconds(c.after.median), f"{c.factor:.2f}x",
+            "regression" if c.is_regression(options.threshold) else "faster" if c.factor < 1 else "slower",
+        )
+        for c in moved
+    ]  # fmt: skip
+    if rows:
+        print_table(("case", "pass", "provider", "before", "after", "time", ""), rows, left=3)
+    print(f"{len(changes)} rows in both files, {len(moved)} moved beyond the noise")
+    for row in lost:
+        print(f"no longer timed: {report.case_name(row)} {row.which} {row.label}")
+    gone = [row for row in lost if providers.is_ours(row.provider)]
+    return 1 if gone or any(c.is_regression(options.threshold) for c in changes) else 0
+
+
+def _report(options: ReportOptions) -> int:
+    if not options.results:
+        raise ConfigError("no results file is given; write one with fastlm bench --json FILE")
+    files = [load(path) for path in options.results]
+    names = report.write_readme(options.readme, files)
+    print(f"{options.readme}: wrote {', '.join(names)}")
+    if options.plot:
+        from ..benchmarks import plots
+
+        for path, results in zip(options.results, files, strict=True):
+            plots.write(results, options.plot / path.stem)
+    return 0
