@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-cpu clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -23,6 +23,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/fastlm bench all --quick
+
+# Every case of the CPU, under ten minutes on two quiet cores.
+bench-cpu: $(VENV)/.bench
+	mkdir -p runs/bench
+	$(BIN)/fastlm bench all --device cpu --json runs/bench/cpu.json --csv runs/bench/cpu.csv --plot runs/bench
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)
