@@ -26,7 +26,8 @@ class Case:
         shape: extents in the order of the benchmark's dimensions.
         variant: which form of the op, such as "tanh" or "causal".
         passes: what is timed: "fwd" without gradients, "bwd" alone, "full" for both.
-        headline: whether the slow providers run it too, and whether it is measured with every allocator.
+        headline: whether it is measured with every allocator.
+        slow: whether the providers that take long to build or to run, such as torch.compile, run it too.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Case:
     variant: str = ""
     passes: tuple[str, ...] = PASSES
     headline: bool = False
+    slow: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ def _table(quick: bool, device: str) -> list[Case]:
     if quick:
         return each_dtype([Case("cross_entropy", (256, 8192), "", passes=("fwd", "full"), headline=True)])
     shapes = [(1024, 50257)] if device == "cpu" else [(8192, 50257), (8192, 128256)]
-    return each_dtype([Case("cross_entropy", s, "", passes=("fwd", "full"), headline=True) for s in shapes])
+    return each_dtype([Case("cross_entropy", s, "", passes=("fwd", "full"), headline=True, slow=True) for s in shapes])
 
 
 def _inputs(case: Case, device: str) -> Inputs:

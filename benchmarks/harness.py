@@ -18,6 +18,7 @@ import torch
 SAMPLE_SECONDS = 1e-3  # the clock resolves 50 ns, and a call costs 100 ns: 0.01 % of this
 GRAPH_SECONDS = 2e-4  # below it, launches of a few us each would be a part of the time
 WARM_UP_CALLS = 2
+WARM_UP_SECONDS = 0.5  # after a call of this length a second one would only cost time
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 L2_FLUSH_BYTES = 512 * 2**20  # an H200's L2 is 50 MiB, a B200's 126 MiB
 
@@ -46,7 +47,8 @@ class Clock(Protocol):
 
 class CpuClock:
     def prepare(self, run: Callable[[], Any]) -> Callable[[], float]:
-        for _ in range(WARM_UP_CALLS):
+        estimate = _seconds(run, 1)
+        if estimate < WARM_UP_SECONDS:
             estimate = _seconds(run, 1)
         calls = max(1, int(SAMPLE_SECONDS / max(estimate, 1e-9)))
         return lambda: _seconds(run, calls) / calls

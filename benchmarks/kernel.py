@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -130,7 +131,7 @@ class KernelSession:
 
 
 def without_dropout(case: Case) -> Case:
-    return case if case.variant != "dropout" else Case(case.op, case.shape, case.dtype, "causal", case.passes)
+    return case if case.variant != "dropout" else dataclasses.replace(case, variant="causal")
 
 
 def _without_gradients(function: Function, tensors: tuple[Tensor | None, ...]) -> object:
@@ -151,4 +152,4 @@ def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def each_dtype(cases: list[Case], dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Case]:
     """The cases in every dtype, those of one shape side by side."""
-    return [Case(c.op, c.shape, dtype, c.variant, c.passes, c.headline) for c in cases for dtype in dtypes]
+    return [dataclasses.replace(c, dtype=dtype) for c in cases for dtype in dtypes]

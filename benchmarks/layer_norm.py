@@ -23,7 +23,7 @@ def _table(quick: bool, device: str, name: str) -> list[Case]:
     shapes = [(4096, 768), (16384, 1024)] if name == "layer_norm" else [(4096, 768)]
     if device != "cpu":
         shapes = [(16384, N) for N in (768, 1024, 2048, 4096, 8192)]
-    cases = [Case(name, s, "", passes=("fwd", "bwd"), headline=i == 0) for i, s in enumerate(shapes)]
+    cases = [Case(name, s, "", passes=("fwd", "bwd"), headline=i == 0, slow=i == 0) for i, s in enumerate(shapes)]
     return each_dtype([*cases, Case(name, (1, 768), "", passes=("fwd",))])
 
 

@@ -17,7 +17,7 @@ from .case import Unavailable
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 OURS = tuple(f"fastlm-{name}" for name in BACKENDS)
 STOCK = ("torch", "compile")
-SLOW = ("compile", "fastlm-reference")  # run on headline cases only, unless asked for by name
+SLOW = ("compile", "fastlm-reference")  # run on a case marked slow only, unless asked for by name
 
 # Provider -> the module that has to be there.
 PEERS = {

@@ -66,16 +66,12 @@ def _cases(b: Benchmark, device: str, dtypes: list[str], shapes: list[str], quic
     cases = b.cases(device, quick)
     if shapes:
         first = cases[0]
-        cases = [
-            Case(b.name, parse_shape(b, text), first.dtype, variant, first.passes, headline=True)
-            for text in shapes
-            for variant in (b.variants[0],)
-        ]
+        cases = [dataclasses.replace(first, shape=parse_shape(b, t), variant=b.variants[0], slow=True) for t in shapes]
         dtypes = dtypes or list(dict.fromkeys(case.dtype for case in b.cases(device, quick)))
     if not dtypes:
         return cases
-    distinct = dict.fromkeys((c.shape, c.variant, c.passes, c.headline) for c in cases)
-    return [Case(b.name, s, dtype, v, p, h) for s, v, p, h in distinct for dtype in dtypes]
+    distinct = dict.fromkeys(dataclasses.replace(case, dtype="") for case in cases)
+    return [dataclasses.replace(case, dtype=dtype) for case in distinct for dtype in dtypes]
 
 
 def parse_shape(b: Benchmark, text: str) -> tuple[int, ...]:

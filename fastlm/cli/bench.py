@@ -21,7 +21,7 @@ from ..benchmarks.runner import ALLOCATORS, Plan, run
 from ..errors import ConfigError
 from .tables import print_table
 
-ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.5, 0.1
+ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.4, 0.1
 
 
 @dataclass
