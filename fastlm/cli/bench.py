@@ -190,7 +190,7 @@ def _progress(plan: Plan) -> Iterator[tuple[Callable[[Case, str], None], Callabl
         BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
         task = bar.add_task("measuring the roof", total=plan.total)
         begun = False
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Tensors = dict[str, Tensor | None]
+# The values are Tensor or None; which of them cannot be None is known to each op alone.
+Tensors = dict[str, Any]
 
 FLOATS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,7 +97,7 @@ def size(generator: random.Random, largest: int) -> int:
 
 def normal(generator: random.Random, *shape: int) -> Tensor:
     """Standard normal fp64 values from the sample's own generator."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(generator.getrandbits(62)))
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(generator.getrandbits(62)))
 
 
 def integers(generator: random.Random, low: int, high: int, *shape: int) -> Tensor:
