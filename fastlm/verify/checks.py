@@ -208,7 +208,7 @@ def _compare_one(
     bound = tolerance(actual.dtype, expected, theirs, extra)
     # Units and relative errors mean nothing where all digits cancel, as in softmax over a single key.
     cancelled = magnitude(expected) <= extra.summed * torch.finfo(actual.dtype).eps
-    if actual.numel() and expected.isfinite().all() and not cancelled:
+    if actual.numel() and expected.isfinite().all() and actual.isfinite().all() and not cancelled:
         outcome.errors.append(measure(actual, expected, theirs, error / bound if bound else float(error > 0)))
     if error <= bound:
         return None
