@@ -73,7 +73,7 @@ def on_backend(provider: str, function: Callable[..., Any], arguments: tuple) ->
         with fastlm.backend(name):
             reason = fastlm.explain(function, *arguments).reasons[name]
     except BackendError as error:
-        raise Unavailable(str(error)) from error
+        raise Unavailable("the op has no entry in the table of backends") from error
     if reason != "selected":
         raise Unavailable(reason)
 

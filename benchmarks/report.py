@@ -57,7 +57,8 @@ def absences(rows: Iterable[Row]) -> list[str]:
     found: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         if row.status != "ok":
-            found.setdefault((row.provider, row.status, row.reason), set()).add(f"{case_name(row)} {row.which}")
+            reason = re.sub(r"^\w+ has no", "the op has no", row.reason)
+            found.setdefault((row.provider, row.status, reason), set()).add(f"{case_name(row)} {row.which}")
     lines = []
     for (provider, status, reason), where in found.items():
         place = next(iter(where)) if len(where) == 1 else f"{len(where)} cases"

@@ -325,7 +325,7 @@ def test_command_line(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert status == 0, err
     assert "x torch" in out
-    assert "gelu has no cuda backend" in out
+    assert "fastlm-cuda: unsupported: the op has no cuda backend" in out
     results = load(files[0])
     timed = [row for row in results.rows if row.status == "ok"]
     assert {row.provider for row in timed} >= {"torch"}

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 import fastlm
 from fastlm import _dispatch, _native
+from fastlm.verify.fuzz import SPECS
 
 PEERS = (
     "transformers",
@@ -103,19 +105,12 @@ def _cuda() -> dict:
 
 
 def _served_by(op: str, device: str, dtype: torch.dtype) -> dict[str, str]:
-    """Each backend of an op: "selected", "available", or why not, for a call without special features."""
-    request = _dispatch.Request(device, dtype)
-    forced = _dispatch.forced_backend()
-    rows = {}
-    for row in _dispatch.backends(op):
-        reason = row.unsupported(request)
-        if reason is None and not row.automatic and forced != row.name:
-            reason = row.why_not_automatic
-        rows[row.name] = reason or "available"
-    chosen = forced or next((name for name, reason in rows.items() if reason == "available"), None)
-    if chosen in rows and rows[chosen] == "available":
-        rows[chosen] = "selected"
-    return rows
+    """Each backend of an op: "selected", or why not, for a call without special features."""
+    spec = SPECS[op]
+    sample = spec.draw(random.Random(0), dtype, True)
+    tensors = {name: None if t is None else t.to(device) for name, t in sample.tensors.items()}
+    reasons = fastlm.explain(spec.call, tensors, sample).reasons
+    return {row.name: reasons[row.name] for row in _dispatch.backends(op)}
 
 
 def _advice(report: dict) -> list[str]:
@@ -156,6 +151,7 @@ def collect() -> dict:
         "backends": {
             op: {device: _served_by(op, device, torch.bfloat16 if device == "cuda" else torch.float32)}
             for op in _dispatch.ops()
+            if op in SPECS
         },
     }
     report["advice"] = _advice(report)
