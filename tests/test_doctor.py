@@ -32,11 +32,11 @@ def test_text_names_every_op_and_every_missing_peer_is_left_out(capsys):
     assert "memory     " in out
 
 
-def test_a_forced_backend_is_the_selected_one(monkeypatch):
-    monkeypatch.setenv("FASTLM_BACKEND", "reference")
-    selected = {name for rows in doctor.collect()["backends"].values() for states in rows.values()
-                for name, state in states.items() if state == "selected"}  # fmt: skip
-    assert selected == {"reference"}
+def test_a_forced_backend_is_the_selected_one():
+    with fastlm.backend("reference"):
+        backends = doctor.collect()["backends"]
+    states = [states for rows in backends.values() for states in rows.values()]
+    assert {name for rows in states for name, state in rows.items() if state == "selected"} == {"reference"}
 
 
 def test_advice_is_a_command():
