@@ -70,8 +70,18 @@ void* attention_scratch(size_t bytes) {
   return kept.data;
 }
 
-void attention_fwd(const AttentionArgs& args) { FASTLM_DISPATCH(attention::forward, args); }
-void attention_bwd(const AttentionArgs& args) { FASTLM_DISPATCH(attention::backward, args); }
+void attention_fwd(const AttentionArgs& args) {
+  if (attention_has_bf16(args)) return attention_bf16_fwd(args);
+  FASTLM_DISPATCH(attention::forward, args);
+}
+
+void attention_bwd(const AttentionArgs& args) {
+  if (!attention_has_bf16(args)) return FASTLM_DISPATCH(attention::backward, args);
+  if (args.inputs) attention_bf16_bwd(args);
+  AttentionArgs rest = args;
+  rest.inputs = false;
+  if (args.dmask.data) FASTLM_DISPATCH(attention::backward, rest);
+}
 
 }  // namespace fastlm
 #endif

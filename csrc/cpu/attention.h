@@ -48,4 +48,9 @@ struct Arena {
   }
 };
 
+// The versions for bf16 (attention_bf16.cpp), where the instruction set in force has one.
+bool attention_has_bf16(const AttentionArgs& args);
+void attention_bf16_fwd(const AttentionArgs& args);
+void attention_bf16_bwd(const AttentionArgs& args);  // dq, dk and dv only
+
 }  // namespace fastlm

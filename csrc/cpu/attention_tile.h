@@ -214,15 +214,15 @@ inline bool mask_row(const Mask& m, int64_t offset, int64_t n, lane_t<V>* out) {
   }
 }
 
-// The additive mask of `count` rows and the keys from j0 on, into out (count x kKeys, or one row where all share it,
+// The additive mask of `count` rows and the keys from j0 on, into out (count x kWidth, or one row where all share it,
 // told by *stride = 0). Returns false where it closes every key to every row.
-template <class V>
+template <class V, int64_t kWidth = kKeys>
 bool mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64_t n, lane_t<V>* out, int64_t* stride) {
   const bool shared = rows[0].mask == rows[count - 1].mask && m.t == 0 && (m.h == 0 || rows[0].head == rows[count - 1].head);
-  *stride = shared ? 0 : kKeys;
+  *stride = shared ? 0 : kWidth;
   bool open = false;
   for (int64_t r = 0; r < (shared ? 1 : count); ++r)
-    open |= mask_row<V>(m, rows[r].mask + j0 * m.s, n, out + r * kKeys);
+    open |= mask_row<V>(m, rows[r].mask + j0 * m.s, n, out + r * kWidth);
   return open;
 }
 

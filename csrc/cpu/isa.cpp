@@ -4,9 +4,29 @@
 
 #include "cpu/ops.h"
 
+#if FASTLM_X86
+#include <cpuid.h>
+#endif
+#if FASTLM_X86 && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastlm {
 
 namespace {
+
+// Tiles hold 8 KiB of state, which Linux gives a process only on request (arch_prctl ARCH_REQ_XCOMP_PERM).
+bool amx() {
+#if FASTLM_X86 && defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned bf16_and_tile = 1u << 22 | 1u << 24;
+  return (d & bf16_and_tile) == bf16_and_tile && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if FASTLM_X86
@@ -16,7 +36,8 @@ Isa detect() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return Isa::avx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+  return amx() ? Isa::amx : Isa::avx512_bf16;
 #else
   return Isa::baseline;
 #endif
