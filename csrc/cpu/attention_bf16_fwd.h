@@ -114,7 +114,9 @@ struct Fwd16 {
     int64_t end = 0;
     for (int64_t r = 0; r < count; ++r) {
       const Row row = s.rows[r] = row_of(a, b, kv_head, first + r);
-      pack_row((const bf16_t*)a.q.data + b * a.q.b + row.head * a.q.h + row.index * a.q.t, a.D, sign, s.q + r * Dp);
+      const bf16_t* q = (const bf16_t*)a.q.data + b * a.q.b + row.head * a.q.h + row.index * a.q.t;
+      prefetch_row(q + kAhead * a.q.t, a.D);
+      pack_row(q, a.D, sign, s.q + r * Dp);
       s.maximum[r] = minus_infinity<float>;
       s.sum[r] = VF{};
       end = std::max(end, row.limit);

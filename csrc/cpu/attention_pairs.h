@@ -116,6 +116,12 @@ inline __m512 exp2_short(__m512 x, __mmask16 open = 0xffff) {
 inline __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 inline __mmask16 first16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 
+// Rows of a fused projection lie a page apart, where the hardware's prefetcher does not follow.
+constexpr int64_t kAhead = 16;
+inline void prefetch_row(const bf16_t* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 32) __builtin_prefetch(row + d);
+}
+
 // A left operand's row: dst (up32(D)) = src (D), its signs flipped by `sign` (0 or 0x8000).
 inline void pack_row(const bf16_t* src, int64_t D, uint16_t sign, bf16_t* dst) {
   for (int64_t d = 0; d < D; d += 32)
@@ -129,6 +135,7 @@ inline void pack_columns(const bf16_t* src, int64_t stride, int64_t n, int64_t D
   for (int64_t j = 0; j < up32(n); j += 16)
     for (int64_t d = 0; d < Dp; d += 32) {
       VF rows[16];
+      for (int64_t i = 0; i < 16; ++i) __builtin_prefetch(src + (j + i + kAhead) * stride + d);
       for (int64_t i = 0; i < 16; ++i)
         rows[i] = (VF)(j + i < n ? _mm512_maskz_loadu_epi16(first32(D - d), src + (j + i) * stride + d)
                                  : _mm512_setzero_si512());
