@@ -64,7 +64,8 @@ struct Bwd16 {
 
   void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
     const int64_t n = ceil_div(count, kBlock) * kBlock;
-    for (int64_t r = 0; r < count; ++r) load_row(s, b, r, s.rows[r] = row_of(a, b, kv_head, first + r));
+    list_rows(a, b, kv_head, first, count, s.rows);
+    for (int64_t r = 0; r < count; ++r) load_row(s, b, r, s.rows[r]);
     for (int64_t r = count; r < n; ++r) {
       s.rows[r] = {0, 0, 0, 0, 0};
       s.lse[r] = s.delta[r] = 0;

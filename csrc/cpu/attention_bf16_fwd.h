@@ -10,6 +10,7 @@ struct Fwd16 {
 
   const AttentionArgs& a;
   Dropout dropout;
+  float scale;  // positive, for the maximum's sake, and in the exp2 domain; its sign goes into the queries
   int64_t Dp, Dvp, chunk;
 
   struct Scratch {
@@ -43,12 +44,19 @@ struct Fwd16 {
     int64_t mask_stride = 0;
     if (a.mask.data && !mask_tile<VF, kWide>(a.mask, rows, count, j0, n, s.additive, &mask_stride)) return;
     product(s.q + first * Dp, Dp, s.keys, Dp * 16, s.scores, kWide, kGroup, width, Dp, false);
+    const float* additive = a.mask.data ? s.additive : nullptr;
+    alignas(64) float factor[kGroup], shift[kGroup];
+    const uint32_t moved = maxima(s, first, count, j0, n, width, additive, mask_stride, factor, shift);
     for (int64_t r = 0; r < count; ++r) {
-      const float* additive = a.mask.data ? s.additive + r * mask_stride : nullptr;
-      const float factor = softmax(s, first + r, r, std::min(n, rows[r].limit - j0), j0, width, additive);
-      float* out = s.out + (first + r) * Dvp;
-      if (factor != 1.0f)
-        for (int64_t d = 0; d < Dvp; d += 16) store(out + d, VF(load<VF>(out + d) * factor));
+      if (moved >> r & 1) {
+        float* out = s.out + (first + r) * Dvp;
+        for (int64_t d = 0; d < Dvp; d += 16) store(out + d, VF(load<VF>(out + d) * factor[r]));
+      }
+      const int64_t open = std::min(n, rows[r].limit - j0);
+      if (open < width)
+        weights<false>(s, first, r, open, j0, width, additive ? 1.0f : scale, factor[r], shift[r]);
+      else
+        weights<true>(s, first, r, open, j0, width, additive ? 1.0f : scale, factor[r], shift[r]);
     }
     if (open_values && (a.mask.data || limit.least < j0 + n))
       add_open_values(s, first, count, n, open_values);
@@ -56,32 +64,50 @@ struct Fwd16 {
       product(s.p, kWide, s.values, up32(n) * 16, s.out + first * Dvp, Dvp, kGroup, Dvp, width, true);
   }
 
-  // Row r's scores become weights relative to its new running maximum, in bf16; returns what earlier sums shrink by.
-  float softmax(const Scratch& s, int64_t row, int64_t r, int64_t n, int64_t j0, int64_t width,
-                const float* additive) const {
-    float* x = s.scores + r * kWide;
-    float scale = (float)std::abs(a.scale * 1.4426950408889634);
-    if (additive) {
-      for (int64_t j = 0; j < n; j += 16)
-        store(x + j, masked<VF>(load<VF>(x + j) * scale, load<VF>(additive + j)));
-      scale = 1.0f;
+  // The running maxima of a group with these scores, to which the mask is added on the way; shift: minus the maxima, and
+  // factor: what earlier sums shrink by. Returns the rows whose maximum moved. Sixteen rows share one reduction.
+  uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, int64_t width,
+                  const float* additive, int64_t mask_stride, float* factor, float* shift) const {
+    uint32_t moved = 0;
+    for (int64_t part = 0; part < count; part += 16) {
+      VF largest[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t r = part + i, open = r < count ? std::min(n, s.rows[first + r].limit - j0) : 0;
+        float* x = s.scores + r * kWide;
+        if (additive)
+          for (int64_t j = 0; j < open; j += 16)
+            store(x + j, masked<VF>(load<VF>(x + j) * scale, load<VF>(additive + r * mask_stride + j)));
+        __m512 m = _mm512_set1_ps(minus_infinity<float>);
+        int64_t j = 0;
+        for (; j + 16 <= open; j += 16) m = _mm512_max_ps(m, _mm512_loadu_ps(x + j));
+        if (j < open) m = _mm512_mask_max_ps(m, first16(open - j), m, _mm512_loadu_ps(x + j));
+        largest[i] = (VF)m;
+      }
+      reduce_rows<8>(largest);
+      const VF old = load<VF>(s.maximum + first + part);
+      const VF now = max(largest[0] * (additive ? 1.0f : scale), old);
+      const VF closed = set1<VF>(minus_infinity<float>), pivot = now == closed ? VF{} : now;
+      store(s.maximum + first + part, now);
+      store(factor + part, exp2(old - pivot));
+      store(shift + part, -pivot);
+      moved |= (uint32_t)_mm512_cmp_ps_mask((__m512)old, (__m512)now, _CMP_NEQ_UQ) << part;
     }
-    const __m512 closed = _mm512_set1_ps(minus_infinity<float>);
-    __m512 m = closed;
-    int64_t j = 0;
-    for (; j + 16 <= n; j += 16) m = _mm512_max_ps(m, _mm512_loadu_ps(x + j));
-    if (j < n) m = _mm512_mask_max_ps(m, first16(n - j), m, _mm512_loadu_ps(x + j));
-    const float old = s.maximum[row], now = std::max(old, _mm512_reduce_max_ps(m) * scale);
-    const float pivot = now == minus_infinity<float> ? 0.0f : now;
-    const float factor = old == now ? 1.0f : exp2(set1<VF>(old - pivot))[0];
-    s.maximum[row] = now;
+    return moved;
+  }
+
+  // Row r's scores become weights relative to its maximum, in bf16.
+  template <bool kFull>
+  void weights(const Scratch& s, int64_t first, int64_t r, int64_t open, int64_t j0, int64_t width, float scale,
+               float factor, float shift) const {
+    const float* x = s.scores + r * kWide;
     alignas(64) float keep[kWide];
-    if (a.dropout_p > 0) dropout.factors(s.rows[row].id, j0, width, keep);
-    const __m512 c = _mm512_set1_ps(scale), shift = _mm512_set1_ps(-pivot);
-    __m512 sum0 = _mm512_mul_ps((__m512)s.sum[row], _mm512_set1_ps(factor)), sum1 = _mm512_setzero_ps();
+    if (a.dropout_p > 0) dropout.factors(s.rows[first + r].id, j0, width, keep);
+    const __m512 c = _mm512_set1_ps(scale), d = _mm512_set1_ps(shift);
+    __m512 sum0 = _mm512_mul_ps((__m512)s.sum[first + r], _mm512_set1_ps(factor)), sum1 = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 32) {
-      __m512 e0 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), c, shift), first16(n - i));
-      __m512 e1 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16), c, shift), first16(n - i - 16));
+      const __mmask16 open0 = kFull ? 0xffff : first16(open - i), open1 = kFull ? 0xffff : first16(open - i - 16);
+      __m512 e0 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), c, d), open0);
+      __m512 e1 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16), c, d), open1);
       sum0 = _mm512_add_ps(sum0, e0);
       sum1 = _mm512_add_ps(sum1, e1);
       if (a.dropout_p > 0) {
@@ -90,8 +116,7 @@ struct Fwd16 {
       }
       _mm512_storeu_si512(s.p + r * kWide + i, (__m512i)_mm512_cvtne2ps_pbh(e1, e0));
     }
-    s.sum[row] = (VF)_mm512_add_ps(sum0, sum1);
-    return factor;
+    s.sum[first + r] = (VF)_mm512_add_ps(sum0, sum1);
   }
 
   // For keys that are partly closed with an infinity or NaN among their values, which times 0 would be NaN.
@@ -110,10 +135,11 @@ struct Fwd16 {
     Arena arena{(char*)attention_scratch(counter.used)};
     const Scratch s = scratch(arena);
     const Tiles tiles;
-    const uint16_t sign = a.scale < 0 ? 0x8000 : 0;  // the scale itself stays positive, for the maximum's sake
+    const uint16_t sign = a.scale < 0 ? 0x8000 : 0;
+    list_rows(a, b, kv_head, first, count, s.rows);
     int64_t end = 0;
     for (int64_t r = 0; r < count; ++r) {
-      const Row row = s.rows[r] = row_of(a, b, kv_head, first + r);
+      const Row& row = s.rows[r];
       const bf16_t* q = (const bf16_t*)a.q.data + b * a.q.b + row.head * a.q.h + row.index * a.q.t;
       prefetch_row(q + kAhead * a.q.t, a.D);
       pack_row(q, a.D, sign, s.q + r * Dp);
@@ -165,6 +191,9 @@ struct Fwd16 {
   }
 };
 
-void fwd_bf16(const AttentionArgs& a) { Fwd16{a, Dropout(a.seed, a.dropout_p), up32(a.D), up32(a.Dv), 0}.run(); }
+void fwd_bf16(const AttentionArgs& a) {
+  const float scale = (float)std::abs(a.scale * 1.4426950408889634);
+  Fwd16{a, Dropout(a.seed, a.dropout_p), scale, up32(a.D), up32(a.Dv), 0}.run();
+}
 
 }  // namespace fastlm::FASTLM_ISA::attention

@@ -58,10 +58,11 @@ struct Bwd {
     return (const T*)x.data + b * x.b + h * x.h + t * x.t;
   }
 
-  // Query rows first to first + count of a key-value head, into s from its row `to` on.
-  void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count, int64_t to = 0) const {
-    for (int64_t r = to; r < to + count; ++r) {
-      const Row row = s.rows[r] = row_of(a, b, kv_head, first + r - to);
+  // Query rows first to first + count of a key-value head.
+  void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count) const {
+    list_rows(a, b, kv_head, first, count, s.rows);
+    for (int64_t r = 0; r < count; ++r) {
+      const Row& row = s.rows[r];
       pack_row<V>(at(a.q, b, row.head, row.index), a.D, S(1), s.q + r * Dp);
       pack_row<V>(at(a.dout, b, row.head, row.index), a.Dv, S(1), s.dout + r * Dvp);
       const T* out = at(a.out, b, row.head, row.index);

@@ -112,9 +112,10 @@ struct Fwd {
     Arena arena{(char*)attention_scratch(counter.used)};
     const Scratch s = scratch(arena);
     const S scale = S(a.scale * 1.4426950408889634);
+    list_rows(a, b, kv_head, first, count, s.rows);
     int64_t end = 0;
     for (int64_t r = 0; r < count; ++r) {
-      const Row row = s.rows[r] = row_of(a, b, kv_head, first + r);
+      const Row& row = s.rows[r];
       pack_row<V>((const T*)a.q.data + b * a.q.b + row.head * a.q.h + row.index * a.q.t, a.D, scale, s.q + r * Dp);
       s.maximum[r] = minus_infinity<S>;
       s.sum[r] = V{};
