@@ -7,6 +7,7 @@ namespace fastlm::FASTLM_ISA::attention {
 
 struct Bwd16 {
   static constexpr int64_t kBlock = 64;  // query rows at a time
+  static constexpr int64_t kSpan = 128;  // keys at a time
 
   const AttentionArgs& a;
   Dropout dropout;
@@ -15,9 +16,9 @@ struct Bwd16 {
   struct Scratch {
     bf16_t *q, *dout, *q_t, *dout_t;          // of the task's rows; transposed block by block
     float *dq, *lse, *delta;
-    bf16_t *keys_t, *keys, *values_t;         // of kWide keys
-    float *dk_t, *dv_t;                       // (Dp, kWide), (Dvp, kWide)
-    float *scores, *dp, *additive;            // (kBlock, kWide)
+    bf16_t *keys_t, *keys, *values_t;         // of kSpan keys
+    float *dk_t, *dv_t;                       // (Dp, kSpan), (Dvp, kSpan)
+    float *scores, *dp, *additive;            // (kBlock, kSpan)
     bf16_t *p_pairs, *ds_pairs, *ds;          // the same
     Row* rows;
   };
@@ -32,17 +33,17 @@ struct Bwd16 {
     s.dq = arena.take<float>(n * Dp);
     s.lse = arena.take<float>(n);
     s.delta = arena.take<float>(n);
-    s.keys_t = arena.take<bf16_t>(kWide * Dp);
-    s.keys = arena.take<bf16_t>(kWide * Dp);
-    s.values_t = arena.take<bf16_t>(kWide * Dvp);
-    s.dk_t = arena.take<float>(kWide * Dp);
-    s.dv_t = arena.take<float>(kWide * Dvp);
-    s.scores = arena.take<float>(kBlock * kWide);
-    s.dp = arena.take<float>(kBlock * kWide);
-    s.additive = arena.take<float>(kBlock * kWide);
-    s.p_pairs = arena.take<bf16_t>(kBlock * kWide);
-    s.ds_pairs = arena.take<bf16_t>(kBlock * kWide);
-    s.ds = arena.take<bf16_t>(kBlock * kWide);
+    s.keys_t = arena.take<bf16_t>(kSpan * Dp);
+    s.keys = arena.take<bf16_t>(kSpan * Dp);
+    s.values_t = arena.take<bf16_t>(kSpan * Dvp);
+    s.dk_t = arena.take<float>(kSpan * Dp);
+    s.dv_t = arena.take<float>(kSpan * Dvp);
+    s.scores = arena.take<float>(kBlock * kSpan);
+    s.dp = arena.take<float>(kBlock * kSpan);
+    s.additive = arena.take<float>(kBlock * kSpan);
+    s.p_pairs = arena.take<bf16_t>(kBlock * kSpan);
+    s.ds_pairs = arena.take<bf16_t>(kBlock * kSpan);
+    s.ds = arena.take<bf16_t>(kBlock * kSpan);
     s.rows = arena.take<Row>(n);
     return s;
   }
@@ -51,7 +52,7 @@ struct Bwd16 {
     return (const bf16_t*)x.data + b * x.b + h * x.h + t * x.t;
   }
 
-  void load_row(const Scratch& s, int64_t b, int64_t r, const Row& row) const {
+  __attribute__((noinline)) void load_row(const Scratch& s, int64_t b, int64_t r, const Row& row) const {
     pack_row(at(a.q, b, row.head, row.index), a.D, 0, s.q + r * Dp);
     pack_row(at(a.dout, b, row.head, row.index), a.Dv, 0, s.dout + r * Dvp);
     const bf16_t* out = at(a.out, b, row.head, row.index);
@@ -62,7 +63,7 @@ struct Bwd16 {
     s.lse[r] = lse == minus_infinity<float> ? -minus_infinity<float> : lse * 1.4426950408889634f;
   }
 
-  void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
+  __attribute__((noinline)) void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
     const int64_t n = ceil_div(count, kBlock) * kBlock;
     list_rows(a, b, kv_head, first, count, s.rows);
     for (int64_t r = 0; r < count; ++r) load_row(s, b, r, s.rows[r]);
@@ -79,10 +80,10 @@ struct Bwd16 {
   }
 
   // P F (as pairs of rows) and dS (both ways) of rows r and r + 1 of the block that starts at `first`.
-  void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t width,
+  __attribute__((noinline)) void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t width,
                           const float* additive, int64_t mask_stride) const {
     const __m512 scale = _mm512_set1_ps((float)(a.scale * 1.4426950408889634));
-    alignas(64) float keep[2][kWide];
+    alignas(64) float keep[2][kSpan];
     int64_t n[2];
     __m512 lse[2], delta[2];
     for (int i = 0; i < 2; ++i) {
@@ -94,14 +95,14 @@ struct Bwd16 {
     for (int64_t j = 0; j < width; j += 16) {
       __m512 p[2], ds[2];
       for (int i = 0; i < 2; ++i) {
-        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s.scores + (r + i) * kWide + j), scale);
+        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s.scores + (r + i) * kSpan + j), scale);
         if (additive) x = (__m512)masked<VF>((VF)x, load<VF>(additive + (r + i) * mask_stride + j));
         p[i] = exp2_short(_mm512_sub_ps(x, lse[i]), first16(n[i] - j));
-        __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kWide + j);
+        __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kSpan + j);
         if (a.dropout_p > 0) g = _mm512_mul_ps(g, _mm512_load_ps(keep[i] + j));
         ds[i] = _mm512_mul_ps(p[i], _mm512_sub_ps(g, delta[i]));
         if (a.dropout_p > 0) p[i] = _mm512_mul_ps(p[i], _mm512_load_ps(keep[i] + j));
-        _mm256_storeu_si256((__m256i*)(s.ds + (r + i) * kWide + j), (__m256i)_mm512_cvtneps_pbh(ds[i]));
+        _mm256_storeu_si256((__m256i*)(s.ds + (r + i) * kSpan + j), (__m256i)_mm512_cvtneps_pbh(ds[i]));
       }
       _mm512_storeu_si512(s.p_pairs + j * kBlock + r * 16, pairs(p[0], p[1]));
       _mm512_storeu_si512(s.ds_pairs + j * kBlock + r * 16, pairs(ds[0], ds[1]));
@@ -114,25 +115,27 @@ struct Bwd16 {
     if (limit.most <= j0) return;
     const int64_t width = up32(std::min(n, limit.most - j0));
     int64_t mask_stride = 0;
-    if (a.mask.data && !mask_tile<VF, kWide>(a.mask, s.rows + first, count, j0, n, s.additive, &mask_stride)) return;
-    product(s.q + first * Dp, Dp, s.keys_t, Dp * 16, s.scores, kWide, kBlock, width, Dp, false);
-    product(s.dout + first * Dvp, Dvp, s.values_t, Dvp * 16, s.dp, kWide, kBlock, width, Dvp, false);
+    const Cover cover =
+        a.mask.data ? mask_tile<VF, kSpan>(a.mask, s.rows + first, count, j0, n, s.additive, &mask_stride) : Cover::open;
+    if (cover == Cover::closed) return;
+    product(s.q + first * Dp, Dp, s.keys_t, Dp * 16, s.scores, kSpan, kBlock, width, Dp, false);
+    product(s.dout + first * Dvp, Dvp, s.values_t, Dvp * 16, s.dp, kSpan, kBlock, width, Dvp, false);
     for (int64_t r = 0; r < kBlock; r += 2)
-      gradient_of_scores(s, first, r, j0, width, a.mask.data ? s.additive : nullptr, mask_stride);
+      gradient_of_scores(s, first, r, j0, width, cover == Cover::mixed ? s.additive : nullptr, mask_stride);
     if (want_dkv) {
-      product(s.dout_t + first * Dvp, kBlock, s.p_pairs, kBlock * 16, s.dv_t, kWide, Dvp, width, kBlock, true);
-      product(s.q_t + first * Dp, kBlock, s.ds_pairs, kBlock * 16, s.dk_t, kWide, Dp, width, kBlock, true);
+      product(s.dout_t + first * Dvp, kBlock, s.p_pairs, kBlock * 16, s.dv_t, kSpan, Dvp, width, kBlock, true);
+      product(s.q_t + first * Dp, kBlock, s.ds_pairs, kBlock * 16, s.dk_t, kSpan, Dp, width, kBlock, true);
     }
-    if (want_dq) product(s.ds, kWide, s.keys, up32(n) * 16, s.dq + first * Dp, Dp, kBlock, Dp, width, true);
+    if (want_dq) product(s.ds, kSpan, s.keys, up32(n) * 16, s.dq + first * Dp, Dp, kBlock, Dp, width, true);
   }
 
-  // n rows of x from t on = factor * the transpose of x_t (width, kWide).
-  void write_transposed(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t width, const float* x_t,
+  // n rows of x from t on = factor * the transpose of x_t (width, kSpan).
+  __attribute__((noinline)) void write_transposed(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t width, const float* x_t,
                         float factor) const {
     for (int64_t j = 0; j < n; j += 16)
       for (int64_t d = 0; d < width; d += 16) {
         VF square[16];
-        for (int64_t i = 0; i < 16; ++i) square[i] = load<VF>(x_t + (d + i) * kWide + j);
+        for (int64_t i = 0; i < 16; ++i) square[i] = load<VF>(x_t + (d + i) * kSpan + j);
         transpose<8>(square);
         for (int64_t i = 0; i < std::min<int64_t>(16, n - j); ++i) {
           bf16_t* out = (bf16_t*)x.data + b * x.b + h * x.h + (t + j + i) * x.t + d;
@@ -151,14 +154,14 @@ struct Bwd16 {
     const Tiles tiles;
     load_rows(s, b, kv_head, first, count, want_dkv);
     if (want_dq) std::fill(s.dq, s.dq + ceil_div(count, kBlock) * kBlock * Dp, 0.0f);
-    for (int64_t j0 = j_first; j0 < j_end; j0 += kWide) {
-      const int64_t n = std::min(kWide, j_end - j0);
+    for (int64_t j0 = j_first; j0 < j_end; j0 += kSpan) {
+      const int64_t n = std::min(kSpan, j_end - j0);
       pack_columns(at(a.k, b, kv_head, j0), a.k.t, n, a.D, s.keys_t);
       pack_columns(at(a.v, b, kv_head, j0), a.v.t, n, a.Dv, s.values_t);
       if (want_dq) pack_rows(at(a.k, b, kv_head, j0), a.k.t, n, a.D, s.keys);
       if (want_dkv) {
-        std::fill(s.dk_t, s.dk_t + kWide * Dp, 0.0f);
-        std::fill(s.dv_t, s.dv_t + kWide * Dvp, 0.0f);
+        std::fill(s.dk_t, s.dk_t + kSpan * Dp, 0.0f);
+        std::fill(s.dv_t, s.dv_t + kSpan * Dvp, 0.0f);
       }
       for (int64_t r = 0; r < count; r += kBlock) block(s, r, std::min(kBlock, count - r), j0, n, want_dq, want_dkv);
       if (want_dkv) {
@@ -174,7 +177,7 @@ struct Bwd16 {
 
   // As Bwd::run: whole heads, or ranges of keys and of rows where heads are too few for the threads.
   void run() const {
-    const int64_t heads = a.B * a.Hkv, key_tiles = ceil_div(a.S, kWide), row_blocks = ceil_div(rows, kBlock);
+    const int64_t heads = a.B * a.Hkv, key_tiles = ceil_div(a.S, kSpan), row_blocks = ceil_div(rows, kBlock);
     int64_t threads = 1;
 #ifdef _OPENMP
     threads = omp_get_max_threads();
@@ -194,7 +197,7 @@ struct Bwd16 {
       const int64_t part = dkv ? key_pieces : row_pieces, index = dkv ? i : i - first_half;
       const int64_t head = index / part, piece = index % part, b = head / a.Hkv, h = head % a.Hkv;
       if (dkv) {
-        const int64_t from = piece * key_tiles / part * kWide, to = (piece + 1) * key_tiles / part * kWide;
+        const int64_t from = piece * key_tiles / part * kSpan, to = (piece + 1) * key_tiles / part * kSpan;
         task(b, h, 0, rows, from, std::min(a.S, to), false, true);
       } else {
         const int64_t from = piece * row_blocks / part * kBlock, to = (piece + 1) * row_blocks / part * kBlock;

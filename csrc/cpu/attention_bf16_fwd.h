@@ -2,7 +2,7 @@
 
 namespace fastlm::FASTLM_ISA::attention {
 
-constexpr int64_t kWide = 128;  // keys at a time
+constexpr int64_t kWide = 256;  // keys at a time
 
 struct Fwd16 {
   static constexpr int64_t kGroup = 32;   // query rows at a time: two tiles
@@ -42,9 +42,11 @@ struct Fwd16 {
     if (limit.most <= j0) return;
     const int64_t width = up32(std::min(n, limit.most - j0));
     int64_t mask_stride = 0;
-    if (a.mask.data && !mask_tile<VF, kWide>(a.mask, rows, count, j0, n, s.additive, &mask_stride)) return;
+    const Cover cover =
+        a.mask.data ? mask_tile<VF, kWide>(a.mask, rows, count, j0, n, s.additive, &mask_stride) : Cover::open;
+    if (cover == Cover::closed) return;
     product(s.q + first * Dp, Dp, s.keys, Dp * 16, s.scores, kWide, kGroup, width, Dp, false);
-    const float* additive = a.mask.data ? s.additive : nullptr;
+    const float* additive = cover == Cover::mixed ? s.additive : nullptr;
     alignas(64) float factor[kGroup], shift[kGroup];
     const uint32_t moved = maxima(s, first, count, j0, n, width, additive, mask_stride, factor, shift);
     for (int64_t r = 0; r < count; ++r) {
@@ -58,7 +60,7 @@ struct Fwd16 {
       else
         weights<true>(s, first, r, open, j0, width, additive ? 1.0f : scale, factor[r], shift[r]);
     }
-    if (open_values && (a.mask.data || limit.least < j0 + n))
+    if (open_values && (additive || limit.least < j0 + n))
       add_open_values(s, first, count, n, open_values);
     else
       product(s.p, kWide, s.values, up32(n) * 16, s.out + first * Dvp, Dvp, kGroup, Dvp, width, true);
@@ -66,7 +68,7 @@ struct Fwd16 {
 
   // The running maxima of a group with these scores, to which the mask is added on the way; shift: minus the maxima, and
   // factor: what earlier sums shrink by. Returns the rows whose maximum moved. Sixteen rows share one reduction.
-  uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, int64_t width,
+  __attribute__((noinline)) uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, int64_t width,
                   const float* additive, int64_t mask_stride, float* factor, float* shift) const {
     uint32_t moved = 0;
     for (int64_t part = 0; part < count; part += 16) {
@@ -97,7 +99,7 @@ struct Fwd16 {
 
   // Row r's scores become weights relative to its maximum, in bf16.
   template <bool kFull>
-  void weights(const Scratch& s, int64_t first, int64_t r, int64_t open, int64_t j0, int64_t width, float scale,
+  __attribute__((noinline)) void weights(const Scratch& s, int64_t first, int64_t r, int64_t open, int64_t j0, int64_t width, float scale,
                float factor, float shift) const {
     const float* x = s.scores + r * kWide;
     alignas(64) float keep[kWide];
@@ -162,7 +164,7 @@ struct Fwd16 {
     for (int64_t r = 0; r < count; ++r) finish(s, b, r);
   }
 
-  void finish(const Scratch& s, int64_t b, int64_t r) const {
+  __attribute__((noinline)) void finish(const Scratch& s, int64_t b, int64_t r) const {
     const Row& row = s.rows[r];
     const float sum = reduce_add(s.sum[r]), inverse = sum == 0 ? 0.0f : 1.0f / sum;
     bf16_t* out = (bf16_t*)a.out.data + b * a.out.b + row.head * a.out.h + row.index * a.out.t;

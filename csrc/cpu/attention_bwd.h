@@ -89,7 +89,8 @@ struct Bwd {
     if (limit.most <= j0) return false;
     const int64_t n = std::min(kKeys, a.S - j0);
     int64_t mask_stride = 0;
-    if (a.mask.data && !mask_tile<V>(a.mask, row, count, j0, n, s.additive, &mask_stride)) return false;
+    const Cover cover = a.mask.data ? mask_tile<V>(a.mask, row, count, j0, n, s.additive, &mask_stride) : Cover::open;
+    if (cover == Cover::closed) return false;
     product<false, V>(s.q + first * Dp, Dp, s.keys_t, kKeys, s.p, kKeys, count, kKeys, a.D, Start::zero);
     product<false, V>(s.dout + first * Dvp, Dvp, s.values_t, kKeys, s.ds, kKeys, count, kKeys, a.Dv, Start::zero);
     const S scale = S(a.scale * 1.4426950408889634);
@@ -97,7 +98,7 @@ struct Bwd {
     for (int64_t r = 0; r < count; ++r) {
       S *p = s.p + r * kKeys, *ds = s.ds + r * kKeys;
       const S lse = s.lse[first + r], delta = s.delta[first + r];
-      const S* additive = a.mask.data ? s.additive + r * mask_stride : nullptr;
+      const S* additive = cover == Cover::mixed ? s.additive + r * mask_stride : nullptr;
       for_lanes<V>(n, [&](int64_t j, auto k) {
         V x = load<V>(p + j) * scale;
         if (additive) x = masked<V>(x, load<V>(additive + j, k));

@@ -46,9 +46,10 @@ struct Fwd {
     if (limit.most <= j0) return;
     alignas(64) S p[kRows * kKeys], additive[kRows * kKeys];
     int64_t mask_stride = 0;
-    if (a.mask.data && !mask_tile<V>(a.mask, rows, count, j0, n, additive, &mask_stride)) return;
+    const Cover cover = a.mask.data ? mask_tile<V>(a.mask, rows, count, j0, n, additive, &mask_stride) : Cover::open;
+    if (cover == Cover::closed) return;
     product<false, V>(s.q + first * Dp, Dp, s.keys, kKeys, p, kKeys, count, kKeys, a.D, Start::zero);
-    if (a.mask.data)
+    if (cover == Cover::mixed)
       for (int64_t r = 0; r < count; ++r)
         for_lanes<V>(n, [&](int64_t j, auto k) {
           store(p + r * kKeys + j, masked<V>(load<V>(p + r * kKeys + j), load<V>(additive + r * mask_stride + j, k)), k);
@@ -58,7 +59,7 @@ struct Fwd {
     softmax(p, count, s.maximum + first, s.sum + first, factor);
     if (a.dropout_p > 0) drop(rows, count, j0, p);
     S* out = s.out + first * Dvp;
-    if (finite || !(a.mask.data || limit.least < j0 + n))
+    if (finite || (cover == Cover::open && limit.least >= j0 + n))
       product<false, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, std::min(n, limit.most - j0), Start::scale, factor);
     else
       add_open_values(s, p, count, n, out, factor);

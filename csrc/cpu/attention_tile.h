@@ -206,41 +206,76 @@ inline void list_rows(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_
   }
 }
 
-// out[j] = mask[j] in the exp2 domain, for n keys; returns whether any of them is open.
+// What a mask does to a tile.
+enum class Cover { closed, mixed, open };
+
+// out[j] = mask[j * stride] in the exp2 domain, for n keys; returns whether any of them is open.
 template <class V, class M>
 inline bool mask_row(const M* mask, int64_t stride, int64_t n, lane_t<V>* out) {
-  constexpr auto log2e = lane_t<V>(1.4426950408889634);
-  bool open = false;
-  if constexpr (std::is_same_v<M, bool>) {
-    for (int64_t j = 0; j < n; ++j) out[j] = mask[j * stride] ? lane_t<V>(0) : minus_infinity<lane_t<V>>;
-  } else {
+  const lane_t<V> log2e = lane_t<V>(1.4426950408889634);
+  if (stride != 1) {
     for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j * stride])) * log2e;
+  } else if constexpr (std::is_same_v<vec_of<M>, V>) {
+    for_lanes<V>(n, [&](int64_t j, auto k) { store(out + j, V(load<V>(mask + j, k) * log2e), k); });
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j])) * log2e;
   }
-  for (int64_t j = 0; j < n; ++j) open |= !(out[j] == minus_infinity<lane_t<V>>);
-  return open;
+  const V closed = set1<V>(minus_infinity<lane_t<V>>);
+  V open{};
+  for_lanes<V>(n, [&](int64_t j, auto k) {
+    open = load<V>(out + j, k, minus_infinity<lane_t<V>>) == closed ? open : set1<V>(1);
+  });
+  return reduce_add(open) != 0;
 }
 
 template <class V>
 inline bool mask_row(const Mask& m, int64_t offset, int64_t n, lane_t<V>* out) {
-  switch (m.type) {
-    case kBool: return mask_row<V>((const bool*)m.data + offset, m.s, n, out);
-    case (int)DType::f64: return mask_row<V>((const double*)m.data + offset, m.s, n, out);
-    case (int)DType::bf16: return mask_row<V>((const bf16_t*)m.data + offset, m.s, n, out);
-    case (int)DType::f16: return mask_row<V>((const f16_t*)m.data + offset, m.s, n, out);
+  switch ((DType)m.type) {
+    case DType::f64: return mask_row<V>((const double*)m.data + offset, m.s, n, out);
+    case DType::bf16: return mask_row<V>((const bf16_t*)m.data + offset, m.s, n, out);
+    case DType::f16: return mask_row<V>((const f16_t*)m.data + offset, m.s, n, out);
     default: return mask_row<V>((const float*)m.data + offset, m.s, n, out);
   }
 }
 
-// The additive mask of `count` rows and the keys from j0 on, into out (count x kWidth, or one row where all share it,
-// told by *stride = 0). Returns false where it closes every key to every row.
+// What n bytes (0 or 1) have in common: the or in `any`, the and in `all`.
+inline void scan(const uint8_t* mask, int64_t stride, int64_t n, uint8_t* any, uint8_t* all) {
+  uint8_t o = 0, a = 1;
+  if (stride == 1)
+    for (int64_t j = 0; j < n; ++j) o |= mask[j], a &= mask[j];
+  else
+    for (int64_t j = 0; j < n; ++j) o |= mask[j * stride], a &= mask[j * stride];
+  *any |= o;
+  *all &= a;
+}
+
+template <class S>
+inline void expand(const uint8_t* mask, int64_t stride, int64_t n, S* out) {
+  if (stride == 1)
+    for (int64_t j = 0; j < n; ++j) out[j] = mask[j] ? S(0) : minus_infinity<S>;
+  else
+    for (int64_t j = 0; j < n; ++j) out[j] = mask[j * stride] ? S(0) : minus_infinity<S>;
+}
+
+// The additive mask of `count` rows and the n keys from j0 on, into out (count x kWidth, or one row where all share
+// it, told by *stride = 0); written only for a mixed tile.
 template <class V, int64_t kWidth = kKeys>
-bool mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64_t n, lane_t<V>* out, int64_t* stride) {
-  const bool shared = rows[0].mask == rows[count - 1].mask && m.t == 0 && (m.h == 0 || rows[0].head == rows[count - 1].head);
+Cover mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64_t n, lane_t<V>* out, int64_t* stride) {
+  const bool shared = m.t == 0 && (m.h == 0 || rows[0].head == rows[count - 1].head);
+  if (shared) count = 1;
   *stride = shared ? 0 : kWidth;
+  if (m.type == kBool) {
+    const uint8_t* mask = (const uint8_t*)m.data + j0 * m.s;
+    uint8_t any = 0, all = 1;
+    for (int64_t r = 0; r < count; ++r) scan(mask + rows[r].mask, m.s, n, &any, &all);
+    if (!any) return Cover::closed;
+    if (all) return Cover::open;
+    for (int64_t r = 0; r < count; ++r) expand(mask + rows[r].mask, m.s, n, out + r * kWidth);
+    return Cover::mixed;
+  }
   bool open = false;
-  for (int64_t r = 0; r < (shared ? 1 : count); ++r)
-    open |= mask_row<V>(m, rows[r].mask + j0 * m.s, n, out + r * kWidth);
-  return open;
+  for (int64_t r = 0; r < count; ++r) open |= mask_row<V>(m, rows[r].mask + j0 * m.s, n, out + r * kWidth);
+  return open ? Cover::mixed : Cover::closed;
 }
 
 // Scores beyond each row's limit become minus infinity.
