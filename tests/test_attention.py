@@ -13,7 +13,8 @@ from fastlm.ops.attention import attention_ref
 from tolerances import assert_as_close_as_torch
 
 # (B, H, Hkv, T, S, D, Dv): one tile and several, primes below and above the row groups and key tiles, more keys than
-# queries and the reverse, one query, grouped heads, value heads of another size, the largest head size.
+# queries and the reverse, one query, grouped heads, value heads of another size, the largest head size, and more keys
+# than the widest step of any kernel.
 SHAPES = [
     (2, 3, 3, 64, 64, 64, 64),
     (1, 2, 2, 131, 131, 80, 80),
@@ -22,6 +23,7 @@ SHAPES = [
     (1, 6, 3, 1, 200, 64, 64),
     (1, 1, 1, 7, 1, 1, 1),
     (1, 1, 1, 67, 65, 256, 256),
+    (1, 2, 1, 290, 300, 32, 32),
 ]
 MASKS = ["none", "causal", "bool", "padding", "additive", "bias"]
 CASES = [(*shape, MASKS[(i + j) % len(MASKS)]) for i, shape in enumerate(SHAPES) for j in range(2 if i < 4 else 1)]
@@ -236,14 +238,29 @@ def test_extreme_scores(isa, dtype):
     assert_as_close_as_torch(out, truth, F.scaled_dot_product_attention(q, k, v), 130)
 
 
-def test_scale(isa):
-    q, k, v = _inputs(1, 2, 2, 20, 30, 16, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scale(isa, dtype):
+    q, k, v = _inputs(1, 2, 2, 20, 30, 16, 16, dtype)
     (truth, _), doubles = _truth(q, k, v, None, scale=-0.7)
     out = fastlm.scaled_dot_product_attention(q, k, v, scale=-0.7)
-    assert_as_close_as_torch(out, truth, F.scaled_dot_product_attention(q, k, v, scale=-0.7), 30)
-    grads = torch.autograd.grad(out.sum(), (q, k, v))
-    for g, e in zip(grads, torch.autograd.grad(truth.sum(), doubles), strict=True):
-        assert_as_close_as_torch(g, e, e.float(), 60)
+    stock = F.scaled_dot_product_attention(q, k, v, scale=-0.7)
+    assert_as_close_as_torch(out, truth, stock, 30)
+    grads, theirs = (torch.autograd.grad(o.sum(), (q, k, v)) for o in (out, stock))
+    for g, e, t in zip(grads, torch.autograd.grad(truth.sum(), doubles), theirs, strict=True):
+        assert_as_close_as_torch(g, e, t, 60)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
+def test_few_rows(isa, poisoned, T, dtype):
+    """Decoding: a handful of queries reads the keys where they are, here from inside a longer cache."""
+    q, k, v = (x.detach() for x in _inputs(2, 3, 3, T, 150, 70, 37, dtype))
+    k, v = k[:, :, 5:142], v[:, :, 5:142]
+    mask = torch.rand(2, 1, T, 137) > 0.2
+    (truth, truth_lse), _ = _truth(q, k, v, mask)
+    out, lse = fastlm.scaled_dot_product_attention(q, k, v, mask, return_lse=True)
+    assert_as_close_as_torch(out, truth, F.scaled_dot_product_attention(q, k, v, mask), 137)
+    assert_as_close_as_torch(lse.to(dtype), truth_lse, truth_lse.to(dtype), 137)
 
 
 def test_fused_projection_is_read_in_place(isa, poisoned):
@@ -321,10 +338,11 @@ def test_grouped_heads_of_two_sizes():
 EMPTY = [(0, 2, 5, 7, 8, 8), (2, 0, 5, 7, 8, 8), (2, 2, 0, 7, 8, 8), (2, 2, 5, 0, 8, 8), (2, 2, 5, 7, 8, 0)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
-def test_empty(isa, poisoned, sizes):
+def test_empty(isa, poisoned, sizes, dtype):
     B, H, T, S, D, Dv = sizes
-    q, k, v = _inputs(B, H, H, T, S, D, Dv)
+    q, k, v = _inputs(B, H, H, T, S, D, Dv, dtype)
     out = fastlm.scaled_dot_product_attention(q, k, v)
     assert out.shape == (B, H, T, Dv)
     assert out.eq(0).all()

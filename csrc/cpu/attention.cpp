@@ -17,6 +17,7 @@
 
 #ifdef FASTLM_ISA
 #include "cpu/attention_tile.h"
+#include "cpu/attention_few.h"
 #include "cpu/attention_fwd.h"
 #include "cpu/attention_bwd.h"
 
@@ -71,7 +72,8 @@ void* attention_scratch(size_t bytes) {
 }
 
 void attention_fwd(const AttentionArgs& args) {
-  if (attention_has_bf16(args)) return attention_bf16_fwd(args);
+  // Tiles and pairs need packed keys, which a few rows do not repay.
+  if (attention_has_bf16(args) && !attention_few(args)) return attention_bf16_fwd(args);
   FASTLM_DISPATCH(attention::forward, args);
 }
 

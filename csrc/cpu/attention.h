@@ -48,6 +48,10 @@ struct Arena {
   }
 };
 
+// Few enough query rows to a key-value head for the forward pass to read keys and values in place.
+constexpr int64_t kFew = 4;
+inline bool attention_few(const AttentionArgs& a) { return a.H * a.T <= kFew * a.Hkv; }
+
 // The versions for bf16 (attention_bf16.cpp), where the instruction set in force has one.
 bool attention_has_bf16(const AttentionArgs& args);
 void attention_bf16_fwd(const AttentionArgs& args);

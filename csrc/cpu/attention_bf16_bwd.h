@@ -52,7 +52,7 @@ struct Bwd16 {
     return (const bf16_t*)x.data + b * x.b + h * x.h + t * x.t;
   }
 
-  __attribute__((noinline)) void load_row(const Scratch& s, int64_t b, int64_t r, const Row& row) const {
+  void load_row(const Scratch& s, int64_t b, int64_t r, const Row& row) const {
     pack_row(at(a.q, b, row.head, row.index), a.D, 0, s.q + r * Dp);
     pack_row(at(a.dout, b, row.head, row.index), a.Dv, 0, s.dout + r * Dvp);
     const bf16_t* out = at(a.out, b, row.head, row.index);
@@ -63,7 +63,7 @@ struct Bwd16 {
     s.lse[r] = lse == minus_infinity<float> ? -minus_infinity<float> : lse * 1.4426950408889634f;
   }
 
-  __attribute__((noinline)) void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
+  void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
     const int64_t n = ceil_div(count, kBlock) * kBlock;
     list_rows(a, b, kv_head, first, count, s.rows);
     for (int64_t r = 0; r < count; ++r) load_row(s, b, r, s.rows[r]);
@@ -80,7 +80,7 @@ struct Bwd16 {
   }
 
   // P F (as pairs of rows) and dS (both ways) of rows r and r + 1 of the block that starts at `first`.
-  __attribute__((noinline)) void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t width,
+  void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t width,
                           const float* additive, int64_t mask_stride) const {
     const __m512 scale = _mm512_set1_ps((float)(a.scale * 1.4426950408889634));
     alignas(64) float keep[2][kSpan];
@@ -130,7 +130,7 @@ struct Bwd16 {
   }
 
   // n rows of x from t on = factor * the transpose of x_t (width, kSpan).
-  __attribute__((noinline)) void write_transposed(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t width, const float* x_t,
+  void write_transposed(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t width, const float* x_t,
                         float factor) const {
     for (int64_t j = 0; j < n; j += 16)
       for (int64_t d = 0; d < width; d += 16) {

@@ -68,7 +68,7 @@ struct Fwd16 {
 
   // The running maxima of a group with these scores, to which the mask is added on the way; shift: minus the maxima, and
   // factor: what earlier sums shrink by. Returns the rows whose maximum moved. Sixteen rows share one reduction.
-  __attribute__((noinline)) uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, int64_t width,
+  uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, int64_t width,
                   const float* additive, int64_t mask_stride, float* factor, float* shift) const {
     uint32_t moved = 0;
     for (int64_t part = 0; part < count; part += 16) {
@@ -99,7 +99,7 @@ struct Fwd16 {
 
   // Row r's scores become weights relative to its maximum, in bf16.
   template <bool kFull>
-  __attribute__((noinline)) void weights(const Scratch& s, int64_t first, int64_t r, int64_t open, int64_t j0, int64_t width, float scale,
+  void weights(const Scratch& s, int64_t first, int64_t r, int64_t open, int64_t j0, int64_t width, float scale,
                float factor, float shift) const {
     const float* x = s.scores + r * kWide;
     alignas(64) float keep[kWide];
@@ -164,7 +164,7 @@ struct Fwd16 {
     for (int64_t r = 0; r < count; ++r) finish(s, b, r);
   }
 
-  __attribute__((noinline)) void finish(const Scratch& s, int64_t b, int64_t r) const {
+  void finish(const Scratch& s, int64_t b, int64_t r) const {
     const Row& row = s.rows[r];
     const float sum = reduce_add(s.sum[r]), inverse = sum == 0 ? 0.0f : 1.0f / sum;
     bf16_t* out = (bf16_t*)a.out.data + b * a.out.b + row.head * a.out.h + row.index * a.out.t;

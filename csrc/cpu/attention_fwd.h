@@ -19,6 +19,7 @@ struct Fwd {
   const AttentionArgs& a;
   Dropout dropout;
   int64_t Dp, Dvp, chunk;
+  bool few;  // kFew rows or fewer share a head: keys and values are not packed
 
   // Scratch of one task.
   struct Scratch {
@@ -40,7 +41,8 @@ struct Fwd {
   }
 
   // One group of rows and one tile of keys.
-  void group(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, bool finite) const {
+  void group(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, bool finite, const T* k,
+             const T* v) const {
     const Row* rows = s.rows + first;
     const Limits limit = limits(rows, count);
     if (limit.most <= j0) return;
@@ -48,7 +50,10 @@ struct Fwd {
     int64_t mask_stride = 0;
     const Cover cover = a.mask.data ? mask_tile<V>(a.mask, rows, count, j0, n, additive, &mask_stride) : Cover::open;
     if (cover == Cover::closed) return;
-    product<false, V>(s.q + first * Dp, Dp, s.keys, kKeys, p, kKeys, count, kKeys, a.D, Start::zero);
+    if (few)
+      scores_of_few<V>(count, s.q, Dp, k, a.k.t, n, a.D, p);
+    else
+      product<false, V>(s.q + first * Dp, Dp, s.keys, kKeys, p, kKeys, count, kKeys, a.D, Start::zero);
     if (cover == Cover::mixed)
       for (int64_t r = 0; r < count; ++r)
         for_lanes<V>(n, [&](int64_t j, auto k) {
@@ -59,7 +64,9 @@ struct Fwd {
     softmax(p, count, s.maximum + first, s.sum + first, factor);
     if (a.dropout_p > 0) drop(rows, count, j0, p);
     S* out = s.out + first * Dvp;
-    if (finite || (cover == Cover::open && limit.least >= j0 + n))
+    if (few)
+      add_values_of_few<V>(count, p, v, a.v.t, n, a.Dv, out, Dvp, factor);
+    else if (finite || (cover == Cover::open && limit.least >= j0 + n))
       product<false, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, std::min(n, limit.most - j0), Start::scale, factor);
     else
       add_open_values(s, p, count, n, out, factor);
@@ -127,9 +134,11 @@ struct Fwd {
     const T* v = (const T*)a.v.data + b * a.v.b + kv_head * a.v.h;
     for (int64_t j0 = 0; j0 < end; j0 += kKeys) {
       const int64_t n = std::min(kKeys, a.S - j0);
-      pack_transposed<V>(k + j0 * a.k.t, a.k.t, n, a.D, s.keys);
-      const bool finite = pack_keys<V>(v + j0 * a.v.t, a.v.t, n, a.Dv, s.values);
-      for (int64_t r = 0; r < count; r += kRows) group(s, r, std::min<int64_t>(kRows, count - r), j0, n, finite);
+      const T *keys = k + j0 * a.k.t, *values = v + j0 * a.v.t;
+      if (!few) pack_transposed<V>(keys, a.k.t, n, a.D, s.keys);
+      const bool finite = few || pack_keys<V>(values, a.v.t, n, a.Dv, s.values);
+      for (int64_t r = 0; r < count; r += kRows)
+        group(s, r, std::min<int64_t>(kRows, count - r), j0, n, finite, keys, values);
     }
     for (int64_t r = 0; r < count; ++r) finish(s, b, r);
   }
@@ -166,7 +175,7 @@ struct Fwd {
 template <class T>
 void fwd(const AttentionArgs& a) {
   using V = vec_of<T>;
-  Fwd<T>{a, Dropout(a.seed, a.dropout_p), padded<V>(a.D), padded<V>(a.Dv), 0}.run();
+  Fwd<T>{a, Dropout(a.seed, a.dropout_p), padded<V>(a.D), padded<V>(a.Dv), 0, attention_few(a)}.run();
 }
 
 }  // namespace fastlm::FASTLM_ISA::attention

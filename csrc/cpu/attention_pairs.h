@@ -24,7 +24,7 @@ struct Tiles {
 };
 
 // C (M x N) = or += A (M x K) B (K x N), two by two tiles at a time.
-__attribute__((noinline)) void product(const bf16_t* A, int64_t ar, const bf16_t* B, int64_t panel, float* C, int64_t cr, int64_t M,
+inline void product(const bf16_t* A, int64_t ar, const bf16_t* B, int64_t panel, float* C, int64_t cr, int64_t M,
                     int64_t N, int64_t K, bool add) {
   for (int64_t n = 0; n < N; n += 32) {
     const bf16_t* b = B + n / 16 * panel;
@@ -67,7 +67,7 @@ struct Tiles {
 };
 
 // C (M x N) = or += A (M x K) B (K x N), 8 rows by 2 panels at a time.
-__attribute__((noinline)) void product(const bf16_t* A, int64_t ar, const bf16_t* B, int64_t panel, float* C, int64_t cr, int64_t M,
+inline void product(const bf16_t* A, int64_t ar, const bf16_t* B, int64_t panel, float* C, int64_t cr, int64_t M,
                     int64_t N, int64_t K, bool add) {
   constexpr int R = 8;
   for (int64_t n = 0; n < N; n += 32)
@@ -130,7 +130,7 @@ inline void pack_row(const bf16_t* src, int64_t D, uint16_t sign, bf16_t* dst) {
 }
 
 // A right operand whose columns are the n rows of src and whose k is D.
-__attribute__((noinline)) void pack_columns(const bf16_t* src, int64_t stride, int64_t n, int64_t D, bf16_t* dst) {
+inline void pack_columns(const bf16_t* src, int64_t stride, int64_t n, int64_t D, bf16_t* dst) {
   const int64_t Dp = up32(D);
   for (int64_t j = 0; j < up32(n); j += 16)
     for (int64_t d = 0; d < Dp; d += 32) {
@@ -145,7 +145,7 @@ __attribute__((noinline)) void pack_columns(const bf16_t* src, int64_t stride, i
 }
 
 // A right operand whose k are the n rows of src and whose columns are D. Returns whether all are finite.
-__attribute__((noinline)) bool pack_rows(const bf16_t* src, int64_t stride, int64_t n, int64_t D, bf16_t* dst) {
+inline bool pack_rows(const bf16_t* src, int64_t stride, int64_t n, int64_t D, bf16_t* dst) {
   __mmask16 odd = 0;
   const __m512i exponent = _mm512_set1_epi32(0x7f80);
   for (int64_t d = 0; d < up32(D); d += 16)
@@ -162,7 +162,7 @@ __attribute__((noinline)) bool pack_rows(const bf16_t* src, int64_t stride, int6
 }
 
 // A left operand that is the transpose of `count` (up to 32) packed rows: dst[d * stride + i] = rows[i * Dp + d].
-__attribute__((noinline)) void pack_transposed_rows(const bf16_t* rows, int64_t count, int64_t Dp, bf16_t* dst, int64_t stride) {
+inline void pack_transposed_rows(const bf16_t* rows, int64_t count, int64_t Dp, bf16_t* dst, int64_t stride) {
   for (int64_t i = 0; i < count; i += 16)
     for (int64_t d = 0; d < Dp; d += 16) {
       VF square[16];

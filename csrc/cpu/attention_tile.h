@@ -147,6 +147,16 @@ inline void reduce_rows(V* v) {
   if constexpr (kStep > 1) reduce_rows<kStep / 2>(v);
 }
 
+// Lane i of v[0] becomes the sum of v[i]'s lanes, for as many vectors as lanes.
+template <int kStep, class V>
+inline void add_rows(V* v) {
+  for (int i = 0; i < kStep; ++i) {
+    exchange<kStep>(v[i], v[i + kStep], std::make_index_sequence<(size_t)lanes<V>>{});
+    v[i] += v[i + kStep];
+  }
+  if constexpr (kStep > 1) add_rows<kStep / 2>(v);
+}
+
 // dst (D, kKeys) = the transpose of n rows of D, with zeros for the keys beyond n.
 template <class V, class T>
 void pack_transposed(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* dst) {
@@ -198,6 +208,7 @@ struct Row {
 
 // Rows first to first + count of a key-value head.
 inline void list_rows(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t first, int64_t count, Row* rows) {
+  if (count == 0) return;
   int64_t head = kv_head * (a.H / a.Hkv) + first / a.T, i = first % a.T;
   for (int64_t r = 0; r < count; ++r) {
     rows[r] = {head, i, a.causal ? std::min(a.S, i + 1) : a.S, b * a.mask.b + head * a.mask.h + i * a.mask.t,
