@@ -1,7 +1,16 @@
 // Scaled dot-product attention with an online softmax: no (T, S) matrix reaches memory.
 //
-// attention_tile.h has the matrix products, packing and masks; attention_fwd.h and attention_bwd.h the two passes.
-// 16-bit inputs are widened to fp32 while they are packed.
+// attention_tile.h has the matrix products, packing and masks; attention_fwd.h and attention_bwd.h the two passes,
+// attention_few.h the products of decoding. Here 16-bit inputs are widened to fp32 while they are packed;
+// attention_bf16.cpp has the kernels for CPUs with bf16 arithmetic.
+//
+// Measured in CPU time of one thread of a Sapphire-Rapids-class core, fp32, head size 64, with freed memory kept (the
+// library's GEMM at 187 GFLOP/s): forward 122 to 147 full and 95 to 142 causal, backward 129 to 154 and 91 to 157
+// (useful FLOPs); 1.1 to 1.2 times PyTorch's speed on full attention, 1.4 to 2 on causal.
+// - exp2 of a closed key's -inf through scalef underflowed into a microcode assist: zeroing it afterwards instead made
+//   causal forward at 256 keys 1.5 times as fast.
+// - Looking at a boolean tile's bytes before widening them took a triangular mask from 2.4 to 1.3 times causal's time.
+// - Dropout costs as much again as causal attention, or more: ten rounds of Philox per four weights.
 
 #include "cpu/attention.h"
 

@@ -2,8 +2,15 @@
 // algorithm is attention_fwd.h's and attention_bwd.h's; weights and their gradients are rounded to bf16 for the second
 // products, sums are fp32.
 //
-// The products leave so little time that exponentials dominate: rows are taken 128 keys at a time to share the
-// reductions, the exponential is as short as bf16 allows, and the outputs are rescaled only where a maximum moved.
+// The tiles leave so little time that exponentials weigh as much as products: sixteen rows share one reduction of
+// their maxima, the exponential is as short as bf16 allows, and the outputs are rescaled only where a maximum moved.
+//
+// Measured as in attention.cpp, tiles (the library's GEMM at 1350 GFLOP/s, fp32 attention at 150): forward 353 to 621
+// full and 224 to 544 causal, 1.1 to 2 times PyTorch's speed; backward 235 to 654, 3.2 to 4.7 times.
+// - 256 keys at a time instead of 128: 15 % on the forward pass; 512 is slower, as the scores leave L1.
+// - Prefetching the rows of a fused projection, and maxima for sixteen rows at once: 1.5 times at 256 keys.
+// - Dot products of pairs reach only 95 GFLOP/s on that core, whose fp32 kernel is faster; their place is a CPU that
+//   issues them at full rate.
 
 #include "cpu/attention.h"
 
