@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,12 +43,16 @@ class Backend(NamedTuple):
         automatic: False for a backend that only an explicit choice may select; the reason is then
             what `explain` shows.
         why_not_automatic: that reason.
+        proved: for GPU kernels, the architectures (90 for sm_90) whose results file shows them right and measured.
+            On any other they are chosen automatically over the reference alone, never over PyTorch's operator.
+            None where that needs no such proof.
     """
 
     name: str
     unsupported: Callable[[Request], str | None]
     automatic: bool = True
     why_not_automatic: str = ""
+    proved: frozenset[int] | None = None
 
 
 _TABLE: dict[str, list[Backend]] = {}
@@ -131,7 +139,7 @@ def choose(op: str, request: tuple) -> str:
 
 def _choose(op: str, request: Request, forced: str | None) -> str:
     for row in _TABLE[op]:
-        if forced is None and row.automatic and row.unsupported(request) is None:
+        if forced is None and row.unsupported(request) is None and held_back(op, row, request) is None:
             return row.name
         if row.name == forced:
             reason = row.unsupported(request)
@@ -145,6 +153,21 @@ def _choose(op: str, request: Request, forced: str | None) -> str:
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 _transforms_active = torch._C._are_functorch_transforms_active
+
+
+def held_back(op: str, row: Backend, request: Request) -> str | None:
+    """Why automatic choice passes over a backend that supports the request, or None where it does not."""
+    if not row.automatic:
+        return row.why_not_automatic
+    if row.proved is None:
+        return None
+    if request.device != "cuda":
+        return "interpreted kernels serve only an explicit choice"
+    arch = oldest_architecture()
+    stock = any(other.name == "torch" and other.unsupported(request) is None for other in _TABLE[op])
+    if stock and arch not in row.proved:
+        return f"unproved on this architecture (sm_{arch}): no results file yet"
+    return None
 
 
 def must_trace(*tensors: torch.Tensor | None) -> bool:
@@ -178,6 +201,45 @@ def cpu_unsupported(request: Request) -> str | None:
     if request.dtype not in _native.TYPE_CODE:
         return f"its kernels take float32, float64, bfloat16 and float16, not {str(request.dtype)[6:]}"
     return None
+
+
+@functools.cache
+def oldest_architecture() -> int:
+    """80 for sm_80: the oldest among the visible GPUs, so that one answer serves them all."""
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return min(major * 10 + minor for major, minor in capabilities)
+
+
+def _has_triton() -> bool:
+    if "triton" in sys.modules:
+        return sys.modules["triton"] is not None
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_unsupported(request: Request) -> str | None:
+    """The Triton backend's conditions that every op shares."""
+    if not _has_triton():
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and request.device == "cpu"
+    if request.device != "cuda" and not interpreted:
+        return f"the tensors are on {request.device}"
+    if not interpreted and oldest_architecture() < 80:
+        return f"its kernels need sm_80 or newer, this GPU is sm_{oldest_architecture()}"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
+    return None
+
+
+class LazyModule:
+    """A module that is imported when an attribute is first asked for."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value
 
 
 def always(request: Request) -> None:
@@ -244,8 +306,8 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
         reason = row.unsupported(request)
         if reason is None and forced not in (None, name):
             reason = f"not asked for: {forced} is forced"
-        if reason is None and forced is None and not row.automatic:
-            reason = row.why_not_automatic
+        if reason is None and forced is None:
+            reason = held_back(op, row, request)
         if reason is None and selected is not None:
             reason = f"supported, but {selected} comes first"
         if reason is None:

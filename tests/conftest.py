@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when triton is first imported: its kernels then run on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import fastlm
 
@@ -49,3 +54,61 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def _bfloat16_rounded(convert):
+    """The interpreter's conversion of numbers, `convert`, with bf16 rounded to nearest even instead of truncated."""
+    import triton.language as tl
+
+    def converted(values, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.astype(np.uint32) << 16
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+    return converted
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Triton's interpreter, its conversion to bf16 corrected."""
+    from triton.runtime import interpreter
+
+    interpreter._convert_float = _bfloat16_rounded(interpreter._convert_float)
+    return interpreter
+
+
+@pytest.fixture(
+    params=[
+        *(f"cpu-{width}" for width in WIDTHS),
+        pytest.param("triton", marks=pytest.mark.gpu if torch.cuda.is_available() else ()),
+    ]
+)
+def kernels(request):
+    """Every implementation in turn: the CPU's vector widths, and Triton on the GPU or else in its interpreter.
+
+    New tensors are made on its device. Tests of a dtype that an implementation does not take are left out.
+    """
+    backend, _, width = request.param.partition("-")
+    before = fastlm.cpu_isa()
+    if backend == "cpu":
+        fastlm.set_cpu_isa(width)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    if backend == "triton" and device == "cpu":
+        request.getfixturevalue("interpreter")
+    with fastlm.backend(backend), torch.device(device), np.errstate(all="ignore"):
+        yield backend
+    if before:
+        fastlm.set_cpu_isa(before)
+
+
+def pytest_collection_modifyitems(config, items):
+    def unsupported(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return params.get("kernels") == "triton" and params.get("dtype") is torch.float64
+
+    config.hook.pytest_deselected(items=[item for item in items if unsupported(item)])
+    items[:] = [item for item in items if not unsupported(item)]

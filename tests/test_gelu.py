@@ -20,7 +20,7 @@ ROUNDINGS = 16  # operations in a row behind one element, each of which rounds
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("approximate", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(isa, poisoned, shape, approximate, dtype):
+def test_parity(kernels, poisoned, shape, approximate, dtype):
     x = (torch.randn(shape) * 3).to(dtype).requires_grad_()
     g = torch.randn(shape).to(dtype)
     y = fastlm.gelu(x, approximate)
@@ -37,7 +37,7 @@ def test_parity(isa, poisoned, shape, approximate, dtype):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("approximate", FORMS)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s], ids=str)
-def test_bias_gelu_parity(isa, poisoned, shape, approximate, dropout_p, dtype):
+def test_bias_gelu_parity(kernels, poisoned, shape, approximate, dropout_p, dtype):
     N = shape[-1]
     x, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (N,)))
     g = torch.randn(shape).to(dtype)
@@ -48,7 +48,7 @@ def test_bias_gelu_parity(isa, poisoned, shape, approximate, dropout_p, dtype):
     seed = _dropout.draw_seed()
 
     def plain(x, bias):
-        keep = _dropout.factors(x.numel() // max(N, 1), N, dropout_p, seed, x.dtype).reshape(x.shape)
+        keep = _dropout.factors(x.numel() // max(N, 1), N, dropout_p, seed, x.dtype, x.device).reshape(x.shape)
         return F.gelu(x + bias, approximate=approximate) * keep
 
     X, B = (t.detach().double().requires_grad_() for t in (x, bias))
@@ -62,7 +62,7 @@ def test_bias_gelu_parity(isa, poisoned, shape, approximate, dropout_p, dtype):
 
 
 @pytest.mark.parametrize("approximate", FORMS)
-def test_tails_keep_their_relative_accuracy(isa, approximate):
+def test_tails_keep_their_relative_accuracy(kernels, approximate):
     """The left tail is tiny but not zero, and the derivative stays finite for any magnitude."""
     x = torch.linspace(-5, -1, 4001)
     truth = fastlm.ops.gelu.gelu_ref(x.double(), None, approximate)
@@ -75,14 +75,14 @@ def test_tails_keep_their_relative_accuracy(isa, approximate):
     torch.testing.assert_close(dx, (far > 0).float(), rtol=0, atol=1e-30)
 
 
-def test_nan_stays_where_it_is(isa):
+def test_nan_stays_where_it_is(kernels):
     x = torch.randn(100)
     x[13] = math.nan
     for approximate in FORMS:
         assert fastlm.gelu(x, approximate).isnan().nonzero().tolist() == [[13]]
 
 
-def test_views(isa, poisoned):
+def test_views(kernels, poisoned):
     base = torch.randn(12, 10, requires_grad=True)
     x = base.T[::2]
     g = torch.randn(1, 1).expand(5, 12)  # strides of zero

@@ -45,7 +45,7 @@ def _compare(outputs, inputs, reference, stock, grads, size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("lead", "N", "kind"), CASES, ids=str)
-def test_parity(isa, poisoned, lead, N, kind, dtype):
+def test_parity(kernels, poisoned, lead, N, kind, dtype):
     x = (torch.randn(*lead, N) * 2 + 3).to(dtype).requires_grad_()
     weight, bias = _parameters(kind, N, dtype)
     y = fastlm.layer_norm(x, N, weight, bias)
@@ -56,7 +56,7 @@ def test_parity(isa, poisoned, lead, N, kind, dtype):
     _compare((y,), (x, weight, bias), stock, stock, (torch.randn(*lead, N).to(dtype),), N)
 
 
-def test_width_of_one(isa, poisoned):
+def test_width_of_one(kernels, poisoned):
     """Every value is its own mean: the result is the bias, and what reaches x is rounding times rstd."""
     x, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((5, 1), (1,), (1,)))
     y = fastlm.layer_norm(x, 1, weight, bias)
@@ -69,7 +69,7 @@ def test_width_of_one(isa, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize(("lead", "N"), SHAPES, ids=str)
-def test_add_layer_norm_parity(isa, poisoned, lead, N, dropout_p, dtype):
+def test_add_layer_norm_parity(kernels, poisoned, lead, N, dropout_p, dtype):
     x, residual = (torch.randn(*lead, N).to(dtype).requires_grad_() for _ in range(2))
     weight, bias = _parameters("weight+bias", N, dtype)
     torch.manual_seed(11)
@@ -78,7 +78,7 @@ def test_add_layer_norm_parity(isa, poisoned, lead, N, dropout_p, dtype):
     seed = _dropout.draw_seed()
 
     def plain(x, r, w, b):
-        keep = _dropout.factors(x.numel() // N, N, dropout_p, seed, x.dtype).reshape(x.shape)
+        keep = _dropout.factors(x.numel() // N, N, dropout_p, seed, x.dtype, x.device).reshape(x.shape)
         z = r + x * keep if dropout_p else r + x
         return F.layer_norm(z, (N,), w, b), z
 
@@ -92,7 +92,7 @@ def test_add_layer_norm_parity(isa, poisoned, lead, N, dropout_p, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_wide_residual_stream(isa, poisoned, dtype):
+def test_wide_residual_stream(kernels, poisoned, dtype):
     """A 16-bit sublayer output over an fp32 stream: nothing is rounded to 16 bits but x itself and its gradient."""
     x = torch.randn(6, 53).to(dtype).requires_grad_()
     residual, weight, bias = (torch.randn(*s).requires_grad_() for s in ((6, 53), (53,), (53,)))
@@ -132,7 +132,7 @@ def test_out_dtype(x_dtype, out_dtype, backend):
         assert_as_close_as_torch(a, e, None, 53)
 
 
-def test_parameters_of_another_dtype(isa):
+def test_parameters_of_another_dtype(kernels):
     x = torch.randn(5, 31).bfloat16().requires_grad_()
     weight, bias = torch.randn(31, requires_grad=True), torch.randn(31).half().requires_grad_()
     y = fastlm.layer_norm(x, 31, weight, bias)
@@ -142,7 +142,7 @@ def test_parameters_of_another_dtype(isa):
     assert (dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, torch.float32, torch.float16)
 
 
-def test_several_normalized_dimensions_and_views(isa, poisoned):
+def test_several_normalized_dimensions_and_views(kernels, poisoned):
     base = torch.randn(7, 5, 6, requires_grad=True)
     x = base.transpose(0, 1)
     weight = torch.randn(6, 7).T.requires_grad_()
@@ -157,21 +157,21 @@ def test_several_normalized_dimensions_and_views(isa, poisoned):
 
 
 @pytest.mark.parametrize("offset", [1e3, -1e4])
-def test_large_mean(isa, offset):
+def test_large_mean(kernels, offset):
     """A one-pass variance would lose everything here."""
     x = torch.randn(4, 257) * 0.5 + offset
     truth = F.layer_norm(x.double(), (257,))
     assert_as_close_as_torch(fastlm.layer_norm(x, 257), truth, F.layer_norm(x, (257,)), 257)
 
 
-def test_extreme_values(isa):
+def test_extreme_values(kernels):
     x = torch.randn(3, 100)
     for scale in (1e-20, 1e17):
         truth = F.layer_norm((x * scale).double(), (100,))
         assert_as_close_as_torch(fastlm.layer_norm(x * scale, 100), truth, None, 100)
 
 
-def test_nan_stays_in_its_row(isa):
+def test_nan_stays_in_its_row(kernels):
     x = torch.randn(9, 40)
     clean = fastlm.layer_norm(x, 40)
     x[4, 17] = torch.nan

@@ -21,7 +21,7 @@ def check_probability(op: str, dropout_p: float) -> float:
 
 def draw_seed() -> int:
     """A fresh 64-bit seed from torch's default CPU generator."""
-    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None).item())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item())
 
 
 def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

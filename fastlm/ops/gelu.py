@@ -6,17 +6,29 @@ none: x Phi(x);   tanh: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._dispatch import (
+    Backend,
+    LazyModule,
+    always,
+    choose,
+    cpu_unsupported,
+    must_trace,
+    needs_grad,
+    register,
+    triton_unsupported,
+)
 from . import _dropout
 from ._autograd import reference_gradients
 
-KERNELS = {"cpu": _native}
+KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.gelu")}
+PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None, approximate: str, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
@@ -50,12 +62,14 @@ def _derivative_ref(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 register(
     "gelu",
     Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_unsupported, proved=PROVED),
     Backend("torch", always),
     Backend("reference", always),
 )
 register(
     "bias_gelu",
     Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_unsupported, proved=PROVED),
     Backend("reference", always),
 )
 

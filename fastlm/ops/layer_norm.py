@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._dispatch import (
+    Backend,
+    LazyModule,
+    always,
+    choose,
+    cpu_unsupported,
+    must_trace,
+    needs_grad,
+    register,
+    triton_unsupported,
+)
 from . import _dropout
 from ._autograd import reference_gradients
 
-KERNELS = {"cpu": _native}
+KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.layer_norm")}
+PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, eps: float) -> Tensor:
@@ -48,12 +60,14 @@ def add_layer_norm_ref(
 register(
     "layer_norm",
     Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_unsupported, proved=PROVED),
     Backend("torch", always),
     Backend("reference", always),
 )
 register(
     "add_layer_norm",
     Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_unsupported, proved=PROVED),
     Backend("reference", always),
 )
 
