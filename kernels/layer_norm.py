@@ -46,7 +46,9 @@ BACKWARD: Table = {
     ),
 }
 ONE_BLOCK_FORWARD, ONE_BLOCK_BACKWARD = 16384, 8192  # the last row of each table
-SPLIT = Tile(4096, 4096, 8, programs=2, stages=2)  # a block of a wider row
+ONE_BLOCK_UNALIGNED = 8192  # forward without 16-byte loads
+ONE_BLOCK_EXTRAS = 4096  # backward with a dx beside dz, or without 16-byte loads: beyond, registers spill
+SPLIT = Tile(2048, 2048, 8, programs=2, stages=2)  # a block of a wider row
 
 
 @triton.jit
@@ -331,16 +333,18 @@ def _layer_norm_bwd_join_kernel(
 
 @functools.cache
 def _forward_plan(N: int, arch: int) -> tuple[int, int, int]:
-    """(rows and columns of a tile, warps) of the one-block kernel."""
+    """(rows and columns of a tile, warps); blocks of SPLIT where a row does not fit into one."""
+    if (ONE_BLOCK_UNALIGNED if N % 16 else ONE_BLOCK_FORWARD) < N:
+        return 1, SPLIT.block, SPLIT.warps
     block = block_of(N)
     tile = tile_for(FORWARD, arch, block)
     return tile.rows(block), block, tile.warps
 
 
 @functools.cache
-def _backward_plan(N: int, arch: int) -> tuple[Tile, int, int, int]:
+def _backward_plan(N: int, with_dx: bool, arch: int) -> tuple[Tile, int, int, int]:
     """(configuration, rows and columns of a tile, blocks a row)."""
-    if N > ONE_BLOCK_BACKWARD:
+    if (ONE_BLOCK_EXTRAS if with_dx or N % 16 else ONE_BLOCK_BACKWARD) < N:
         return SPLIT, 1, SPLIT.block, triton.cdiv(N, SPLIT.block)
     block = block_of(N)
     tile = tile_for(BACKWARD, arch, block)
@@ -370,21 +374,21 @@ def layer_norm_fwd(
         return y, z, mean, rstd
     dropout = dropout_arguments(dropout_p, seed)
     with on_device_of(x):
-        if N <= ONE_BLOCK_FORWARD:
-            rows, block, warps = _forward_plan(N, architecture(x.device))
+        rows, block, warps = _forward_plan(N, architecture(x.device))
+        if block >= N:
             _layer_norm_fwd_kernel[(triton.cdiv(M, rows),)](
                 x, residual, weight, bias, z, y, mean, rstd, M, N, eps, *dropout,
                 dropout_p > 0, rows, block, num_warps=warps,
             )  # fmt: skip
         else:
-            S = triton.cdiv(N, SPLIT.block)
+            S = triton.cdiv(N, block)
             partial = x.new_empty(M, S, 2, dtype=torch.float32)
             _layer_norm_fwd_split_kernel[(M * S,)](
-                x, residual, z, partial, N, S, *dropout, dropout_p > 0, SPLIT.block, num_warps=SPLIT.warps
+                x, residual, z, partial, N, S, *dropout, dropout_p > 0, block, num_warps=warps
             )
             _layer_norm_fwd_join_kernel[(M * S,)](
                 x if z is None else z, weight, bias, partial, y, mean, rstd, N, S, eps,
-                SPLIT.block, triton.next_power_of_2(S), num_warps=SPLIT.warps,
+                block, triton.next_power_of_2(S), num_warps=warps,
             )  # fmt: skip
     return y, z, mean, rstd
 
@@ -408,7 +412,7 @@ def layer_norm_bwd(
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
     dropout = dropout_arguments(dropout_p, seed)
-    tile, rows, block, S = _backward_plan(N, architecture(z.device))
+    tile, rows, block, S = _backward_plan(N, dx is not None, architecture(z.device))
     shares, rows_each = persistent(M, rows, triton.cdiv(tile.programs * multiprocessors(z.device), S))
     partial = z.new_empty(shares, 2, N, dtype=torch.float32) if weight_grads else None
     with on_device_of(z):

@@ -1,0 +1,178 @@
+"""Compiles the Triton kernels for GPUs that are not there, exactly as their launchers would launch them.
+
+The launchers run on meta tensors with the launch itself recorded, so types, alignment, constants and options are a
+real launch's own. Run as a script by test_aot_compile.py, outside the interpreter, once per share of the work:
+    python tests/aot.py compile SHARE SHARES | keys
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastlm.kernels import _common, cross_entropy, gelu, layer_norm
+
+TARGETS = (80, 90, 100)
+BF16, FP32 = torch.bfloat16, torch.float32
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layer_norm_pair(M: int, N: int, full: bool, dtype: torch.dtype = BF16, p: float = 0.1, seed: int = 7) -> None:
+    """Forward and backward: plain, or with an fp32 residual stream, dropout and every optional tensor."""
+    x, w, b, rows = empty(M, N, dtype=dtype), empty(N), empty(N), empty(M, dtype=FP32)
+    stream = empty(M, N, dtype=FP32)
+    if full:
+        layer_norm.layer_norm_fwd(x, stream, w, b, N, 1e-5, p, seed)
+        layer_norm.layer_norm_bwd(stream, stream, w, rows, rows, N, stream, p, seed, dtype)
+    else:
+        layer_norm.layer_norm_fwd(x, None, w, b, N, 1e-5)
+        layer_norm.layer_norm_bwd(x, x, w, rows, rows, N)
+
+
+def gelu_pair(M: int, N: int, full: bool, tanh: bool, dtype: torch.dtype = BF16, p: float = 0.1, seed: int = 5) -> None:
+    x, bias = empty(M, N, dtype=dtype), empty(N) if full else None
+    p = p if full else 0.0
+    gelu.gelu_fwd(x, bias, tanh, p, seed)
+    gelu.gelu_bwd(x, x, bias, tanh, p, seed)
+
+
+def cross_entropy_pair(M: int, N: int, full: bool, dtype: torch.dtype = BF16, ignore_index: int = -100) -> None:
+    """With the gradient in the forward pass and after it; or, `full`, weighted, smoothed and in windows."""
+    x, target, one = empty(M, N, dtype=dtype), empty(M, dtype=torch.int64), empty(dtype=FP32)
+    if full:
+        w, states, rows = empty(N), empty(M, 5, dtype=FP32), empty(M, dtype=FP32)
+        cross_entropy.cross_entropy_fwd(x, target, w, ignore_index, 0.1, 0.5)
+        cross_entropy.cross_entropy_update(x, target, w, states, 2048, 2 * N, ignore_index, 0.1)
+        cross_entropy.cross_entropy_finish(states, target, w, N, ignore_index, 0.1)
+        cross_entropy.cross_entropy_bwd(x, target, w, empty(M, 3, dtype=FP32), rows, ignore_index, 0.1, x, 2048, 2 * N)
+    else:
+        cross_entropy.cross_entropy_fwd(x, target, None, ignore_index, 0.0, one)
+        stats = empty(M, 3, dtype=FP32)
+        cross_entropy.cross_entropy_bwd(x, target, None, stats, one, ignore_index, 0.0, x, unless=(one, 1.0))
+
+
+def norm_widths(*tables: _common.Table) -> list[int]:
+    """The widest row of each tile of the tables."""
+    return sorted({tile.block for table in tables for tile in _common.tiles(table, _common.ASSUMED_ARCHITECTURE)})
+
+
+def cases() -> Iterator[Callable[[], None]]:
+    """Calls that together use every kernel in every configuration of the architecture in force."""
+    for full in (False, True):
+        for N in (64, *norm_widths(layer_norm.FORWARD, layer_norm.BACKWARD), 65536):
+            yield lambda N=N, full=full: layer_norm_pair(4096, N, full)
+        for tanh in (False, True):
+            yield lambda full=full, tanh=tanh: gelu_pair(4096, 3072, full, tanh)
+        for N in (1024, 50304):
+            yield lambda N=N, full=full: cross_entropy_pair(4096, N, full)
+    # without 16-byte loads, and with the most bytes a row
+    yield lambda: layer_norm_pair(4096, 8191, True)
+    yield lambda: layer_norm_pair(4096, 4095, True)
+    yield lambda: layer_norm_pair(4096, 16383, True)
+    yield lambda: layer_norm_pair(4096, 8191, False)
+    yield lambda: layer_norm_pair(4096, 8192, True, p=0.0)
+    yield lambda: layer_norm_pair(4096, 8192, False, FP32)
+    yield lambda: layer_norm_pair(4096, 8192, True, FP32, p=0.0)
+    yield lambda: layer_norm_pair(4096, 16384, False, FP32)
+    yield lambda: gelu_pair(4096, 3071, True, False, FP32)
+    yield lambda: cross_entropy_pair(4096, 50257, False)
+    yield lambda: cross_entropy_pair(4096, 50257, True, FP32)
+
+
+def recorded(call: Callable[[], None]) -> list[tuple[JITFunction, tuple, dict]]:
+    """What `call` launches."""
+    launches: list = []
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return launches
+
+
+def specialized(launch: tuple, target: GPUTarget) -> tuple:
+    """(kernel, options, signature, constants, attributes) that Triton's run-time would compile for a launch."""
+    kernel, args, kwargs = launch
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs
+    )
+    options, *rest = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return kernel, options, *rest
+
+
+def distinct(arch: int) -> dict[str, tuple]:
+    """The compilations of one architecture by a name of what sets them apart."""
+    _common.ASSUMED_ARCHITECTURE = arch
+    found = {}
+    for case in cases():
+        for launch in recorded(case):
+            kernel, options, signature, constants, attributes = specialized(launch, GPUTarget("cuda", arch, 32))
+            names = list(signature)
+            values = {names[path[0]]: value for path, value in constants.items()}
+            types = f"{sorted(set(signature.values()))}, {sum(map(bool, attributes.values()))} aligned"
+            name = f"sm_{arch} {kernel.__name__} {values} warps={options.num_warps} {types}"
+            found[name] = (kernel, options, signature, constants, attributes)
+    return found
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack, shared and local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def compile_share(share: int, shares: int) -> None:
+    """Compile this share of the kernels for every target; a JSON line each."""
+    for arch in TARGETS:
+        for i, (name, (kernel, options, signature, constants, attributes)) in enumerate(distinct(arch).items()):
+            if i % shares == share:
+                source = ASTSource(kernel, signature, constants, attributes)
+                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
+                used = resources(compiled.asm["cubin"]) | {"dynamic": compiled.metadata.shared}
+                print(json.dumps({"name": name, "arch": arch, "warps": options.num_warps, **used}), flush=True)
+
+
+def compile_keys() -> None:
+    """For calls that differ in row count, seed and probability alone: the kernels' compile keys, a JSON line each."""
+    calls = {
+        "layer_norm": lambda M, p, seed: layer_norm_pair(M, 768, True, p=p, seed=seed),
+        "wide layer_norm": lambda M, p, seed: layer_norm_pair(M, 65536, True, p=p, seed=seed),
+        "cross_entropy": lambda M, p, seed: cross_entropy_pair(M, 50257, True, ignore_index=seed),
+        "bias_gelu": lambda M, p, seed: gelu_pair(M, 768, True, True, p=p, seed=seed),
+    }
+    rows = ((2, 0.5, 1), (16, 0.1, -1), (17, 0.3, 2**62), (4096, 0.9, 0), (1_000_003, 0.01, 2**31))
+    for name, call in calls.items():
+        for M, p, seed in rows:
+            launches = recorded(lambda call=call, row=(M, p, seed): call(*row))
+            keys = [specialized(launch, GPUTarget("cuda", 90, 32)) for launch in launches]
+            lines = [f"{kernel.__name__} {options.hash()} {rest}" for kernel, options, *rest in keys]
+            print(json.dumps({"op": name, "M": M, "keys": sorted(k for k in lines if "_sum_partials" not in k)}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "keys":
+        compile_keys()
+    else:
+        compile_share(int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,65 @@
+"""Every Triton kernel in every shipped configuration compiles for the GPUs it claims, within their limits.
+
+No GPU is needed: tests/aot.py compiles what the launchers would launch, in two processes outside the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
+
+
+def _aot(cache, *arguments):
+    """The lines that tests/aot.py prints, compiling from scratch into the folder `cache`."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("aot.py"), *map(str, arguments)],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Resources of every kernel, configuration and architecture."""
+    cache = tmp_path_factory.mktemp("triton")
+    with ThreadPoolExecutor(2) as pool:
+        return list(chain(*pool.map(lambda share: _aot(cache, "compile", share, 2), range(2))))
+
+
+def test_every_architecture_got_the_same_kernels(compiled):
+    kernels = {arch: {line["name"].split()[1] for line in compiled if line["arch"] == arch} for arch in SHARED_LIMIT}
+    assert kernels[80] == kernels[90] == kernels[100]
+    assert len(kernels[80]) > 5
+
+
+def test_no_spills_and_no_stack(compiled):
+    spilled = [line for line in compiled if line["STACK"] or line["LOCAL"]]
+    assert not spilled, "\n".join(map(str, spilled))
+
+
+def test_shared_memory_and_registers_within_the_limits(compiled):
+    for line in compiled:
+        assert line["SHARED"] + line["dynamic"] <= SHARED_LIMIT[line["arch"]], line
+        assert line["REG"] * 32 * line["warps"] <= REGISTERS, line
+
+
+def test_no_recompilation_for_another_row_count(tmp_path):
+    """One compiled kernel serves every number of rows, seed and probability, or training would stall on batches."""
+    keys = {}
+    for line in _aot(tmp_path, "keys"):
+        keys.setdefault(line["op"], {})[line["M"]] = line["keys"]
+    for op, by_rows in keys.items():
+        assert len(by_rows) == 5
+        assert len({json.dumps(k) for k in by_rows.values()}) == 1, op
