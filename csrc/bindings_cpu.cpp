@@ -1,6 +1,7 @@
 // fastlm._cpu: the CPU kernels behind integer pointers. fastlm/_native.py is its only caller.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/attention.h"
 #include "cpu/ops.h"
@@ -126,6 +127,36 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
            int64_t ignore_index, double smoothing, double scale, int type, int w_type) {
           cross_entropy_bwd(P(x), P(target), P(w), P(stats), P(g), P(dx), M, n, first, N, ignore_index, smoothing,
                             scale, type, w_type);
+        },
+        nogil());
+  m.def("rms_norm_fwd",
+        [](ptr x, ptr residual, ptr w, ptr z, ptr y, ptr rstd, int64_t M, int64_t N, double eps, int x_type, int r_type,
+           int y_type, int w_type) {
+          rms_norm_fwd(P(x), P(residual), P(w), P(z), P(y), P(rstd), M, N, eps, x_type, r_type, y_type, w_type);
+        },
+        nogil());
+  m.def("rms_norm_bwd",
+        [](ptr dy, ptr z, ptr w, ptr rstd, ptr dz_in, ptr dz, ptr dx, ptr partial, ptr dw, int64_t M, int64_t N,
+           int x_type, int r_type, int y_type, int w_type) {
+          rms_norm_bwd(P(dy), P(z), P(w), P(rstd), P(dz_in), P(dz), P(dx), P(partial), P(dw), M, N, x_type, r_type,
+                       y_type, w_type);
+        },
+        nogil());
+  m.def("swiglu_fwd",
+        [](ptr gate, ptr up, ptr y, int64_t M, int64_t N, int64_t gate_stride, int64_t up_stride, int type) {
+          swiglu_fwd(P(gate), P(up), P(y), M, N, gate_stride, up_stride, type);
+        },
+        nogil());
+  m.def("swiglu_bwd",
+        [](ptr dy, ptr gate, ptr up, ptr dgate, ptr dup, int64_t M, int64_t N, int64_t gate_stride, int64_t up_stride,
+           int type) { swiglu_bwd(P(dy), P(gate), P(up), P(dgate), P(dup), M, N, gate_stride, up_stride, type); },
+        nogil());
+  using Four = std::array<int64_t, 4>;
+  m.def("rotary",
+        [](ptr x, ptr cos, ptr sin, ptr y, Four size, Four x_stride, Four y_stride, int64_t R, int64_t table_stride,
+           bool interleaved, bool inverse, int type) {
+          rotary(P(x), P(cos), P(sin), P(y), size.data(), x_stride.data(), y_stride.data(), R, table_stride,
+                 interleaved, inverse, type);
         },
         nogil());
 }

@@ -273,6 +273,88 @@ def cross_entropy_bwd(
     return dx
 
 
+def rms_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    N: int,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x of M rows of N -> (y, z or None, rstd (M,) or None)."""
+    M = x.numel() // N if N else 0
+    stream = x if residual is None else residual
+    y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
+    z = None if residual is None else torch.empty_like(residual)
+    rstd = x.new_empty(M, dtype=compute_dtype(stream.dtype)) if statistics else None
+    _cpu.rms_norm_fwd(
+        x.data_ptr(), _ptr(residual), _ptr(weight), _ptr(z), y.data_ptr(), _ptr(rstd), M, N, eps,
+        TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], _weight_type(weight, None),
+    )  # fmt: skip
+    return y, z, rstd
+
+
+def rms_norm_bwd(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    N: int,
+    dz_in: Tensor | None = None,
+    x_dtype: torch.dtype | None = None,
+    weight_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> (dz, dx, dw or None); dx is dz itself without a cast, dw in compute dtype."""
+    M = z.numel() // N if N else 0
+    x_dtype = x_dtype or z.dtype
+    dz = torch.empty_like(z)
+    dx = torch.empty_like(z, dtype=x_dtype) if x_dtype != z.dtype else None
+    compute = compute_dtype(z.dtype)
+    partial = z.new_empty(_chunks(M), N, dtype=compute) if weight_grad else None
+    dw = z.new_empty(N, dtype=compute) if weight_grad else None
+    _cpu.rms_norm_bwd(
+        dy.data_ptr(), z.data_ptr(), _ptr(weight), rstd.data_ptr(), _ptr(dz_in),
+        dz.data_ptr(), _ptr(dx), _ptr(partial), _ptr(dw), M, N,
+        TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
+    )  # fmt: skip
+    return dz, dz if dx is None else dx, dw
+
+
+def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up (M, N) with unit stride along N -> y (M, N)."""
+    M, N = gate.shape
+    y = gate.new_empty(M, N)
+    _cpu.swiglu_fwd(
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), M, N, gate.stride(0), up.stride(0), TYPE_CODE[gate.dtype]
+    )
+    return y
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (dgate, dup), both (M, N) and contiguous; dy is contiguous."""
+    M, N = gate.shape
+    dgate, dup = gate.new_empty(M, N), gate.new_empty(M, N)
+    _cpu.swiglu_bwd(
+        dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(),
+        M, N, gate.stride(0), up.stride(0), TYPE_CODE[gate.dtype],
+    )  # fmt: skip
+    return dgate, dup
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """x (B, H, L, D) with unit stride along D, cos and sin (L, R) or (B, L, R) contiguous -> y, like x."""
+    compute = compute_dtype(x.dtype)
+    cos, sin = cos.to(compute), sin.to(compute)
+    y = torch.empty_like(x)
+    L, R = cos.shape[-2:]
+    _cpu.rotary(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), x.shape, x.stride(), y.stride(),
+        R, L * R if cos.dim() == 3 else 0, interleaved, inverse, TYPE_CODE[x.dtype],
+    )  # fmt: skip
+    return y
+
+
 def vec_map(name: str, x: Tensor) -> Tensor:
     """exp, tanh, erf or erfc of vec.h over a contiguous fp32 tensor, for the tests of their error bounds."""
     y = torch.full_like(x, float("nan"))

@@ -63,4 +63,26 @@ void cross_entropy_bwd(const void* x, const void* target, const void* w, const v
                        int64_t M, int64_t n, int64_t first, int64_t N, int64_t ignore_index, double smoothing,
                        double scale, int type, int w_type);
 
+// x: (M, N) TX. residual: (M, N) TR, optional. z: (M, N) TR = residual + x, with residual only. w: (N), optional.
+// y: (M, N) TY. rstd: (M) fp32, or fp64 where TR is, optional.
+void rms_norm_fwd(const void* x, const void* residual, const void* w, void* z, void* y, void* rstd, int64_t M,
+                  int64_t N, double eps, int x_type, int r_type, int y_type, int w_type);
+// dy: (M, N) TY. z: (M, N) TR, what was normalized. dz_in: (M, N) TR, optional: added to dz. dz: (M, N) TR.
+// dx: (M, N) TX = dz, optional. partial: (chunks, N) and dw: (N), compute type, optional together.
+void rms_norm_bwd(const void* dy, const void* z, const void* w, const void* rstd, const void* dz_in, void* dz,
+                  void* dx, void* partial, void* dw, int64_t M, int64_t N, int x_type, int r_type, int y_type,
+                  int w_type);
+
+// gate, up: M rows of N elements of T, a stride apart. y: (M, N) T = silu(gate) up.
+void swiglu_fwd(const void* gate, const void* up, void* y, int64_t M, int64_t N, int64_t gate_stride,
+                int64_t up_stride, int type);
+// dy, dgate, dup: (M, N) T.
+void swiglu_bwd(const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t M, int64_t N,
+                int64_t gate_stride, int64_t up_stride, int type);
+
+// x, y: size (B, H, L, D) of T with strides of the first three. cos, sin: (L, R) compute type, a table_stride apart
+// for each of B (0 for one table). 2 R <= D. y may not be x.
+void rotary(const void* x, const void* cos, const void* sin, void* y, const int64_t* size, const int64_t* x_stride,
+            const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse, int type);
+
 }  // namespace fastlm
