@@ -13,6 +13,9 @@ from .ops.cross_entropy import cross_entropy
 from .ops.gelu import bias_gelu, gelu
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rotary import rotary
+from .ops.swiglu import swiglu
 
 __version__ = "0.1.0"
 
@@ -23,6 +26,7 @@ __all__ = [
     "DataError",
     "FastlmError",
     "add_layer_norm",
+    "add_rms_norm",
     "backend",
     "bias_gelu",
     "cpu_isa",
@@ -34,6 +38,9 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "nn",
+    "rms_norm",
+    "rotary",
     "scaled_dot_product_attention",
     "set_cpu_isa",
+    "swiglu",
 ]

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastlm.kernels import _common, cross_entropy, gelu, layer_norm
+from fastlm.kernels import _common, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
 
 TARGETS = (80, 90, 100)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -66,6 +66,28 @@ def cross_entropy_pair(M: int, N: int, full: bool, dtype: torch.dtype = BF16, ig
         cross_entropy.cross_entropy_bwd(x, target, None, stats, one, ignore_index, 0.0, x, unless=(one, 1.0))
 
 
+def rms_norm_pair(M: int, N: int, full: bool, dtype: torch.dtype = BF16) -> None:
+    x, w, stream, rstd = empty(M, N, dtype=dtype), empty(N), empty(M, N, dtype=FP32), empty(M, dtype=FP32)
+    if full:
+        rms_norm.rms_norm_fwd(x, stream, w, N, 1e-5)
+        rms_norm.rms_norm_bwd(stream, stream, w, rstd, N, stream, dtype)
+    else:
+        rms_norm.rms_norm_fwd(x, None, w, N, 1e-5)
+        rms_norm.rms_norm_bwd(x, x, w, rstd, N)
+
+
+def swiglu_pair(M: int, N: int, dtype: torch.dtype = BF16) -> None:
+    gate, up = empty(M, 2 * N, dtype=dtype).chunk(2, -1)
+    swiglu.swiglu_fwd(gate, up)
+    swiglu.swiglu_bwd(empty(M, N, dtype=dtype), gate, up)
+
+
+def rotary_both(L: int, D: int, R: int, dtype: torch.dtype = BF16) -> None:
+    cos = empty(L, R, dtype=FP32)
+    for interleaved in (False, True):
+        rotary.rotary(empty(4, L, 12, D, dtype=dtype).transpose(1, 2), cos, cos, interleaved, False)
+
+
 def norm_widths(*tables: _common.Table) -> list[int]:
     """The widest row of each tile of the tables."""
     return sorted({tile.block for table in tables for tile in _common.tiles(table, _common.ASSUMED_ARCHITECTURE)})
@@ -76,6 +98,8 @@ def cases() -> Iterator[Callable[[], None]]:
     for full in (False, True):
         for N in (64, *norm_widths(layer_norm.FORWARD, layer_norm.BACKWARD), 65536):
             yield lambda N=N, full=full: layer_norm_pair(4096, N, full)
+        for N in (64, *norm_widths(rms_norm.FORWARD, rms_norm.BACKWARD), 65536):
+            yield lambda N=N, full=full: rms_norm_pair(4096, N, full)
         for tanh in (False, True):
             yield lambda full=full, tanh=tanh: gelu_pair(4096, 3072, full, tanh)
         for N in (1024, 50304):
@@ -90,6 +114,15 @@ def cases() -> Iterator[Callable[[], None]]:
     yield lambda: layer_norm_pair(4096, 8192, True, FP32, p=0.0)
     yield lambda: layer_norm_pair(4096, 16384, False, FP32)
     yield lambda: gelu_pair(4096, 3071, True, False, FP32)
+    yield lambda: rms_norm_pair(4096, 4095, True)
+    yield lambda: rms_norm_pair(4096, 8191, False)
+    yield lambda: rms_norm_pair(4096, 16383, True)
+    yield lambda: rms_norm_pair(4096, 8192, False, FP32)
+    yield lambda: rms_norm_pair(4096, 16384, False, FP32)
+    yield lambda: swiglu_pair(4096, 11008)
+    yield lambda: swiglu_pair(4096, 2731, FP32)
+    yield lambda: rotary_both(1024, 128, 64)
+    yield lambda: rotary_both(1024, 80, 16, FP32)
     yield lambda: cross_entropy_pair(4096, 50257, False)
     yield lambda: cross_entropy_pair(4096, 50257, True, FP32)
 
@@ -159,6 +192,9 @@ def compile_keys() -> None:
     calls = {
         "layer_norm": lambda M, p, seed: layer_norm_pair(M, 768, True, p=p, seed=seed),
         "wide layer_norm": lambda M, p, seed: layer_norm_pair(M, 65536, True, p=p, seed=seed),
+        "rms_norm": lambda M, p, seed: rms_norm_pair(M, 768, True),
+        "swiglu": lambda M, p, seed: swiglu_pair(M, 768),
+        "rotary": lambda M, p, seed: rotary_both(M, 64, 32),
         "cross_entropy": lambda M, p, seed: cross_entropy_pair(M, 50257, True, ignore_index=seed),
         "bias_gelu": lambda M, p, seed: gelu_pair(M, 768, True, True, p=p, seed=seed),
     }

@@ -1,0 +1,212 @@
+"""RMS normalization (Zhang & Sennrich 2019), alone and fused with the residual addition before it.
+
+Over the last dimensions of x:   y = x rstd weight,   rstd = 1 / sqrt(mean(x^2) + eps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import (
+    Backend,
+    LazyModule,
+    always,
+    choose,
+    cpu_unsupported,
+    must_trace,
+    needs_grad,
+    register,
+    triton_unsupported,
+)
+from ._autograd import reference_gradients
+
+KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.rms_norm")}
+PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor | None, N: int, eps: float) -> Tensor:
+    """The definition, with statistics in fp32 or wider, over rows of N elements."""
+    wide = _native.compute_dtype(x.dtype)
+    rows = x.reshape(-1, N).to(wide)
+    y = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.reshape(-1).to(wide)
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, z) with z = residual + x."""
+    z = residual + x.to(residual.dtype)
+    return rms_norm_ref(z, weight, z.shape[-1], eps), z
+
+
+register(
+    "rms_norm",
+    Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("torch", always),
+    Backend("reference", always),
+)
+register(
+    "add_rms_norm",
+    Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("reference", always),
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, N, eps, backend):
+        y, _, rstd = KERNELS[backend].rms_norm_fwd(x, None, weight, N, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.N, ctx.eps, ctx.backend = N, eps, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            grads = reference_gradients(lambda x, w: rms_norm_ref(x, w, ctx.N, ctx.eps), (x, weight), need[:2], (dy,))
+            return *grads, None, None, None
+        _, dx, dw = KERNELS[ctx.backend].rms_norm_bwd(dy.contiguous(), x, weight, rstd, ctx.N, weight_grad=need[1])
+        return dx, _like(dw, weight), None, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, backend):
+        y, z, rstd = KERNELS[backend].rms_norm_fwd(x, residual, weight, x.shape[-1], eps)
+        ctx.save_for_backward(x, residual, weight, z, rstd)
+        ctx.eps, ctx.backend = eps, backend
+        ctx.set_materialize_grads(False)
+        return y, z
+
+    @staticmethod
+    def backward(ctx, dy, dz_in):
+        x, residual, weight, z, rstd = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            grads = reference_gradients(
+                lambda x, r, w: add_rms_norm_ref(x, r, w, ctx.eps), (x, residual, weight), need[:3], (dy, dz_in)
+            )
+            return *grads, None, None
+        dy = torch.zeros_like(z) if dy is None else dy.contiguous()
+        dz, dx, dw = KERNELS[ctx.backend].rms_norm_bwd(
+            dy, z, weight, rstd, x.shape[-1], None if dz_in is None else dz_in.contiguous(), x.dtype, need[2]
+        )
+        return dx, dz, _like(dw, weight), None, None
+
+
+def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """The weight's gradient in the weight's shape and dtype."""
+    return None if grad is None or parameter is None else grad.to(parameter.dtype).reshape(parameter.shape)
+
+
+def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected it to end in normalized_shape {shape}")
+    if 0 in shape:
+        raise ValueError(f"{op}: normalized_shape is {shape}, expected no empty dimension")
+    if weight is None:
+        return
+    if weight.shape != shape:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected {shape} to match x")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: weight is on {weight.device}, x is on {x.device}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{op}: weight has dtype {weight.dtype}, expected a floating-point dtype")
+
+
+def _by_torch(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, shape, weight, eps).to(x.dtype)
+
+
+def rms_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """RMS normalization over the last dimensions, as `torch.nn.functional.rms_norm`.
+
+    Args:
+        x: (..., *normalized_shape), float32, float64, bfloat16 or float16.
+        normalized_shape: the trailing dimensions to normalize over.
+        weight: normalized_shape, of any floating-point dtype; None for 1.
+        eps: added to the mean square; None for the distance of 1 to the next number of x's dtype, as in torch.
+
+    Returns:
+        Like x. Statistics are computed in fp32 or wider.
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if a tensor is not floating-point.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    _check("rms_norm", x, shape, weight)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if must_trace(x, weight):
+        return _by_torch(x, shape, weight, eps)
+    backend = choose("rms_norm", (x.device.type, x.dtype, ()))
+    if backend == "torch":
+        return _by_torch(x, shape, weight, eps)
+    N = math.prod(shape)
+    if backend == "reference":
+        return rms_norm_ref(x, weight, N, eps)
+    x, weight = x.contiguous(), None if weight is None else weight.contiguous()
+    if needs_grad(x, weight):
+        return _RMSNorm.apply(x, weight, N, eps, backend)
+    return KERNELS[backend].rms_norm_fwd(x, None, weight, N, eps, statistics=False)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and RMS normalization in one pass: the seam between two pre-norm sublayers.
+
+    Args:
+        x: (..., N), a sublayer's output.
+        residual: like x; may be wider (a float32 stream under a 16-bit x).
+        weight: (N,), or None for 1.
+        eps: added to the mean square; None for the distance of 1 to the next number of the result's dtype.
+
+    Returns:
+        (rms_norm(z), z) with z = residual + x, both in the wider dtype of x and residual.
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if a tensor is not floating-point.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    op = "add_rms_norm"
+    _check(op, x, tuple(x.shape[-1:]), weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} to match x")
+    if residual.device != x.device:
+        raise ValueError(f"{op}: residual is on {residual.device}, x is on {x.device}")
+    stream = torch.promote_types(x.dtype, residual.dtype)
+    eps = torch.finfo(stream).eps if eps is None else eps
+    residual = residual.to(stream)
+    if stream != torch.float32:
+        x = x.to(stream)
+    if must_trace(x, residual, weight):
+        z = residual + x
+        return _by_torch(z, tuple(z.shape[-1:]), weight, eps), z
+    backend = choose(op, (x.device.type, x.dtype, ()))
+    if backend == "reference":
+        return add_rms_norm_ref(x, residual, weight, eps)
+    x, residual = x.contiguous(), residual.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    if needs_grad(x, residual, weight):
+        return _AddRMSNorm.apply(x, residual, weight, eps, backend)
+    y, z, _ = KERNELS[backend].rms_norm_fwd(x, residual, weight, x.shape[-1], eps, statistics=False)
+    return y, z

@@ -1,0 +1,98 @@
+"""SwiGLU (Shazeer 2020): y = silu(gate) up, with silu(a) = a sigmoid(a)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import (
+    Backend,
+    LazyModule,
+    always,
+    choose,
+    cpu_unsupported,
+    must_trace,
+    needs_grad,
+    register,
+    triton_unsupported,
+)
+from ._autograd import reference_gradients
+
+KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.swiglu")}
+PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
+
+
+def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """The definition, in fp32 or wider."""
+    wide = gate.to(_native.compute_dtype(gate.dtype))
+    return (wide * torch.sigmoid(wide) * up.to(wide.dtype)).to(gate.dtype)
+
+
+register(
+    "swiglu",
+    Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("reference", always),
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, backend):
+        ctx.save_for_backward(gate, up)
+        ctx.backend = backend
+        return KERNELS[backend].swiglu_fwd(gate, up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *reference_gradients(swiglu_ref, (gate, up), ctx.needs_input_grad[:2], (dy,)), None
+        return *KERNELS[ctx.backend].swiglu_bwd(dy.contiguous(), gate, up), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(M, N) with unit stride along N; a view where x's rows are evenly spaced, as in halves of one projection."""
+    if x.dim() == 0:
+        return x.reshape(1, 1)
+    M = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.reshape(M, x.shape[-1])
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Gated activation of a Transformer's feed-forward layer: silu(gate) * up.
+
+    Args:
+        gate, up: (..., N), of one shape and dtype: float32, float64, bfloat16 or float16. The two halves of one
+            projection, as `x.chunk(2, -1)` gives them, are read in place.
+
+    Returns:
+        Like gate and contiguous, computed in fp32 or wider.
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if a tensor is not floating-point, or the dtypes differ.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    if not gate.is_floating_point():
+        raise TypeError(f"swiglu: gate has dtype {gate.dtype}, expected a floating-point dtype")
+    if up.shape != gate.shape:
+        raise ValueError(f"swiglu: up has shape {tuple(up.shape)}, expected {tuple(gate.shape)} to match gate")
+    if up.dtype != gate.dtype:
+        raise TypeError(f"swiglu: up has dtype {up.dtype}, expected {gate.dtype} to match gate")
+    if up.device != gate.device:
+        raise ValueError(f"swiglu: up is on {up.device}, gate is on {gate.device}")
+    if must_trace(gate, up):
+        return F.silu(gate) * up
+    backend = choose("swiglu", (gate.device.type, gate.dtype, ()))
+    if backend == "reference":
+        return swiglu_ref(gate, up)
+    a, b = _rows(gate), _rows(up)
+    y = _SwiGLU.apply(a, b, backend) if needs_grad(a, b) else KERNELS[backend].swiglu_fwd(a, b)
+    return y.view(gate.shape)
