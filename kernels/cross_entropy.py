@@ -57,8 +57,9 @@ def _fold_row(
         mask = in_rows[:, None] & (col < n)[None, :]
         x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask, float("-inf")).to(tl.float32)
         above = tl.maximum(m, tl.max(x, 1))
-        total *= tl.exp2((_pivot(m) - _pivot(above)) * LOG2_E)[:, None]
-        others *= tl.exp2((_pivot(m) - _pivot(above)) * LOG2_E)
+        fade = tl.where(m == above, 1.0, tl.exp2((m - above) * LOG2_E))
+        total *= fade[:, None]
+        others *= fade
         centred = x - _pivot(above)[:, None]
         total += tl.where(first + col[None, :] == target[:, None], 0.0, tl.exp2(centred * LOG2_E))
         if SMOOTH:
@@ -251,7 +252,8 @@ def _cross_entropy_bwd_kernel(
     col = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = row < M
     if grad_ptr is not None:
-        in_rows &= tl.load(grad_ptr).to(tl.float32) != expected
+        same = tl.load(grad_ptr + tl.zeros((ROWS,), tl.int32)).to(tl.float32) == expected
+        in_rows = in_rows & (same == 0)
     target = tl.load(target_ptr + row, in_rows, ignore_index)
     m = tl.load(stats_ptr + row * 3, in_rows, 0.0)
     inv_s = tl.load(stats_ptr + row * 3 + 1, in_rows, 0.0)

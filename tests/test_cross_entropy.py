@@ -53,7 +53,7 @@ def _compare(x, target, weight=None, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "C", "options"), CASES, ids=str)
-def test_parity(isa, poisoned, M, C, options, dtype):
+def test_parity(kernels, poisoned, M, C, options, dtype):
     options = dict(options)
     weight = (torch.rand(C) + 0.1).to(dtype) if options.pop("weighted", False) else None
     _compare(*_inputs(M, C, dtype), weight, **options)
@@ -75,13 +75,13 @@ def test_integer_targets(dtype):
     assert torch.equal(fastlm.cross_entropy(x, target.to(dtype)), fastlm.cross_entropy(x, target))
 
 
-def test_ignore_index_may_be_a_class(isa):
+def test_ignore_index_may_be_a_class(kernels):
     x, target = torch.randn(6, 5), torch.tensor([0, 3, 2, 3, 4, 1])
     _compare(x, target, ignore_index=3)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_counts(isa, reduction):
+def test_nothing_counts(kernels, reduction):
     """All targets ignored, or none there: the mean of nothing is NaN, gradients are 0."""
     for M in (0, 4):
         x = torch.randn(M, 9, requires_grad=True)
@@ -94,7 +94,7 @@ def test_nothing_counts(isa, reduction):
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_huge_logits(isa, offset, label_smoothing):
+def test_huge_logits(kernels, offset, label_smoothing):
     """The maximum is subtracted before anything is rounded: an offset of every logit costs nothing."""
     x = torch.randn(4, 3001) + offset
     _compare(x, torch.randint(3001, (4,)), label_smoothing=label_smoothing)
@@ -102,7 +102,7 @@ def test_huge_logits(isa, offset, label_smoothing):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_infinite_logits(isa, label_smoothing):
+def test_infinite_logits(kernels, label_smoothing):
     """-inf is a class of probability 0; a row of nothing else, or with +inf, has no softmax."""
     x = torch.randn(6, 2100)
     x[0, 5:2060] = -torch.inf  # the whole first block but five
@@ -114,7 +114,7 @@ def test_infinite_logits(isa, label_smoothing):
     _compare(x, target, reduction="none", label_smoothing=label_smoothing)
 
 
-def test_certain_class_keeps_its_digits(isa):
+def test_certain_class_keeps_its_digits(kernels):
     """1 - p_y is summed from the others, not subtracted from 1: right to an ULP or so where p_y rounds to 1."""
     x = torch.randn(3, 300)
     x[:, 4] = torch.tensor([30.0, 60.0, 18.0])
@@ -127,7 +127,7 @@ def test_certain_class_keeps_its_digits(isa):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_nan_stays_in_its_row(isa, label_smoothing):
+def test_nan_stays_in_its_row(kernels, label_smoothing):
     x, target = torch.randn(9, 4100), torch.randint(4100, (9,))
     target[7] = -100
     results = []
@@ -219,7 +219,7 @@ def test_a_retained_graph_gives_new_tensors():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_inplace_backward(isa, poisoned, reduction):
+def test_inplace_backward(kernels, poisoned, reduction):
     x, target = torch.randn(6, 77, requires_grad=True), torch.randint(77, (6,))
     expected = torch.autograd.grad(fastlm.cross_entropy(x, target, reduction=reduction).sum(), x)[0]
     logits = x * 1

@@ -60,7 +60,7 @@ def _compare(hidden, weight, target, bias=None, class_weight=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("M", "H", "C", "memory", "options"), CASES, ids=str)
-def test_parity(isa, poisoned, M, H, C, memory, options, with_bias, dtype):
+def test_parity(kernels, poisoned, M, H, C, memory, options, with_bias, dtype):
     options = dict(options)
     class_weight = (torch.rand(C) + 0.1).to(dtype) if options.pop("weighted", False) else None
     _compare(*_inputs(M, H, C, dtype, with_bias), class_weight, memory=memory, **options)
@@ -155,7 +155,7 @@ def test_same_bits(isa, threads, reduction):
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
 
 
-def test_nan_stays_in_its_row(isa):
+def test_nan_stays_in_its_row(kernels):
     hidden, weight, target, _ = _inputs(6, 8, 2200, torch.float32, False)
     clean = fastlm.linear_cross_entropy(hidden, weight, target, reduction="none")
     hidden[3, 2] = torch.nan
@@ -170,7 +170,7 @@ def test_nan_stays_in_its_row(isa):
 
 
 @pytest.mark.parametrize("offset", [1e4, -torch.inf])
-def test_extreme_bias(isa, offset):
+def test_extreme_bias(kernels, offset):
     """Huge logits, and classes of probability 0."""
     hidden, weight, target, bias = _inputs(5, 8, 2100, torch.float32, True)
     bias[:2060] = offset

@@ -7,17 +7,30 @@ class weights w:   loss = (1 - e) w_y (lse - x_y) + e/N sum_c w_c (lse - x_c);  
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._dispatch import (
+    Backend,
+    LazyModule,
+    Request,
+    always,
+    choose,
+    cpu_unsupported,
+    must_trace,
+    needs_grad,
+    register,
+    triton_unsupported,
+)
 from ._autograd import reference_gradients
 
-KERNELS = {"cpu": _native}
+KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.cross_entropy")}
+PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -75,15 +88,23 @@ def cross_entropy_grad_ref(
     return torch.where(keep[:, None], dx * grad.reshape(-1, 1), 0)
 
 
-def _cpu_unsupported(request: Request) -> str | None:
-    if ("target", "probabilities") in request.features:
-        return "its kernels take class indices, not class probabilities"
-    return cpu_unsupported(request)
+def _class_indices(unsupported: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+    """A backend's conditions with that of the kernels, which take class indices alone."""
 
+    def reason(request: Request) -> str | None:
+        if ("target", "probabilities") in request.features:
+            return "its kernels take class indices, not class probabilities"
+        return unsupported(request)
+
+    return reason
+
+
+cpu_conditions, triton_conditions = _class_indices(cpu_unsupported), _class_indices(triton_unsupported)
 
 register(
     "cross_entropy",
-    Backend("cpu", _cpu_unsupported),
+    Backend("cpu", cpu_conditions),
+    Backend("triton", triton_conditions, proved=PROVED),
     Backend("torch", always),
     Backend("reference", always),
 )
@@ -98,26 +119,42 @@ class Options(NamedTuple):
     dtype: torch.dtype
 
 
-def reduced(loss: Tensor, count: float, options: Options) -> Tensor:
+# A count, and what is made of it, is a number from the CPU kernels and a scalar tensor from a GPU's, which is not
+# waited for.
+Scalar = Tensor | float
+
+
+def reduced(loss: Tensor, count: Scalar, options: Options) -> Tensor:
     """(M,) losses in compute dtype -> the result; count is the sum of the targets' class weights."""
     if options.reduction == "none":
         return loss.to(options.dtype)
+    if isinstance(count, Tensor):
+        total = loss.sum()
+        return (total / count if options.reduction == "mean" else total).to(options.dtype)
     total = _native.cross_entropy_total(loss)
     if options.reduction == "mean":
         total = total / count if count else math.nan
     return torch.tensor(total, dtype=loss.dtype).to(options.dtype)
 
 
-def row_scale(grad: float, count: float, options: Options) -> float:
+def incoming(grad: Tensor, count: Scalar) -> Scalar:
+    """The gradient of a reduced loss, of count's kind."""
+    return grad.float() if isinstance(count, Tensor) else grad.item()
+
+
+def row_scale(grad: Scalar, count: Scalar, options: Options) -> Scalar:
     """What a row's gradient is multiplied by, where the reduced loss received `grad`."""
     if options.reduction == "sum":
         return grad
+    if isinstance(count, Tensor):
+        return grad / count
     return grad / count if count else math.nan
 
 
 # The gradient that the last reduced loss received: 1 in plain training, 1/k under gradient accumulation, a loss
 # scale. The forward pass computes the logits' gradient for this guess while the row is in cache, which saves
-# reading the logits again; a wrong guess costs that time and changes no bit.
+# reading the logits again; a wrong guess costs that time and changes no bit. On a GPU the guess is always 1, and
+# the kernel that makes the gradient again looks for itself whether it has to.
 _expected = [1.0]
 
 
@@ -126,7 +163,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, x, target, weight, options, backend, inplace):
         kernels = KERNELS[backend]
         count = kernels.cross_entropy_targets(target, weight, x.shape[1], options.ignore_index)
-        guess = None if options.reduction == "none" or inplace else _expected[0]
+        guess = None if options.reduction == "none" or inplace else 1.0 if isinstance(count, Tensor) else _expected[0]
         loss, stats, dx = kernels.cross_entropy_fwd(
             x, target, weight, options.ignore_index, options.label_smoothing,
             None if guess is None else row_scale(guess, count, options),
@@ -148,8 +185,12 @@ class _CrossEntropy(torch.autograd.Function):
             )
             return dx, None, None, None, None, None
         out, ctx.dx = ctx.dx, None  # handed out once: what a second backward pass returns is another tensor
+        unless = {}
         if ctx.options.reduction == "none":
             scale = grad.to(stats.dtype).contiguous()
+        elif isinstance(ctx.count, Tensor):
+            scale = row_scale(incoming(grad, ctx.count), ctx.count, ctx.options)
+            unless = {} if out is None else {"unless": (grad, ctx.guess)}
         else:
             value = grad.item()
             if math.isfinite(value):
@@ -160,7 +201,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.inplace:
             out = x.detach()
         dx = KERNELS[ctx.backend].cross_entropy_bwd(
-            x, target, weight, stats, scale, ctx.options.ignore_index, ctx.options.label_smoothing, out
+            x, target, weight, stats, scale, ctx.options.ignore_index, ctx.options.label_smoothing, out, **unless
         )
         if ctx.inplace:
             torch.autograd.graph.increment_version(x)  # whoever else saved the logits is told that they are gone
@@ -214,7 +255,7 @@ def _cross_entropy_backward_op(
             scale = grad.to(stats.dtype).contiguous()
         else:
             count = KERNELS[backend].cross_entropy_targets(target, weight, x.shape[1], ignore_index)
-            scale = row_scale(grad.item(), count, options)
+            scale = row_scale(incoming(grad, count), count, options)
         return KERNELS[backend].cross_entropy_bwd(x, target, weight, stats, scale, ignore_index, label_smoothing)
     dx = cross_entropy_grad_ref(x, target, weight, ignore_index, reduction, label_smoothing, grad)
     return dx.to(x.dtype)
@@ -320,7 +361,8 @@ def cross_entropy(
         in fp32, in fp64 for float64.
 
     Raises:
-        ValueError: if shapes, devices or options are wrong, or a target is outside [0, C) and not ignored.
+        ValueError: if shapes, devices or options are wrong, or a target is outside [0, C) and not ignored. On a
+            GPU, which nothing here waits for, such a row's loss and gradient are NaN instead.
         TypeError: if a dtype is wrong.
         BackendError: if a forced backend cannot serve the call.
     """

@@ -16,21 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
 from ._autograd import reference_gradients
 from .cross_entropy import (
+    KERNELS,
+    PROVED,
     Options,
+    Scalar,
     check_class_weight,
     check_options,
     check_target,
+    cpu_conditions,
     cross_entropy_grad_ref,
     cross_entropy_ref,
+    incoming,
     loss_dtype,
     reduced,
     row_scale,
+    triton_conditions,
 )
-
-KERNELS = {"cpu": _native}
 
 
 def linear_cross_entropy_ref(
@@ -50,15 +54,10 @@ def linear_cross_entropy_ref(
     return loss.to(hidden.dtype)
 
 
-def _cpu_unsupported(request: Request) -> str | None:
-    if ("target", "probabilities") in request.features:
-        return "its kernels take class indices, not class probabilities"
-    return cpu_unsupported(request)
-
-
 register(
     "linear_cross_entropy",
-    Backend("cpu", _cpu_unsupported),
+    Backend("cpu", cpu_conditions),
+    Backend("triton", triton_conditions, proved=PROVED),
     Backend("torch", always),
     Backend("reference", always),
 )
@@ -81,13 +80,18 @@ class _Projection:
         self.weight, self.bias, self.class_weight = weight, bias, class_weight
         self.M, self.C = hidden.shape[0], weight.shape[0]
         self.count = kernels.cross_entropy_targets(target, class_weight, self.C, options.ignore_index)
-        kept = (target != options.ignore_index).nonzero().squeeze(1)
-        # Ignored rows are gathered away where that pays for the copies.
-        self.kept = kept if kept.numel() < 0.9 * self.M else None
+        self.kept = self._counted(target)
         self.hidden, self.target = self._gather(hidden), self._gather(target)
         self.windows = self._windows(memory)
         self.buffer = hidden.new_empty(self.hidden.shape[0] * max(n for _, n in self.windows))
         self.held: int | None = None
+
+    def _counted(self, target: Tensor) -> Tensor | None:
+        """The counted rows where gathering them pays for the copies; a GPU would have to be waited for."""
+        if isinstance(self.count, Tensor):
+            return None
+        kept = (target != self.options.ignore_index).nonzero().squeeze(1)
+        return kept if kept.numel() < 0.9 * self.M else None
 
     def _windows(self, memory: float) -> list[tuple[int, int]]:
         """(first class, number): whole blocks of the kernels, within `memory` times the full logits' size.
@@ -129,7 +133,7 @@ class _Projection:
         )
         return self._spread(loss), self._spread(stats)
 
-    def gradients(self, stats: Tensor, scale: Tensor | float, wanted: Sequence[bool]) -> Grads:
+    def gradients(self, stats: Tensor, scale: Scalar, wanted: Sequence[bool]) -> Grads:
         """Gradients of the inputs where row i of the loss receives `scale`, or scale[i]."""
         stats = self._gather(stats)
         scale = self._gather(scale) if isinstance(scale, Tensor) else scale
@@ -172,7 +176,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _scaled(grads: Grads, factor: Tensor) -> Grads:
     """The gradients times the scalar that the loss received, in place."""
-    if factor.item() == 1:
+    if factor.device.type == "cpu" and factor.item() == 1:
         return grads
     return Grads(*(None if g is None else g.mul_(factor) for g in grads))
 
@@ -185,7 +189,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         projection = _Projection(KERNELS[backend], (hidden, weight, bias, target, class_weight), options, memory)
         loss, stats = projection.loss()
         ctx.grads = None
-        if options.reduction != "none":
+        # fp16 has too little range to be scaled afterwards: what a loss scale would have saved is lost already. On
+        # a GPU nobody looks whether there is one.
+        if options.reduction != "none" and not (hidden.dtype == torch.float16 and hidden.device.type != "cpu"):
             scale = row_scale(1.0, projection.count, options)
             ctx.grads = projection.gradients(stats, scale, ctx.needs_input_grad[:3])
         ctx.save_for_backward(hidden, weight, bias, target, class_weight, stats)
@@ -213,7 +219,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
             return *reference_gradients(reference, (hidden, weight, bias), need, (grad,)), *rest
         grads, ctx.grads = ctx.grads, None  # handed out once, since they are scaled in place
-        # fp16 has too little range to be scaled afterwards: what a loss scale would have saved is lost already.
         if grads is not None and (hidden.dtype != torch.float16 or grad.item() == 1):
             return *_scaled(grads, grad), *rest
         del grads
@@ -222,10 +227,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *projection.gradients(stats, _scale(grad, stats, projection.count, options), need), *rest
 
 
-def _scale(grad: Tensor, stats: Tensor, count: float, options: Options) -> Tensor | float:
+def _scale(grad: Tensor, stats: Tensor, count: Scalar, options: Options) -> Scalar:
     if options.reduction == "none":
         return grad.to(stats.dtype).contiguous()
-    return row_scale(grad.item(), count, options)
+    return row_scale(incoming(grad, count), count, options)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
