@@ -82,12 +82,11 @@ def interpreter():
     return interpreter
 
 
-@pytest.fixture(
-    params=[
-        *(f"cpu-{width}" for width in WIDTHS),
-        pytest.param("triton", marks=pytest.mark.gpu if torch.cuda.is_available() else ()),
-    ]
-)
+# On the GPU where there is one, else in the interpreter.
+TRITON = pytest.param("triton", marks=pytest.mark.gpu if torch.cuda.is_available() else ())
+
+
+@pytest.fixture(params=[*(f"cpu-{width}" for width in WIDTHS), TRITON])
 def kernels(request):
     """Every implementation in turn: the CPU's vector widths, and Triton on the GPU or else in its interpreter.
 
