@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-cpu clean
+.PHONY: demo test lint bench bench-cpu gpu-check clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -28,6 +28,11 @@ bench: $(VENV)/.bench
 bench-cpu: $(VENV)/.bench
 	mkdir -p runs/bench
 	$(BIN)/fastlm bench all --device cpu --json runs/bench/cpu.json --csv runs/bench/cpu.csv --plot runs/bench
+
+# On a machine with a GPU, in an environment that has torch, triton and pytest; downloads nothing.
+gpu-check:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps .
+	$(PYTHON) tests/gpu_check.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

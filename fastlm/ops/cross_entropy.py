@@ -129,8 +129,8 @@ def reduced(loss: Tensor, count: Scalar, options: Options) -> Tensor:
     if options.reduction == "none":
         return loss.to(options.dtype)
     if isinstance(count, Tensor):
-        total = loss.sum()
-        return (total / count if options.reduction == "mean" else total).to(options.dtype)
+        summed = loss.sum()
+        return (summed / count if options.reduction == "mean" else summed).to(options.dtype)
     total = _native.cross_entropy_total(loss)
     if options.reduction == "mean":
         total = total / count if count else math.nan

@@ -1,0 +1,98 @@
+"""On a GPU alone: repeated backward passes, no waiting for the device, CUDA graphs. `make gpu-check` runs this."""
+
+import pytest
+import torch
+
+import fastlm
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+M, N, C = 512, 1000, 5000
+
+
+def _inputs(*shapes, dtype=torch.bfloat16):
+    return [torch.randn(*shape, device="cuda").to(dtype).requires_grad_() for shape in shapes]
+
+
+def _with_target(op, *shapes):
+    """(function of the other inputs, inputs) of an op that takes a target."""
+    target = torch.randint(C, (M,), device="cuda")
+    return (lambda first, *rest: op(first, *rest, target)), _inputs(*shapes)
+
+
+def _rotary():
+    angle = torch.arange(128, device="cuda")[:, None] / 1e4 ** (torch.arange(32, device="cuda") / 32)
+    cos, sin = angle.cos(), angle.sin()
+    return (lambda x: fastlm.rotary(x, cos, sin)), _inputs((2, 4, 128, 64))
+
+
+CASES = {
+    "layer_norm": lambda: ((lambda x, w, b: fastlm.layer_norm(x, N, w, b)), _inputs((M, N), (N,), (N,))),
+    "layer_norm, wide": lambda: (
+        (lambda x, w, b: fastlm.layer_norm(x, 70000, w, b)),
+        _inputs((8, 70000), (70000,), (70000,)),
+    ),
+    "add_layer_norm": lambda: (
+        (lambda x, r, w, b: fastlm.add_layer_norm(x, r, w, b)),
+        _inputs((M, N), (M, N), (N,), (N,)),
+    ),
+    "rms_norm": lambda: ((lambda x, w: fastlm.rms_norm(x, N, w)), _inputs((M, N), (N,))),
+    "add_rms_norm": lambda: (fastlm.add_rms_norm, _inputs((M, N), (M, N), (N,))),
+    "gelu": lambda: (fastlm.gelu, _inputs((M, N))),
+    "bias_gelu": lambda: ((lambda x, b: fastlm.bias_gelu(x, b, "tanh")), _inputs((M, N), (N,))),
+    "swiglu": lambda: (fastlm.swiglu, _inputs((M, N), (M, N))),
+    "rotary": _rotary,
+    "cross_entropy": lambda: _with_target(fastlm.cross_entropy, (M, C)),
+    "linear_cross_entropy": lambda: _with_target(fastlm.linear_cross_entropy, (M, 64), (C, 64)),
+}
+
+
+@pytest.fixture(params=CASES, autouse=True)
+def case(request):
+    """(function, inputs), on the Triton backend."""
+    with fastlm.backend("triton"):
+        yield CASES[request.param]()
+
+
+def _step(function, inputs):
+    """Outputs and the gradients of all inputs."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return (*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs]))
+
+
+def test_a_hundred_backward_passes_have_the_same_bits(case):
+    first = _step(*case)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, _step(*case), strict=True))
+
+
+def test_nothing_waits_for_the_device(case):
+    _step(*case)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _step(*case)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph(case):
+    """What is captured once and replayed on other inputs is what runs without a graph."""
+    function, inputs = case
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            _step(function, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(function, inputs)
+    with torch.no_grad():
+        for t in inputs:
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, _step(function, inputs), strict=True))
