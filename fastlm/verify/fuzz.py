@@ -21,10 +21,25 @@ from .cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
 from .gelu import BIAS_GELU, GELU
 from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .op import FLOATS, Sample, Spec
+from .rms_norm import ADD_RMS_NORM, RMS_NORM
+from .rotary import ROTARY
+from .swiglu import SWIGLU
 
 SPECS = {
     spec.name: spec
-    for spec in (LAYER_NORM, ADD_LAYER_NORM, GELU, BIAS_GELU, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
+    for spec in (
+        LAYER_NORM,
+        ADD_LAYER_NORM,
+        RMS_NORM,
+        ADD_RMS_NORM,
+        GELU,
+        BIAS_GELU,
+        SWIGLU,
+        ROTARY,
+        ATTENTION,
+        CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY,
+    )
 }
 BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 
