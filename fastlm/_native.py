@@ -6,19 +6,20 @@ workspaces, hands over addresses and sizes, and returns tensors. Nothing is chec
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import BackendError
 
+_cpu: Any = None
+missing_reason: str | None = None
 try:
-    from . import _cpu
-
-    missing_reason: str | None = None
+    _cpu = importlib.import_module("fastlm._cpu")
 except ImportError as error:  # not built, or built for another Python
-    _cpu = None  # type: ignore[assignment]
     missing_reason = f"the CPU extension is not there ({error}); install from source with a C++17 compiler"
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")

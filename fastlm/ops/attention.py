@@ -6,7 +6,7 @@ out = dropout(softmax(scale query key^T + mask)) value, and lse = logsumexp(scal
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,8 @@ def _wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 or wider, with as many heads in k and v as in q."""
     dtype = _native.compute_dtype(q.dtype)
     group = q.shape[1] // max(k.shape[1], 1)
-    return q.to(dtype), *(x.to(dtype).repeat_interleave(group, 1) if group > 1 else x.to(dtype) for x in (k, v))
+    k, v = (x.to(dtype).repeat_interleave(group, 1) if group > 1 else x.to(dtype) for x in (k, v))
+    return q.to(dtype), k, v
 
 
 def _weights_ref(q: Tensor, k: Tensor, mask: Tensor | None, options: _Options) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -85,8 +86,8 @@ def attention_backward_ref(
     dk = dscores.transpose(-2, -1) @ queries * options.scale
     dv = (weights * factors).transpose(-2, -1) @ dout
     shared = (g.unflatten(1, (x.shape[1], -1)).sum(2) for g, x in ((dk, k), (dv, v)))
-    grads = (_native.heads_like(x).copy_(g) for x, g in zip((q, k, v), (dq, *shared), strict=True))
-    return *grads, dscores.sum_to_size(mask.shape) if mask is not None and mask_grad else None
+    dq, dk, dv = (_native.heads_like(x).copy_(g) for x, g in zip((q, k, v), (dq, *shared), strict=True))
+    return dq, dk, dv, dscores.sum_to_size(mask.shape) if mask is not None and mask_grad else None
 
 
 def _torch_unsupported(request: Request) -> str | None:
@@ -201,7 +202,7 @@ def _attention_backward_op(
         )
     else:
         dq, dk, dv, dmask = attention_backward_ref(dout, dlse, q, k, v, mask, options, mask_grad)
-    return dq, dk, dv, q.new_empty(0) if dmask is None else dmask.to(mask.dtype)
+    return dq, dk, dv, q.new_empty(0) if mask is None or dmask is None else dmask.to(mask.dtype)
 
 
 @_attention_backward_op.register_fake
@@ -316,6 +317,36 @@ def _mask_4d(mask: Tensor, lead: torch.Size, sizes: tuple[int, int, int]) -> Ten
     return mask.expand(*lead, *given[-3:]).reshape(-1, *given[-3:])
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -365,7 +396,7 @@ def scaled_dot_product_attention(
     mask = None
     if attn_mask is not None:
         batch = query.dim() - 3 if query.dim() < 4 else 0
-        mask = _mask_4d(attn_mask, lead if batch == 0 else (1,), (q.shape[1], q.shape[2], k.shape[2]))
+        mask = _mask_4d(attn_mask, lead if batch == 0 else torch.Size((1,)), (q.shape[1], q.shape[2], k.shape[2]))
     if scale is None:
         scale = 1.0 / math.sqrt(max(q.shape[-1], 1))
     out, lse = _attend(q, k, v, mask, is_causal, scale, dropout_p, return_lse)
@@ -373,7 +404,7 @@ def scaled_dot_product_attention(
         heads = () if query.dim() == 2 else (q.shape[1],)
         out = out.reshape(*lead, *heads, *out.shape[-2:])
         lse = lse if lse is None else lse.reshape(*lead, *heads, lse.shape[-1])
-    return (out, lse) if return_lse else out
+    return (out, cast(Tensor, lse)) if return_lse else out
 
 
 def _attend(

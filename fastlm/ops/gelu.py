@@ -120,7 +120,7 @@ def _gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: s
     else:
         wide = dy.to(_native.compute_dtype(x.dtype)) * _derivative_ref(x, bias, approximate)
         dx, db = wide.to(x.dtype), None if bias is None else wide.reshape(-1, bias.shape[0]).sum(0)
-    return dx, dx.new_empty(0) if db is None else db.to(bias.dtype)
+    return dx, dx.new_empty(0) if bias is None or db is None else db.to(bias.dtype)
 
 
 @_gelu_backward_op.register_fake
