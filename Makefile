@@ -15,8 +15,9 @@ $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp 
 demo: $(VENV)/.train
 	$(BIN)/fastlm demo
 
+# One thread a process: the tests' arrays are small, and those about threads set their own number.
 test: $(VENV)/.test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
