@@ -73,12 +73,23 @@ def _bfloat16_rounded(convert):
     return converted
 
 
+def _indexable(patch):
+    """The interpreter's preparation of tensors, `patch`, with loop bounds that numpy 2.4 accepts (triton 3.6)."""
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    return patched
+
+
 @pytest.fixture(scope="session")
 def interpreter():
-    """Triton's interpreter, its conversion to bf16 corrected."""
+    """Triton's interpreter, its conversion to bf16 and its loop bounds corrected."""
     from triton.runtime import interpreter
 
     interpreter._convert_float = _bfloat16_rounded(interpreter._convert_float)
+    interpreter._patch_lang_tensor = _indexable(interpreter._patch_lang_tensor)
     return interpreter
 
 
