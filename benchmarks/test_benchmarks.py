@@ -1,6 +1,7 @@
 """`pytest benchmarks/`: the small cases of `fastlm bench --quick` through pytest-benchmark."""
 
 import pytest
+
 from fastlm.benchmarks import registry
 from fastlm.benchmarks.case import Unavailable
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import triton
-from fastlm.kernels import _common, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastlm.kernels import _common, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
 
 TARGETS = (80, 90, 100)
 BF16, FP32 = torch.bfloat16, torch.float32

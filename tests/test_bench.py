@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
+
+from fastlm import _dispatch, _native
 from fastlm.benchmarks import compare, harness, kernel, memory, plots, registry, report, roof, runner, worker
 from fastlm.benchmarks.case import Case, Counts, Unavailable
 from fastlm.benchmarks.engine import SIZES, build, weights
 from fastlm.benchmarks.layer_norm import LAYER_NORM
 from fastlm.benchmarks.results import Results, Row, environment, load
-
-from fastlm import _native
 from fastlm.cli import main
 from fastlm.cli.bench import Options, make_plan
 from fastlm.errors import ConfigError, DataError
@@ -99,11 +99,14 @@ def test_a_case_too_large_for_memory_is_marked(monkeypatch):
 
 
 def test_absent_peers_say_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _dispatch.clear_cache()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     rows = {row.provider: row for row in _rows(SMALL, ["liger", "torch"]) if row.which == "fwd"}
     assert rows["liger"].status == "unsupported"
     assert rows["liger"].reason == "liger_kernel is not installed"
-    assert "no triton backend" in rows["fastlm-triton"].reason
+    assert rows["fastlm-triton"].status == "unsupported"
+    assert "the tensors are on cpu" in rows["fastlm-triton"].reason
 
 
 def test_slow_providers_run_on_slow_cases_or_when_asked_for():
