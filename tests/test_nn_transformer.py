@@ -21,7 +21,16 @@ ENCODER = (fastlm.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer)
 DECODER = (fastlm.nn.TransformerDecoderLayer, nn.TransformerDecoderLayer)
 KINDS = pytest.mark.parametrize("kind", [ENCODER, DECODER], ids=["encoder", "decoder"])
 NORMS = pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
-ACTIVATIONS = ["relu", "gelu", F.gelu, fastlm.gelu, F.silu, nn.GELU("tanh"), fastlm.nn.GELU("tanh"), nn.ReLU()]
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "F.gelu": F.gelu,
+    "fastlm.gelu": fastlm.gelu,
+    "F.silu": F.silu,
+    "nn.GELU": nn.GELU("tanh"),
+    "fastlm.nn.GELU": fastlm.nn.GELU("tanh"),
+    "nn.ReLU": nn.ReLU(),
+}
 
 
 def twins(kind, dtype=torch.float32, dropout=0.0, **options):
@@ -97,7 +106,7 @@ def assert_parity(layers, inputs, masks=None):
 
 @KINDS
 @NORMS
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_every_constructor_option(kind, norm_first, activation):
     for batch_first, bias in itertools.product((True, False), (True, False)):
         options = {"norm_first": norm_first, "batch_first": batch_first, "bias": bias, "layer_norm_eps": 1e-3}
