@@ -129,9 +129,13 @@ def _markdown(results: Results, rows: list[Row]) -> str:
     lines.append(
         f"\nMedians; in brackets the speed relative to PyTorch eager. {machine}, "
         f"{', '.join(map(str, threads))} threads, torch {e['packages'].get('torch')}, fastlm {e['fastlm']}, "
-        f"{e['date'][:10]}. {'. '.join(roof_lines(results)).capitalize()}."
+        f"{e['date'][:10]}. {_sentence('. '.join(roof_lines(results)))}."
     )
     return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _ours_first(row: Row) -> tuple[bool, bool]:

@@ -166,7 +166,7 @@ def environment(device: str) -> dict[str, Any]:
         "driver": doctor.driver_version(),
         "cpu": doctor.cpu_model(),
         "cores": os.cpu_count(),
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "python": platform.python_version(),
         "fastlm": fastlm.__version__,
         "revision": revision(),

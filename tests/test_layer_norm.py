@@ -247,6 +247,23 @@ def test_registered_op(backend):
             torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_registered_add_layer_norm(backend):
+    x, residual = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
+    weight, bias = torch.randn(5, requires_grad=True), torch.randn(5)
+    with fastlm.backend(backend):
+        torch.library.opcheck(torch.ops.fastlm.add_layer_norm, (x, residual, weight, bias, 1e-5))
+        torch.library.opcheck(torch.ops.fastlm.add_layer_norm, (x.detach().half(), residual.half(), None, None, 1e-5))
+        y, z, _, _ = torch.ops.fastlm.add_layer_norm(x, residual, weight, bias, 1e-5)
+        actual = torch.autograd.grad((y * z).square().sum(), (x, residual, weight))
+    expected_z = x + residual
+    expected_y = F.layer_norm(expected_z, (5,), weight, bias)
+    torch.testing.assert_close((y, z), (expected_y, expected_z))
+    expected = torch.autograd.grad((expected_y * expected_z).square().sum(), (x, residual, weight))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
+
+
 def test_registered_op_refuses_a_second_derivative():
     x = torch.randn(4, 5, requires_grad=True)
     y, _, _ = torch.ops.fastlm.layer_norm(x, None, None, 5, 1e-5)

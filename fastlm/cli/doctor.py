@@ -132,7 +132,7 @@ def collect() -> dict:
     report = {
         "fastlm": fastlm.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "packages": {name: version(name) for name in PACKAGES},
         "peers": {name: version(name) for name in PEERS},
         "cpu": {

@@ -41,3 +41,14 @@ def reference_gradients(
             )
         )
     return tuple(next(grads) if need and a is not None else None for a, need in zip(args, needed, strict=True))
+
+
+def stored(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A value as it is stored in `dtype`, and as it reads back in its own wider dtype, for a reference.
+
+    The gradients that reach the two are added before they are rounded, as a fused backward does.
+    """
+    kept = wide.to(dtype)
+    if dtype == wide.dtype:
+        return kept, kept
+    return kept, wide + (kept.detach().to(wide.dtype) - wide.detach())

@@ -26,7 +26,7 @@ from .._dispatch import (
     triton_unsupported,
 )
 from . import _dropout
-from ._autograd import reference_gradients
+from ._autograd import reference_gradients, stored
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.layer_norm")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
@@ -49,12 +49,12 @@ def add_layer_norm_ref(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """(normed, z) with z = residual + dropout(x), the mask being the kernels' own."""
+    wide, N = _native.compute_dtype(residual.dtype), x.shape[-1]
+    x = x.to(wide)
     if dropout_p > 0:
-        N = x.shape[-1]
-        keep = _dropout.factors(x.numel() // max(N, 1), N, dropout_p, seed, x.dtype, x.device)
-        x = x * keep.reshape(x.shape)
-    z = residual + x.to(residual.dtype)
-    return layer_norm_ref(z, weight, bias, z.shape[-1], eps), z
+        x = x * _dropout.factors(x.numel() // max(N, 1), N, dropout_p, seed, wide, x.device).reshape(x.shape)
+    z, read = stored(residual.to(wide) + x, residual.dtype)
+    return layer_norm_ref(read, weight, bias, N, eps).to(z.dtype), z
 
 
 register(
@@ -200,6 +200,43 @@ def _check_parameter(op: str, name: str, given: Tensor, x: Tensor, shape: tuple[
         raise ValueError(f"{op}: {name} is on {given.device}, x is on {x.device}")
     if not given.is_floating_point():
         raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected a floating-point dtype")
+
+
+@torch.library.custom_op("fastlm::add_layer_norm", mutates_args=())
+def _add_layer_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, z, mean, rstd) without dropout; x and residual share a dtype."""
+    x, residual, N = x.contiguous(), residual.contiguous(), x.shape[-1]
+    backend = choose("add_layer_norm", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
+    if backend in KERNELS:
+        y, z, mean, rstd = KERNELS[backend].layer_norm_fwd(x, residual, weight, bias, N, eps, out_dtype=residual.dtype)
+        return y, z, mean, rstd
+    y, z = add_layer_norm_ref(x, residual, weight, bias, eps, 0.0, 0)
+    rows = z.reshape(-1, N).to(_native.compute_dtype(z.dtype))
+    return y, z, rows.mean(-1), torch.rsqrt(rows.var(-1, correction=0) + eps)
+
+
+@_add_layer_norm_op.register_fake
+def _(x, residual, weight, bias, eps):
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=_native.compute_dtype(residual.dtype))
+    return y, torch.empty_like(y), statistics, torch.empty_like(statistics)
+
+
+def _add_op_setup(ctx, inputs, output):
+    _, _, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight, bias, output[2], output[3])
+
+
+def _add_op_backward(ctx, dy, dz_in, dmean, drstd):
+    z, weight, bias, mean, rstd = ctx.saved_tensors
+    dz, dw, db = torch.ops.fastlm.layer_norm_backward(dy, z, weight, mean, rstd, z.shape[-1], ctx.eps)
+    dz = dz + dz_in
+    return dz, dz, _like(dw, weight), _like(db, bias), None
+
+
+_add_layer_norm_op.register_autograd(_add_op_backward, setup_context=_add_op_setup)
 
 
 def _usual(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -25,7 +25,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
-from ._autograd import reference_gradients
+from ._autograd import reference_gradients, stored
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.rms_norm")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
@@ -43,8 +43,9 @@ def rms_norm_ref(x: Tensor, weight: Tensor | None, N: int, eps: float) -> Tensor
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(normed, z) with z = residual + x."""
-    z = residual + x.to(residual.dtype)
-    return rms_norm_ref(z, weight, z.shape[-1], eps), z
+    wide = _native.compute_dtype(residual.dtype)
+    z, read = stored(residual.to(wide) + x.to(wide), residual.dtype)
+    return rms_norm_ref(read, weight, z.shape[-1], eps).to(z.dtype), z
 
 
 register(
