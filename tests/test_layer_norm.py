@@ -253,7 +253,9 @@ def test_registered_add_layer_norm(backend):
     weight, bias = torch.randn(5, requires_grad=True), torch.randn(5)
     with fastlm.backend(backend):
         torch.library.opcheck(torch.ops.fastlm.add_layer_norm, (x, residual, weight, bias, 1e-5))
-        torch.library.opcheck(torch.ops.fastlm.add_layer_norm, (x.detach().half(), residual.half(), None, None, 1e-5))
+        torch.library.opcheck(
+            torch.ops.fastlm.add_layer_norm, (x.detach().half(), residual.detach().half(), None, None, 1e-5)
+        )
         y, z, _, _ = torch.ops.fastlm.add_layer_norm(x, residual, weight, bias, 1e-5)
         actual = torch.autograd.grad((y * z).square().sum(), (x, residual, weight))
     expected_z = x + residual
