@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 import fastlm
 from fastlm.errors import BackendError
@@ -94,4 +95,5 @@ def label(provider: str, device: str) -> str:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` through torch.compile, for the shapes that it is called with."""
     torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # one graph's backward pass is timed many times over
     return torch.compile(function, dynamic=False)
