@@ -10,7 +10,8 @@
 // - exp2 of a closed key's -inf through scalef underflowed into a microcode assist: zeroing it afterwards instead made
 //   causal forward at 256 keys 1.5 times as fast.
 // - Looking at a boolean tile's bytes before widening them took a triangular mask from 2.4 to 1.3 times causal's time.
-// - Dropout costs as much again as causal attention, or more: ten rounds of Philox per four weights.
+// - Dropout takes a causal forward pass of 24 heads of 512 keys, on two threads, to 1.7 times its time in fp32 and 2.7
+//   times in bf16: ten rounds of Philox per four weights.
 
 #include "cpu/attention.h"
 

@@ -1,4 +1,4 @@
-// Which instruction set the kernels use, and glibc's allocator settings.
+// Which instruction set the kernels use.
 
 #include "cpu/isa.h"
 
