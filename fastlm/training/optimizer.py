@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # On a CPU the default AdamW of a 124M model took 0.29 to 0.6 s a step, the fused one 0.07 s.
+    # PyTorch's default on a CPU passes over the parameters once an operation; the fused one passes over them once.
     fused = all(p.device.type in FUSED_DEVICES for p in parameters)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
