@@ -11,44 +11,21 @@ split into blocks of columns: a first kernel reduces each block, a second one co
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    Table,
-    Tile,
     architecture,
-    block_of,
     dropout_arguments,
     dropout_factors,
     multiprocessors,
     on_device_of,
     persistent,
     sum_partials,
-    tile_for,
 )
-
-# Not measured on any GPU yet: 16 or 32 elements a thread, by registers and occupancy alone.
-FORWARD: Table = {
-    80: (Tile(2048, 2048, 4), Tile(4096, 4096, 8), Tile(8192, 8192, 16), Tile(16384, 16384, 16)),
-}
-# Five fp32 values an element live in registers here: x, dy, w and the two sums.
-BACKWARD: Table = {
-    80: (
-        Tile(1024, 1024, 4, programs=4, stages=2),
-        Tile(2048, 2048, 4, programs=2, stages=2),
-        Tile(4096, 4096, 8, programs=2, stages=2),
-        Tile(8192, 8192, 16, programs=1, stages=2),
-    ),
-}
-ONE_BLOCK_FORWARD, ONE_BLOCK_BACKWARD = 16384, 8192  # the last row of each table
-ONE_BLOCK_UNALIGNED = 8192  # forward without 16-byte loads
-ONE_BLOCK_EXTRAS = 4096  # backward with a dx beside dz, or without 16-byte loads: beyond, registers spill
-SPLIT = Tile(2048, 2048, 8, programs=2, stages=2)  # a block of a wider row
+from ._norm import backward_plan, forward_plan
 
 
 @triton.jit
@@ -331,26 +308,6 @@ def _layer_norm_bwd_join_kernel(
         tl.store(partial_ptr + share * 2 * N + N + col, tl.sum(db, 0), in_row)
 
 
-@functools.cache
-def _forward_plan(N: int, arch: int) -> tuple[int, int, int]:
-    """(rows and columns of a tile, warps); blocks of SPLIT where a row does not fit into one."""
-    if (ONE_BLOCK_UNALIGNED if N % 16 else ONE_BLOCK_FORWARD) < N:
-        return 1, SPLIT.block, SPLIT.warps
-    block = block_of(N)
-    tile = tile_for(FORWARD, arch, block)
-    return tile.rows(block), block, tile.warps
-
-
-@functools.cache
-def _backward_plan(N: int, with_dx: bool, arch: int) -> tuple[Tile, int, int, int]:
-    """(configuration, rows and columns of a tile, blocks a row)."""
-    if (ONE_BLOCK_EXTRAS if with_dx or N % 16 else ONE_BLOCK_BACKWARD) < N:
-        return SPLIT, 1, SPLIT.block, triton.cdiv(N, SPLIT.block)
-    block = block_of(N)
-    tile = tile_for(BACKWARD, arch, block)
-    return tile, tile.rows(block), block, 1
-
-
 def layer_norm_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -374,7 +331,7 @@ def layer_norm_fwd(
         return y, z, mean, rstd
     dropout = dropout_arguments(dropout_p, seed)
     with on_device_of(x):
-        rows, block, warps = _forward_plan(N, architecture(x.device))
+        rows, block, warps = forward_plan(N, architecture(x.device))
         if block >= N:
             _layer_norm_fwd_kernel[(triton.cdiv(M, rows),)](
                 x, residual, weight, bias, z, y, mean, rstd, M, N, eps, *dropout,
@@ -412,7 +369,7 @@ def layer_norm_bwd(
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
     dropout = dropout_arguments(dropout_p, seed)
-    tile, rows, block, S = _backward_plan(N, dx is not None, architecture(z.device))
+    tile, rows, block, S = backward_plan(N, dx is not None, architecture(z.device))
     shares, rows_each = persistent(M, rows, triton.cdiv(tile.programs * multiprocessors(z.device), S))
     partial = z.new_empty(shares, 2, N, dtype=torch.float32) if weight_grads else None
     with on_device_of(z):

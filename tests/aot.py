@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastlm.kernels import _common, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
+from fastlm.kernels import _common, _norm, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
 
 TARGETS = (80, 90, 100)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -96,9 +96,8 @@ def norm_widths(*tables: _common.Table) -> list[int]:
 def cases() -> Iterator[Callable[[], None]]:
     """Calls that together use every kernel in every configuration of the architecture in force."""
     for full in (False, True):
-        for N in (64, *norm_widths(layer_norm.FORWARD, layer_norm.BACKWARD), 65536):
+        for N in (64, *norm_widths(_norm.FORWARD, _norm.BACKWARD), 65536):
             yield lambda N=N, full=full: layer_norm_pair(4096, N, full)
-        for N in (64, *norm_widths(rms_norm.FORWARD, rms_norm.BACKWARD), 65536):
             yield lambda N=N, full=full: rms_norm_pair(4096, N, full)
         for tanh in (False, True):
             yield lambda full=full, tanh=tanh: gelu_pair(4096, 3072, full, tanh)
