@@ -9,6 +9,7 @@ from ._dispatch import backend, explain
 from ._native import cpu_isa, cpu_isas, set_cpu_isa
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
 from .ops.attention import scaled_dot_product_attention
+from .ops.attention_varlen import attention_varlen
 from .ops.cross_entropy import cross_entropy
 from .ops.gelu import bias_gelu, gelu
 from .ops.layer_norm import add_layer_norm, layer_norm
@@ -27,6 +28,7 @@ __all__ = [
     "FastlmError",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_varlen",
     "backend",
     "bias_gelu",
     "cpu_isa",

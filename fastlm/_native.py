@@ -400,6 +400,9 @@ def attention_fwd(
     scale: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
     lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, H, T, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), last dimensions contiguous -> (out, lse or None).
@@ -436,6 +439,9 @@ def attention_bwd(
     scale: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
     inputs: bool = True,
     mask_grad: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

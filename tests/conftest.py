@@ -49,6 +49,15 @@ def isa(request):
     fastlm.set_cpu_isa(before)
 
 
+@pytest.fixture(params=fastlm.cpu_isas() or [pytest.param(None, marks=pytest.mark.skip("no CPU extension"))])
+def every_isa(request):
+    """Every instruction set of this machine, for attention, which has versions above plain AVX-512."""
+    before = fastlm.cpu_isa()
+    fastlm.set_cpu_isa(request.param)
+    yield request.param
+    fastlm.set_cpu_isa(before)
+
+
 @pytest.fixture
 def threads():
     """A setter of torch's thread count that is undone afterwards."""

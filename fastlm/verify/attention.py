@@ -48,6 +48,7 @@ def _draw(generator: random.Random, dtype: torch.dtype, exact: bool) -> Sample:
         "scale": generator.choice((None, None, 0.3)),
         "enable_gqa": group > 1,
         "dropout_p": generator.choice((0.0, 0.0, 0.0, 0.2)),
+        **window_and_cap(generator, max(T, S)),
     }
     learned = mask is not None and mask.is_floating_point() and mask.shape == (B, H, T, S)
     differentiable = ("query", "key", "value") + (("attn_mask",) if learned else ())
@@ -55,6 +56,15 @@ def _draw(generator: random.Random, dtype: torch.dtype, exact: bool) -> Sample:
     rows = ("query", "key", "value") + (("attn_mask",) if per_batch else ())
     rows = () if settings["dropout_p"] else rows
     return Sample(dtype, settings, tensors, differentiable, generator.getrandbits(31), False, rows)
+
+
+def window_and_cap(generator: random.Random, length: int) -> dict:
+    """A window and a soft cap, mostly none."""
+    sides = [generator.choice((None, 0, generator.randint(0, length))) for _ in range(2)]
+    return {
+        "window": generator.choice((None, None, tuple(sides))),
+        "softcap": generator.choice((None, None, None, 1.5)),
+    }
 
 
 def _exact(generator: random.Random, dtype: torch.dtype, B: int, kv_heads: int, group: int) -> Sample:
@@ -78,16 +88,31 @@ def _call(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
     return (out,)
 
 
+def visible(T: int, S: int, settings: dict) -> Tensor | None:
+    """(T, S): which keys each query may attend by window and causality; None for all."""
+    left, right = settings.get("window") or (None, None)
+    right = 0 if settings["is_causal"] else right
+    if left is None and right is None:
+        return None
+    ahead = torch.arange(S) - torch.arange(T)[:, None]
+    return (ahead >= -(S + T if left is None else left)) & (ahead <= (S if right is None else right))
+
+
+def stock_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: dict, gqa: bool) -> Tensor:
+    """PyTorch's operator, its mask cut to the window."""
+    causal = settings["is_causal"] and settings.get("window") is None
+    seen = None if causal else visible(q.shape[-2], k.shape[-2], settings)
+    if seen is not None:
+        boolean = mask is None or mask.dtype == torch.bool
+        mask = seen if mask is None else mask & seen if boolean else mask.masked_fill(~seen, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=settings["scale"], enable_gqa=gqa)
+
+
 def _stock(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
     s = sample.settings
-    if s["dropout_p"]:
-        return ()  # PyTorch draws another mask
-    return (
-        F.scaled_dot_product_attention(
-            t["query"], t["key"], t["value"], t["attn_mask"],
-            is_causal=s["is_causal"], scale=s["scale"], enable_gqa=s["enable_gqa"],
-        ),
-    )  # fmt: skip
+    if s["dropout_p"] or s.get("softcap"):
+        return ()  # PyTorch draws another mask, and has no soft cap
+    return (stock_attention(t["query"], t["key"], t["value"], t["attn_mask"], s, s["enable_gqa"]),)
 
 
 def _heads(t: Tensors) -> tuple[Tensor, Tensor]:
@@ -97,27 +122,37 @@ def _heads(t: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _weights(t: Tensors, sample: Sample) -> Tensor:
-    """softmax(q k^T scale + mask), and 0 where every key is masked."""
+    """The softmax of the scores under mask and window, and 0 where every key is closed."""
     q, mask, scale = t["query"], t["attn_mask"], sample.settings["scale"]
     keys, _ = _heads(t)
     scores = q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if sample.settings["is_causal"]:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    softcap = sample.settings.get("softcap")
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = visible(*scores.shape[-2:], sample.settings)
     if mask is not None and mask.dtype == torch.bool:
-        dead = ~mask.any(-1, keepdim=True)
-        weights = scores.masked_fill(~mask, float("-inf")).masked_fill(dead, 0).softmax(-1)
-        return weights.masked_fill(~mask, 0)
-    return (scores if mask is None else scores + mask).softmax(-1)
+        allowed = mask if allowed is None else mask & allowed
+    elif mask is not None:
+        scores = scores + mask
+    if allowed is None:
+        return scores.softmax(-1)
+    dead = ~allowed.any(-1, keepdim=True)
+    return scores.masked_fill(~allowed, float("-inf")).masked_fill(dead, 0).softmax(-1).masked_fill(~allowed, 0)
+
+
+def attend(t: Tensors, sample: Sample) -> Tensor:
+    """Attention without dropout, by its definition."""
+    return _weights(t, sample) @ _heads(t)[1]
 
 
 def _truth(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
     if sample.settings["dropout_p"]:  # only the reference knows the mask
         with fastlm.backend("reference"):
             return _call(t, sample)
-    return (_weights(t, sample) @ _heads(t)[1],)
+    return (attend(t, sample),)
 
 
-def _rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str, Rounding]:
+def attention_rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str, Rounding]:
     """Weights and their gradients may be rounded to the storage dtype before the second product."""
     if not t["query"].numel() or not t["key"].numel():
         return {}
@@ -146,4 +181,4 @@ def _additive(t: Tensors) -> Tensor | None:
     return mask if mask is not None and mask.is_floating_point() else None
 
 
-ATTENTION = Spec("scaled_dot_product_attention", _draw, _call, _stock, _truth, _rounding)
+ATTENTION = Spec("scaled_dot_product_attention", _draw, _call, _stock, _truth, attention_rounding)

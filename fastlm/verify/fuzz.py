@@ -16,6 +16,7 @@ from fastlm import _dispatch
 
 from ..errors import BackendError, ConfigError
 from .attention import ATTENTION
+from .attention_varlen import ATTENTION_VARLEN
 from .checks import Errors, check, device_of, threads
 from .cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
 from .gelu import BIAS_GELU, GELU
@@ -37,6 +38,7 @@ SPECS = {
         SWIGLU,
         ROTARY,
         ATTENTION,
+        ATTENTION_VARLEN,
         CROSS_ENTROPY,
         LINEAR_CROSS_ENTROPY,
     )

@@ -1,0 +1,301 @@
+"""Attention over packed sequences: batches without padding, as in FlashAttention's varlen functions (Dao 2023)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
+from . import _dropout
+from ._attention_inputs import (
+    Window,
+    autocast,
+    check_group,
+    check_softcap,
+    check_tensors,
+    check_window,
+    unit_stride,
+)
+from ._attention_reference import Options, attention_varlen_backward_ref, attention_varlen_ref
+from ._autograd import reference_gradients
+from .attention import op_options, traced_seed
+
+KERNELS: dict[str, Any] = {"cpu": _native}
+_NAME = "attention_varlen"
+
+
+def _cpu_unsupported(request: Request) -> str | None:
+    return "it has no kernel yet"
+
+
+register(
+    _NAME,
+    Backend("cpu", _cpu_unsupported),
+    Backend("reference", always),
+)
+
+
+class _AttentionVarlen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, options, backend):
+        out, lse = KERNELS[backend].attention_varlen_fwd(q, k, v, cu_q, cu_k, *options)
+        ctx.save_for_backward(q, k, v, cu_q, cu_k, out, lse)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = reference_gradients(
+                lambda *inputs: attention_varlen_ref(*inputs, cu_q, cu_k, *ctx.options),
+                (q, k, v), ctx.needs_input_grad[:3], (dout, dlse),
+            )  # fmt: skip
+            return *grads, None, None, None, None
+        dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
+        dlse = None if dlse is None else dlse.contiguous()
+        grads = KERNELS[ctx.backend].attention_varlen_bwd(dout, dlse, q, k, v, cu_q, cu_k, out, lse, *ctx.options)
+        return *grads, None, None, None, None
+
+
+# Under torch.compile it is one operator.
+
+
+def _op_backend(q: Tensor, v: Tensor, options: Options) -> str:
+    backend = choose(_NAME, _request(q, v, options, lse=True))
+    return backend if backend in KERNELS else "reference"
+
+
+@torch.library.custom_op("fastlm::attention_varlen", mutates_args=())
+def _varlen_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    _check_ends(q, k, cu_q, cu_k)
+    options = op_options(is_causal, scale, dropout_p, seed, window_left, window_right, softcap)
+    backend = _op_backend(q, v, options)
+    if backend in KERNELS:
+        q, k, v, cu_q, cu_k = (unit_stride(x) for x in (q, k, v, cu_q, cu_k))
+        return KERNELS[backend].attention_varlen_fwd(q, k, v, cu_q, cu_k, *options)
+    return attention_varlen_ref(q, k, v, cu_q, cu_k, *options)
+
+
+@_varlen_op.register_fake
+def _(q, k, v, *given):
+    tokens, H, _ = q.shape
+    return q.new_empty(tokens, H, v.shape[2]), q.new_empty(H, tokens, dtype=_native.compute_dtype(q.dtype))
+
+
+@torch.library.custom_op("fastlm::attention_varlen_backward", mutates_args=())
+def _varlen_backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = op_options(is_causal, scale, dropout_p, seed, window_left, window_right, softcap)
+    backend = _op_backend(q, v, options)
+    dout, q, k, v, cu_q, cu_k = map(unit_stride, (dout, q, k, v, cu_q, cu_k))
+    dlse = None if dlse is None else dlse.contiguous()
+    if backend in KERNELS:
+        return KERNELS[backend].attention_varlen_bwd(dout, dlse, q, k, v, cu_q, cu_k, out, lse, *options)
+    return attention_varlen_backward_ref(dout, dlse, q, k, v, cu_q, cu_k, options)
+
+
+@_varlen_backward_op.register_fake
+def _(dout, dlse, q, k, v, *given):
+    return tuple(_native.heads_like(unit_stride(x)) for x in (q, k, v))
+
+
+def _op_setup(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, seed, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, cu_q, cu_k, seed, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx, dout, dlse):
+    q, k, v, cu_q, cu_k, seed, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.fastlm.attention_varlen_backward(dout, dlse, q, k, v, cu_q, cu_k, seed, out, lse, *ctx.options)
+    return *grads, *[None] * 9
+
+
+_varlen_op.register_autograd(_op_backward, setup_context=_op_setup)
+
+
+def _request(q: Tensor, v: Tensor, options: Options, lse: bool) -> Request:
+    features = (
+        ("head_dim", max(q.shape[-1], v.shape[-1])),
+        ("dropout", options.dropout_p > 0),
+        ("lse", lse),
+        ("window", options.window_left >= 0 or options.window_right > 0),  # more than is_causal alone
+        ("softcap", options.softcap > 0),
+    )
+    return Request(q.device.type, q.dtype, features)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_tensors(_NAME, q, k, v)
+    if q.dim() != 3:
+        raise ValueError(f"{_NAME}: query has {q.dim()} dimensions, expected 3: (tokens, heads, head size)")
+    if v.shape[0] != k.shape[0]:
+        raise ValueError(f"{_NAME}: value has {v.shape[0]} tokens, expected {k.shape[0]} to match key")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"{_NAME}: value has {v.shape[1]} heads, expected {k.shape[1]} to match key")
+    check_group(_NAME, "key", k.shape[1], q.shape[1])
+
+
+def _check_offsets(name: str, cu: Tensor, q: Tensor) -> None:
+    if cu.dtype != torch.int32:
+        raise TypeError(f"{_NAME}: {name} has dtype {cu.dtype}, expected torch.int32")
+    if cu.dim() != 1 or cu.shape[0] == 0:
+        raise ValueError(f"{_NAME}: {name} has shape {tuple(cu.shape)}, expected (sequences + 1,)")
+    if cu.device != q.device:
+        raise ValueError(f"{_NAME}: {name} is on {cu.device}, query is on {q.device}")
+
+
+def _check_ends(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    """What the offsets say, where it can be read without waiting for a device."""
+    if q.device.type != "cpu":
+        return
+    named = (("cu_seqlens_q", cu_q, q, "query"), ("cu_seqlens_k", cu_k, k, "key"))
+    for name, cu, x, what in named[: 1 if cu_k is cu_q and len(k) == len(q) else 2]:
+        offsets = cu.tolist()
+        if offsets[0] != 0 or offsets[-1] != len(x) or any(a > b for a, b in itertools.pairwise(offsets)):
+            raise ValueError(f"{_NAME}: {name} is {offsets}, expected to rise from 0 to {what}'s {len(x)} tokens")
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within each of several sequences that lie one after the other, without padding.
+
+    Args:
+        query: (Tq, H, D), float32, float64, bfloat16 or float16; Tq counts the tokens of all sequences.
+        key: (Tk, Hkv, D); Hkv divides H, each of its heads serving a group of consecutive query heads.
+        value: (Tk, Hkv, Dv). Inputs are read in place whatever their strides, if their last is 1.
+        cu_seqlens_q: (B + 1,) int32, the first token of each sequence and, last, Tq; a sequence may be empty.
+        cu_seqlens_k: the same for the keys, with Tk; None means cu_seqlens_q. GPU tensors are not read back to
+            be checked, which would wait for the device.
+        dropout_p, is_causal, scale, window, softcap: as for `scaled_dot_product_attention`, with positions
+            counted from each sequence's first token.
+        return_lse: also return the logarithm of the sum of exponentials of each row's scores.
+
+    Returns:
+        (Tq, H, Dv); with return_lse also lse (H, Tq), float32 (float64 for float64 inputs). A row that attends
+        to nothing gives 0, its lse -inf.
+
+    Raises:
+        ValueError: if shapes, devices or offsets disagree, or dropout_p, window or softcap is out of range.
+        TypeError: if dtypes disagree or are not what is said above.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    q, k, v = autocast(query, key, value)
+    _check_shapes(q, k, v)
+    cu_q, cu_k = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    _check_offsets("cu_seqlens_q", cu_q, q)
+    _check_offsets("cu_seqlens_k", cu_k, q)
+    if len(cu_q) != len(cu_k):
+        raise ValueError(f"{_NAME}: cu_seqlens_k has {len(cu_k)} offsets, expected {len(cu_q)} as cu_seqlens_q has")
+    dropout_p = _dropout.check_probability(_NAME, dropout_p)
+    left, right = check_window(_NAME, window, is_causal)
+    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    options = Options(right == 0, scale, dropout_p, 0, left, right, check_softcap(_NAME, softcap))
+    out, lse = _attend(q, k, v, cu_q, cu_k, options, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, options: Options, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """`options` has its seed still to be drawn."""
+    is_causal, scale, dropout_p, _, left, right, cap = options
+    if torch.compiler.is_compiling():
+        seed = traced_seed(dropout_p)
+        return torch.ops.fastlm.attention_varlen(
+            q, k, v, cu_q, cu_k, seed, is_causal, scale, dropout_p, left, right, cap
+        )
+    _check_ends(q, k, cu_q, cu_k)
+    traced = must_trace(q, k, v, cu_q, cu_k)
+    backend = "reference" if traced else choose(_NAME, _request(q, v, options, return_lse))
+    if dropout_p > 0:
+        options = options._replace(seed=_dropout.draw_seed())
+    if backend == "reference":
+        return attention_varlen_ref(q, k, v, cu_q, cu_k, *options)
+    q, k, v, cu_q, cu_k = map(unit_stride, (q, k, v, cu_q, cu_k))
+    if needs_grad(q, k, v):
+        return _AttentionVarlen.apply(q, k, v, cu_q, cu_k, options, backend)
+    return KERNELS[backend].attention_varlen_fwd(q, k, v, cu_q, cu_k, *options, lse=return_lse)
