@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.gelu import bias_gelu, gelu
 from ..ops.layer_norm import add_layer_norm
+from ._plain import plain
 from .attention import MultiheadAttention
-from .gelu import GELU
+from .feed_forward import feed_forward
 from .layer_norm import LayerNorm
 
 # (the sublayer's function, the dropout after it or None, its normalization)
@@ -157,22 +157,7 @@ def _cross_attention(
 
 
 def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
-    """linear2(dropout(activation(linear1(x)))), with linear1's bias, GELU and dropout in one pass."""
-    linear1, dropout, form = layer.linear1, layer.dropout, _gelu_form(layer.activation)
-    if form is None or linear1.bias is None or not (_plain(linear1, nn.Linear) and _plain(dropout, nn.Dropout)):
-        hidden = linear1(x)
-        return layer.linear2(dropout(layer.activation(hidden) if form is None else gelu(hidden, form)))
-    hidden = F.linear(x, linear1.weight)
-    return layer.linear2(bias_gelu(hidden, linear1.bias, form, dropout.p if dropout.training else 0.0))
-
-
-def _gelu_form(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """GELU's `approximate`, or None for another activation."""
-    if activation is F.gelu or activation is gelu:
-        return "none"
-    if isinstance(activation, nn.GELU) and _plain(activation, nn.GELU, GELU):
-        return activation.approximate
-    return None
+    return feed_forward(x, layer.linear1, layer.activation, layer.dropout, layer.linear2)
 
 
 def _chain(x: Tensor, sublayers: list[Sublayer], norm_first: bool) -> Tensor:
@@ -191,7 +176,7 @@ def _chain(x: Tensor, sublayers: list[Sublayer], norm_first: bool) -> Tensor:
 
 def _add_norm(x: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """(norm(z), z) with z = residual + dropout(x)."""
-    if _plain(norm, LayerNorm) and len(norm.normalized_shape) == 1 and (dropout is None or _plain(dropout, nn.Dropout)):
+    if plain(norm, LayerNorm) and len(norm.normalized_shape) == 1 and (dropout is None or plain(dropout, nn.Dropout)):
         dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
         return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p)
     z = residual + (x if dropout is None else dropout(x))
@@ -208,21 +193,6 @@ def _block(
         return function, dropout
     method = getattr(layer, name)
     return lambda x: method(x, *args), None
-
-
-def _plain(module: nn.Module, *types: type) -> bool:
-    """Whether calling `module` is calling the forward of one of `types`, with no hook that would notice."""
-    hooks = nn.modules.module
-    return type(module) in types and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
 
 
 def _through_padding(
