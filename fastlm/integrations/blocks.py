@@ -1,0 +1,253 @@
+"""Forwards for modules of other libraries: what each computes, on fastlm's ops.
+
+A forward is made from the class that it replaces, to which it hands a call that it does not serve: a replaced
+submodule, a hook on one that is fused, a mixture of dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import nn as ours
+from ..nn._plain import plain
+from ..ops.gelu import bias_gelu, gelu
+from ..ops.layer_norm import add_layer_norm
+from ..ops.rms_norm import rms_norm
+from ..ops.swiglu import swiglu
+
+Forward = Callable[..., Tensor]
+
+
+def eps_of(module: nn.Module) -> float | None:
+    """The epsilon of a normalization, whatever it is called there."""
+    for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
+        if isinstance(getattr(module, name, None), float):
+            return getattr(module, name)
+    return None
+
+
+def _rms_norm(original: type) -> Forward:
+    """weight * x / rms(x), as in Llama, Qwen and T5."""
+
+    def forward(self, hidden_states):
+        if hidden_states.dtype != self.weight.dtype:  # the result's dtype is then the library's affair
+            return original.forward(self, hidden_states)
+        return rms_norm(hidden_states, hidden_states.shape[-1], self.weight, eps_of(self))
+
+    return forward
+
+
+def _rms_norm_offset(original: type) -> Forward:
+    """(1 + weight) * x / rms(x), as in Gemma."""
+
+    def forward(self, x):
+        return rms_norm(x, x.shape[-1], 1.0 + self.weight.float(), eps_of(self))
+
+    return forward
+
+
+def _gelu(form: str) -> Callable[[type], Forward]:
+    def make(original: type) -> Forward:
+        def forward(self, input):
+            return gelu(input, form)
+
+        return forward
+
+    return make
+
+
+def gelu_form(activation: object) -> str | None:
+    """GELU's `approximate` for an activation module that no hook watches; None for another."""
+    kind = getattr(type(activation), "_fastlm_kind", "")
+    if not isinstance(activation, nn.Module) or not plain(activation, type(activation)):
+        return None
+    if isinstance(activation, ours.GELU):
+        return activation.approximate
+    return kind.removeprefix("gelu_") if kind in ("gelu_none", "gelu_tanh") else None
+
+
+def _biased(linear: nn.Module, *types: type) -> bool:
+    return plain(linear, *types) and getattr(linear, "bias", None) is not None
+
+
+def _residual_norm(original: type) -> Forward:
+    """LayerNorm(dropout(dense(x)) + residual): the end of BERT's sublayers."""
+
+    def forward(self, hidden_states, input_tensor):
+        norm, dropout = self.LayerNorm, self.dropout
+        if not (plain(norm, ours.LayerNorm) and plain(dropout, nn.Dropout)) or hidden_states.dtype != input_tensor.dtype:
+            return original.forward(self, hidden_states, input_tensor)
+        dropout_p = dropout.p if dropout.training else 0.0
+        return add_layer_norm(
+            self.dense(hidden_states), input_tensor, norm.weight, norm.bias, norm.eps, dropout_p
+        )[0]  # fmt: skip
+
+    return forward
+
+
+def _linear_gelu(original: type) -> Forward:
+    """gelu(dense(x)): BERT's intermediate layer."""
+
+    def forward(self, hidden_states):
+        form = gelu_form(self.intermediate_act_fn)
+        if form is None or not _biased(self.dense, nn.Linear):
+            return original.forward(self, hidden_states)
+        return bias_gelu(F.linear(hidden_states, self.dense.weight), self.dense.bias, form)
+
+    return forward
+
+
+def _feed_forward(original: type) -> Forward:
+    """fc2(gelu(fc1(x))): ViT and CLIP."""
+
+    def forward(self, hidden_states):
+        form = gelu_form(self.activation_fn)
+        if form is None or not _biased(self.fc1, nn.Linear):
+            return original.forward(self, hidden_states)
+        return self.fc2(bias_gelu(F.linear(hidden_states, self.fc1.weight), self.fc1.bias, form))
+
+    return forward
+
+
+def _timm_mlp(original: type) -> Forward:
+    """drop2(fc2(norm(drop1(gelu(fc1(x)))))): timm."""
+
+    def forward(self, x):
+        form, drop = gelu_form(self.act), self.drop1
+        if form is None or not (_biased(self.fc1, nn.Linear) and plain(drop, nn.Dropout)):
+            return original.forward(self, x)
+        hidden = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias, form, drop.p if drop.training else 0.0)
+        return self.drop2(self.fc2(self.norm(hidden)))
+
+    return forward
+
+
+def _conv1d_mlp(original: type) -> Forward:
+    """dropout(c_proj(gelu(c_fc(x)))), with weights stored (in, out): GPT-2."""
+
+    def forward(self, hidden_states):
+        form, c_fc = gelu_form(self.act), self.c_fc
+        if form is None or type(c_fc).__name__ != "Conv1D" or not plain(c_fc, type(c_fc)):
+            return original.forward(self, hidden_states)
+        hidden = bias_gelu(torch.matmul(hidden_states, c_fc.weight), c_fc.bias, form)
+        return self.dropout(self.c_proj(hidden))
+
+    return forward
+
+
+def _gated(original: type) -> Forward:
+    """down_proj(silu(gate_proj(x)) * up_proj(x)): Llama, Qwen, Mistral."""
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not plain(self.act_fn, type(self.act_fn)) or gate.dtype != up.dtype:
+            return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(swiglu(gate, up))
+
+    return forward
+
+
+def _unpadded(original: type) -> Forward:
+    from .unpad import unpadded_forward
+
+    return unpadded_forward(original)
+
+
+def _deferred(original: type) -> Forward:
+    from .deferred import deferred_forward
+
+    return deferred_forward(original)
+
+
+FORWARDS: dict[str, Callable[[type], Forward]] = {
+    "rms_norm": _rms_norm,
+    "rms_norm_offset": _rms_norm_offset,
+    "gelu_none": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "residual_norm": _residual_norm,
+    "linear_gelu": _linear_gelu,
+    "feed_forward": _feed_forward,
+    "timm_mlp": _timm_mlp,
+    "conv1d_mlp": _conv1d_mlp,
+    "gated": _gated,
+    "unpadded": _unpadded,
+    "deferred": _deferred,
+}
+
+# Encoders that hand (hidden_states, attention_mask) and keyword arguments on to their layers.
+ENCODERS = ("BertEncoder", "RobertaEncoder", "XLMRobertaEncoder", "CamembertEncoder", "ElectraEncoder")
+
+
+def _residual_norm_template(self, hidden_states, input_tensor):
+    hidden_states = self.dense(hidden_states)
+    hidden_states = self.dropout(hidden_states)
+    hidden_states = self.LayerNorm(hidden_states + input_tensor)
+    return hidden_states
+
+
+def _linear_gelu_template(self, hidden_states):
+    hidden_states = self.dense(hidden_states)
+    hidden_states = self.intermediate_act_fn(hidden_states)
+    return hidden_states
+
+
+def _feed_forward_template(self, hidden_states):
+    hidden_states = self.fc1(hidden_states)
+    hidden_states = self.activation_fn(hidden_states)
+    hidden_states = self.fc2(hidden_states)
+    return hidden_states
+
+
+def _timm_mlp_template(self, x):
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.drop1(x)
+    x = self.norm(x)
+    x = self.fc2(x)
+    x = self.drop2(x)
+    return x
+
+
+def _conv1d_mlp_template(self, hidden_states):
+    hidden_states = self.c_fc(hidden_states)
+    hidden_states = self.act(hidden_states)
+    hidden_states = self.c_proj(hidden_states)
+    hidden_states = self.dropout(hidden_states)
+    return hidden_states
+
+
+def _gated_template(self, x):
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _is_silu(module: nn.Module) -> bool:
+    return type(module.act_fn) is nn.SiLU or type(module.act_fn).__name__ == "SiLUActivation"
+
+
+def _always(module: nn.Module) -> bool:
+    return True
+
+
+class Block(NamedTuple):
+    """A forward known by its instructions: the template's, and a condition on the module's parts."""
+
+    kind: str
+    template: Callable
+    label: str
+    fits: Callable[[nn.Module], bool] = _always
+
+
+BLOCKS = (
+    Block("residual_norm", _residual_norm_template, "fastlm.add_layer_norm"),
+    Block("linear_gelu", _linear_gelu_template, "fastlm.bias_gelu"),
+    Block("feed_forward", _feed_forward_template, "fastlm.bias_gelu"),
+    Block("timm_mlp", _timm_mlp_template, "fastlm.bias_gelu"),
+    Block("conv1d_mlp", _conv1d_mlp_template, "fastlm.bias_gelu"),
+    Block("gated", _gated_template, "fastlm.swiglu", _is_silu),
+)
