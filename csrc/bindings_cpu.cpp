@@ -25,15 +25,19 @@ Mask mask_of(ptr data, const py::tuple& strides, int type) {
           strides[3].cast<int64_t>(), type};
 }
 
-// What both directions of attention share; sizes are (B, H, Hkv, T, S, D, Dv).
+// What both directions of attention share; sizes are (B, H, Hkv, T, S, D, Dv). A side of the window below 0 is open.
 AttentionArgs attention_args(const Heads& q, const Heads& k, const Heads& v, const Mask& mask, const Heads& out,
-                             ptr lse, const py::tuple& sizes, double scale, bool causal, double p, int64_t seed,
-                             int type) {
+                             ptr lse, ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double p, int64_t seed,
+                             int64_t left, int64_t right, double softcap, int type) {
   AttentionArgs a{};
   a.q = q, a.k = k, a.v = v, a.mask = mask, a.out = out, a.lse = P(lse);
+  a.cu_q = (const int32_t*)cu_q, a.cu_k = (const int32_t*)cu_k;
   int64_t* const size[] = {&a.B, &a.H, &a.Hkv, &a.T, &a.S, &a.D, &a.Dv};
   for (size_t i = 0; i < 7; ++i) *size[i] = sizes[i].cast<int64_t>();
-  a.scale = scale, a.causal = causal, a.dropout_p = p, a.seed = seed, a.type = type;
+  a.row_stride = a.T;
+  a.left = left < 0 ? kUnlimited : std::min(left, kUnlimited);
+  a.right = right < 0 ? kUnlimited : std::min(right, kUnlimited);
+  a.scale = scale, a.dropout_p = p, a.seed = seed, a.softcap = softcap, a.type = type;
   return a;
 }
 
@@ -76,20 +80,24 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         },
         nogil());
   m.def("attention_fwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
-                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse,
-                            const py::tuple& sizes, double scale, bool causal, double p, int64_t seed, int type) {
-    const AttentionArgs a = attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type),
-                                           heads(out, os), lse, sizes, scale, causal, p, seed, type);
+                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr cu_q,
+                            ptr cu_k, const py::tuple& sizes, double scale, double p, int64_t seed, int64_t left,
+                            int64_t right, double softcap, int type) {
+    const AttentionArgs a =
+        attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type), heads(out, os), lse,
+                       cu_q, cu_k, sizes, scale, p, seed, left, right, softcap, type);
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
   });
   m.def("attention_bwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
-                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr dout,
-                            const py::tuple& dos, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk, const py::tuple& dks,
+                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr cu_q,
+                            ptr cu_k, ptr dout, const py::tuple& dos, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk, const py::tuple& dks,
                             ptr dv, const py::tuple& dvs, ptr dmask, const py::tuple& dmask_sizes,
-                            const py::tuple& sizes, double scale, bool causal, double p, int64_t seed, int type) {
-    AttentionArgs a = attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type),
-                                     heads(out, os), lse, sizes, scale, causal, p, seed, type);
+                            const py::tuple& sizes, double scale, double p, int64_t seed, int64_t left, int64_t right,
+                            double softcap, int type) {
+    AttentionArgs a =
+        attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type), heads(out, os), lse,
+                       cu_q, cu_k, sizes, scale, p, seed, left, right, softcap, type);
     a.dout = heads(dout, dos), a.dlse = P(dlse);
     a.inputs = dqs.size() > 0;
     if (a.inputs) a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);

@@ -407,15 +407,52 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, H, T, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), last dimensions contiguous -> (out, lse or None).
 
-    out is (B, H, T, Dv) over (B, T, H, Dv) memory, lse (B, H, T) in compute dtype.
+    out is (B, H, T, Dv) over (B, T, H, Dv) memory, lse (B, H, T) in compute dtype. is_causal says no more than
+    window_right does.
     """
     B, H, _, T, S, _, Dv = sizes = _attention_sizes(q, k, v)
     out = q.new_empty(B, T, H, Dv).transpose(1, 2)
     sums = q.new_empty(B, H, T, dtype=compute_dtype(q.dtype)) if lse else None
     _cpu.attention_fwd(
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
-        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), _ptr(sums),
-        sizes, scale, is_causal, dropout_p, seed, TYPE_CODE[q.dtype],
+        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), _ptr(sums), 0, 0,
+        sizes, scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
+    )  # fmt: skip
+    return out, sums
+
+
+def _packed(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Address and (B, H, T) strides of (tokens, heads, size)."""
+    return x.data_ptr(), (0, x.stride(1), x.stride(0))
+
+
+def _packed_sizes(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor) -> tuple[int, ...]:
+    Tq, H, D = q.shape
+    return cu_q.shape[0] - 1, H, k.shape[1], Tq, k.shape[0], D, v.shape[2]
+
+
+def attention_varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """q (Tq, H, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv), cu_q and cu_k (B + 1,) int32 -> (out, lse (H, Tq) or None)."""
+    _, H, _, Tq, _, _, Dv = sizes = _packed_sizes(q, k, v, cu_q)
+    out = q.new_empty(Tq, H, Dv)
+    sums = q.new_empty(H, Tq, dtype=compute_dtype(q.dtype)) if lse else None
+    _cpu.attention_fwd(
+        *_packed(q), *_packed(k), *_packed(v), 0, (), 0, *_packed(out), _ptr(sums), cu_q.data_ptr(), cu_k.data_ptr(),
+        sizes, scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
     )  # fmt: skip
     return out, sums
 
@@ -451,12 +488,41 @@ def attention_bwd(
     dmask = torch.empty(mask.shape, dtype=lse.dtype) if mask is not None and mask_grad else None
     _cpu.attention_bwd(
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
-        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), lse.data_ptr(),
+        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), lse.data_ptr(), 0, 0,
         dout.data_ptr(), dout.stride(), _ptr(dlse), *_heads(dq), *_heads(dk), *_heads(dv),
         _ptr(dmask), () if dmask is None else tuple(dmask.shape),
-        sizes, scale, is_causal, dropout_p, seed, TYPE_CODE[q.dtype],
+        sizes, scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
     )  # fmt: skip
     return dq, dk, dv, dmask
+
+
+def attention_varlen_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (dq, dk, dv) like q, k and v."""
+    dq, dk, dv = (heads_like(x) for x in (q, k, v))
+    _cpu.attention_bwd(
+        *_packed(q), *_packed(k), *_packed(v), 0, (), 0, *_packed(out), lse.data_ptr(),
+        cu_q.data_ptr(), cu_k.data_ptr(), *_packed(dout), _ptr(dlse), *_packed(dq), *_packed(dk), *_packed(dv), 0, (),
+        _packed_sizes(q, k, v, cu_q),
+        scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 def _heads(x: Tensor | None) -> tuple[int, tuple[int, ...]]:

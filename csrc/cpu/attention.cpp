@@ -18,6 +18,7 @@
 #include <limits>
 #include <utility>
 
+#include "cpu/attention_plan.h"
 #include "cpu/ops.h"
 
 #ifndef FASTLM_ISA
@@ -81,18 +82,44 @@ void* attention_scratch(size_t bytes) {
   return kept.data;
 }
 
+namespace {
+
+// Whether the kernels of attention_bf16.cpp take the call; tiles and pairs need packed keys, which a few rows do not
+// repay. A packed sequence's choice may not depend on its neighbours, so there it is made for all.
+bool forward_in_bf16(const AttentionArgs& args) {
+  return attention_has_bf16(args) && (args.cu_q || !attention_few(args));
+}
+
+AttentionArgs with_tasks(AttentionArgs args, const std::vector<AttentionTask>& tasks) {
+  args.tasks = tasks.data();
+  args.task_count = (int64_t)tasks.size();
+  args.parallel = worth_threads(args);
+  return args;
+}
+
+}  // namespace
+
 void attention_fwd(const AttentionArgs& args) {
-  // Tiles and pairs need packed keys, which a few rows do not repay.
-  if (attention_has_bf16(args) && !attention_few(args)) return attention_bf16_fwd(args);
-  FASTLM_DISPATCH(attention::forward, args);
+  if (args.B * args.H * args.T == 0) return;
+  const bool bf16 = forward_in_bf16(args);
+  // A task is so long that packing keys is 1 or 2 % of its arithmetic, and its outputs stay in L2.
+  const ForwardGrain grain = bf16 ? ForwardGrain{32, 128, 512} : ForwardGrain{12, 48, 384};
+  const std::vector<AttentionTask> tasks = plan_forward(args, grain);
+  const AttentionArgs planned = with_tasks(args, tasks);
+  if (bf16) return attention_bf16_fwd(planned);
+  FASTLM_DISPATCH(attention::forward, planned);
 }
 
 void attention_bwd(const AttentionArgs& args) {
-  if (!attention_has_bf16(args)) return FASTLM_DISPATCH(attention::backward, args);
-  if (args.inputs) attention_bf16_bwd(args);
-  AttentionArgs rest = args;
-  rest.inputs = false;
-  if (args.dmask.data) FASTLM_DISPATCH(attention::backward, rest);
+  if (args.B * args.H == 0) return;
+  const bool bf16 = attention_has_bf16(args);
+  std::vector<AttentionTask> tasks;
+  if (args.inputs) tasks = plan_backward(args, bf16 ? BackwardGrain{64, 128} : BackwardGrain{48, 64});
+  AttentionArgs planned = with_tasks(args, tasks);
+  if (!bf16) return FASTLM_DISPATCH(attention::backward, planned);
+  attention_bf16_bwd(planned);
+  planned.task_count = 0;
+  if (args.dmask.data) FASTLM_DISPATCH(attention::backward, planned);
 }
 
 }  // namespace fastlm

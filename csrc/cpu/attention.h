@@ -1,6 +1,8 @@
 // What attention's passes share: its arguments and its scratch memory. Ordinary header, not for inclusion in a pass.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/isa.h"
 
 namespace fastlm {
@@ -19,6 +21,13 @@ struct Mask {
 };
 constexpr int kBool = 4;
 
+// One thread's share: rows [first, first + count) of a key-value head (those of all heads of its group, one after the
+// other) of sequence b. In a backward pass: dQ of these rows (if dq) and dK, dV of the keys [j_first, j_end) (if dkv).
+struct AttentionTask {
+  int64_t b, kv_head, first, count, j_first, j_end;
+  bool dq, dkv;
+};
+
 struct AttentionArgs {
   Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; dq, dk and dv only where `inputs`
   Mask mask, dmask;                      // dmask: contiguous, compute type, sizes in dmask_sizes; may be null
@@ -28,9 +37,29 @@ struct AttentionArgs {
   int64_t B, H, Hkv, T, S, D, Dv;
   double scale, dropout_p;
   int64_t seed;
-  bool causal, inputs;
+  int64_t left, right;                   // query i attends keys i - left to i + right; kUnlimited where that is all
+  double softcap;                        // scores become softcap tanh(score / softcap); 0: they stay
+  bool inputs;
   int type;
+  const int32_t *cu_q, *cu_k;            // packed sequences: the first row of each of B, and T and S last; else null
+  int64_t row, row_stride;               // row i of head h is number h row_stride + row + i, in lse and for dropout
+  const AttentionTask* tasks;
+  int64_t task_count;
+  bool parallel;
 };
+constexpr int64_t kUnlimited = int64_t(1) << 40;
+
+// Keys [begin, end) that query i attends, by its position alone.
+struct KeyRange {
+  int64_t begin, end;
+};
+inline KeyRange attention_keys(const AttentionArgs& a, int64_t i) {
+  const int64_t begin = std::min(a.S, std::max<int64_t>(0, i - a.left));
+  return {begin, std::max(begin, std::min(a.S, i + a.right + 1))};
+}
+
+// Sequence b alone, as its kernels see it: B = 1, every pointer at its first row.
+AttentionArgs attention_sequence(const AttentionArgs& all, int64_t b);
 
 // At least `bytes` of 64-byte aligned memory that belongs to the calling thread and is kept for its next call: fresh
 // memory would cost page faults that outweigh the arithmetic of a short sequence.

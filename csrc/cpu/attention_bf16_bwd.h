@@ -9,9 +9,12 @@ struct Bwd16 {
   static constexpr int64_t kBlock = 64;  // query rows at a time
   static constexpr int64_t kSpan = 128;  // keys at a time
 
-  const AttentionArgs& a;
+  const AttentionArgs a;  // of one sequence
   Dropout dropout;
-  int64_t Dp, Dvp, rows;  // rows: of one key-value head
+  int64_t Dp, Dvp;
+
+  Bwd16(const AttentionArgs& all, int64_t b)
+      : a(attention_sequence(all, b)), dropout(a.seed, a.dropout_p), Dp(up32(a.D)), Dvp(up32(a.Dv)) {}
 
   struct Scratch {
     bf16_t *q, *dout, *q_t, *dout_t;          // of the task's rows; transposed block by block
@@ -21,6 +24,7 @@ struct Bwd16 {
     float *scores, *dp, *additive;            // (kBlock, kSpan)
     bf16_t *p_pairs, *ds_pairs, *ds;          // the same
     Row* rows;
+    Reach* reaches;                           // of blocks
   };
 
   Scratch scratch(Arena& arena, int64_t count) const {
@@ -45,17 +49,16 @@ struct Bwd16 {
     s.ds_pairs = arena.take<bf16_t>(kBlock * kSpan);
     s.ds = arena.take<bf16_t>(kBlock * kSpan);
     s.rows = arena.take<Row>(n);
+    s.reaches = arena.take<Reach>(n / kBlock);
     return s;
   }
 
-  const bf16_t* at(const Heads& x, int64_t b, int64_t h, int64_t t) const {
-    return (const bf16_t*)x.data + b * x.b + h * x.h + t * x.t;
-  }
+  static const bf16_t* at(const Heads& x, int64_t h, int64_t t) { return (const bf16_t*)x.data + h * x.h + t * x.t; }
 
-  void load_row(const Scratch& s, int64_t b, int64_t r, const Row& row) const {
-    pack_row(at(a.q, b, row.head, row.index), a.D, 0, s.q + r * Dp);
-    pack_row(at(a.dout, b, row.head, row.index), a.Dv, 0, s.dout + r * Dvp);
-    const bf16_t* out = at(a.out, b, row.head, row.index);
+  void load_row(const Scratch& s, int64_t r, const Row& row) const {
+    pack_row(at(a.q, row.head, row.index), a.D, 0, s.q + r * Dp);
+    pack_row(at(a.dout, row.head, row.index), a.Dv, 0, s.dout + r * Dvp);
+    const bf16_t* out = at(a.out, row.head, row.index);
     VF sum{};
     for_lanes<VF>(a.Dv, [&](int64_t d, auto n) { sum += load<VF>(s.dout + r * Dvp + d, n) * load<VF>(out + d, n); });
     s.delta[r] = reduce_add(sum) - (a.dlse ? ((const float*)a.dlse)[row.id] : 0.0f);
@@ -63,12 +66,13 @@ struct Bwd16 {
     s.lse[r] = lse == minus_infinity<float> ? -minus_infinity<float> : lse * 1.4426950408889634f;
   }
 
-  void load_rows(const Scratch& s, int64_t b, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
+  // Query rows first to first + count of a key-value head. Returns the keys that they attend by position.
+  KeyRange load_rows(const Scratch& s, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
     const int64_t n = ceil_div(count, kBlock) * kBlock;
-    list_rows(a, b, kv_head, first, count, s.rows);
-    for (int64_t r = 0; r < count; ++r) load_row(s, b, r, s.rows[r]);
+    list_rows(a, kv_head, first, count, s.rows);
+    for (int64_t r = 0; r < count; ++r) load_row(s, r, s.rows[r]);
     for (int64_t r = count; r < n; ++r) {
-      s.rows[r] = {0, 0, 0, 0, 0};
+      s.rows[r] = {0, 0, {0, 0}, 0, 0};
       s.lse[r] = s.delta[r] = 0;
       std::memset((void*)(s.q + r * Dp), 0, (size_t)Dp * sizeof(bf16_t));
       std::memset((void*)(s.dout + r * Dvp), 0, (size_t)Dvp * sizeof(bf16_t));
@@ -77,30 +81,35 @@ struct Bwd16 {
       pack_transposed_rows(s.q + r * Dp, kBlock, Dp, s.q_t + r * Dp, kBlock);
       pack_transposed_rows(s.dout + r * Dvp, kBlock, Dvp, s.dout_t + r * Dvp, kBlock);
     }
+    return list_reaches(s.rows, count, kBlock, s.reaches);
   }
 
-  // P F (as pairs of rows) and dS (both ways) of rows r and r + 1 of the block that starts at `first`.
-  void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t width,
+  // P F (as pairs of rows) and dS (both ways) of rows r and r + 1 of the block that starts at `first`, columns [from, to).
+  void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t from, int64_t to,
                           const float* additive, int64_t mask_stride) const {
     const __m512 scale = _mm512_set1_ps((float)(a.scale * 1.4426950408889634));
+    const float cap = (float)(a.softcap * 1.4426950408889634);
     alignas(64) float keep[2][kSpan];
-    int64_t n[2];
+    KeyRange open[2];
     __m512 lse[2], delta[2];
     for (int i = 0; i < 2; ++i) {
-      n[i] = s.rows[first + r + i].limit - j0;
+      const Row& row = s.rows[first + r + i];
+      open[i] = {row.keys.begin - j0, row.keys.end - j0};
       lse[i] = _mm512_set1_ps(s.lse[first + r + i]);
       delta[i] = _mm512_set1_ps(s.delta[first + r + i]);
-      if (a.dropout_p > 0) dropout.factors(s.rows[first + r + i].id, j0, width, keep[i]);
+      if (a.dropout_p > 0) dropout.factors(row.id, j0 + from, to - from, keep[i] + from);
     }
-    for (int64_t j = 0; j < width; j += 16) {
+    for (int64_t j = from; j < to; j += 16) {
       __m512 p[2], ds[2];
       for (int i = 0; i < 2; ++i) {
-        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s.scores + (r + i) * kSpan + j), scale);
-        if (additive) x = (__m512)masked<VF>((VF)x, load<VF>(additive + (r + i) * mask_stride + j));
-        p[i] = exp2_short(_mm512_sub_ps(x, lse[i]), first16(n[i] - j));
+        VF x = (VF)_mm512_mul_ps(_mm512_loadu_ps(s.scores + (r + i) * kSpan + j), scale), slope;
+        if (cap > 0) x = soft_cap(x, cap, &slope);
+        if (additive) x = masked<VF>(x, load<VF>(additive + (r + i) * mask_stride + j));
+        p[i] = exp2_short(_mm512_sub_ps((__m512)x, lse[i]), columns16(open[i], j));
         __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kSpan + j);
         if (a.dropout_p > 0) g = _mm512_mul_ps(g, _mm512_load_ps(keep[i] + j));
         ds[i] = _mm512_mul_ps(p[i], _mm512_sub_ps(g, delta[i]));
+        if (cap > 0) ds[i] = _mm512_mul_ps(ds[i], (__m512)slope);
         if (a.dropout_p > 0) p[i] = _mm512_mul_ps(p[i], _mm512_load_ps(keep[i] + j));
         _mm256_storeu_si256((__m256i*)(s.ds + (r + i) * kSpan + j), (__m256i)_mm512_cvtneps_pbh(ds[i]));
       }
@@ -111,26 +120,28 @@ struct Bwd16 {
 
   // A block of `count` rows and the n packed keys from j0 on.
   void block(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, bool want_dq, bool want_dkv) const {
-    const Limits limit = limits(s.rows + first, count);
-    if (limit.most <= j0) return;
-    const int64_t width = up32(std::min(n, limit.most - j0));
+    const Reach reach = s.reaches[first / kBlock];
+    if (!reach.touches(j0, n)) return;
+    const int64_t from = std::max<int64_t>(0, reach.any.begin - j0) / 32 * 32;
+    const int64_t to = up32(std::min(n, reach.any.end - j0)), width = to - from, panel = up32(n) * 16;
     int64_t mask_stride = 0;
     const Cover cover =
         a.mask.data ? mask_tile<VF, kSpan>(a.mask, s.rows + first, count, j0, n, s.additive, &mask_stride) : Cover::open;
     if (cover == Cover::closed) return;
-    product(s.q + first * Dp, Dp, s.keys_t, Dp * 16, s.scores, kSpan, kBlock, width, Dp, false);
-    product(s.dout + first * Dvp, Dvp, s.values_t, Dvp * 16, s.dp, kSpan, kBlock, width, Dvp, false);
+    product(s.q + first * Dp, Dp, s.keys_t + from * Dp, Dp * 16, s.scores + from, kSpan, kBlock, width, Dp, false);
+    product(s.dout + first * Dvp, Dvp, s.values_t + from * Dvp, Dvp * 16, s.dp + from, kSpan, kBlock, width, Dvp, false);
     for (int64_t r = 0; r < kBlock; r += 2)
-      gradient_of_scores(s, first, r, j0, width, cover == Cover::mixed ? s.additive : nullptr, mask_stride);
+      gradient_of_scores(s, first, r, j0, from, to, cover == Cover::mixed ? s.additive : nullptr, mask_stride);
     if (want_dkv) {
-      product(s.dout_t + first * Dvp, kBlock, s.p_pairs, kBlock * 16, s.dv_t, kSpan, Dvp, width, kBlock, true);
-      product(s.q_t + first * Dp, kBlock, s.ds_pairs, kBlock * 16, s.dk_t, kSpan, Dp, width, kBlock, true);
+      const int64_t at = from * kBlock;
+      product(s.dout_t + first * Dvp, kBlock, s.p_pairs + at, kBlock * 16, s.dv_t + from, kSpan, Dvp, width, kBlock, true);
+      product(s.q_t + first * Dp, kBlock, s.ds_pairs + at, kBlock * 16, s.dk_t + from, kSpan, Dp, width, kBlock, true);
     }
-    if (want_dq) product(s.ds, kSpan, s.keys, up32(n) * 16, s.dq + first * Dp, Dp, kBlock, Dp, width, true);
+    if (want_dq) product(s.ds + from, kSpan, s.keys + from * 16, panel, s.dq + first * Dp, Dp, kBlock, Dp, width, true);
   }
 
   // n rows of x from t on = factor * the transpose of x_t (width, kSpan).
-  void write_transposed(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t width, const float* x_t,
+  void write_transposed(const Heads& x, int64_t h, int64_t t, int64_t n, int64_t width, const float* x_t,
                         float factor) const {
     for (int64_t j = 0; j < n; j += 16)
       for (int64_t d = 0; d < width; d += 16) {
@@ -138,78 +149,47 @@ struct Bwd16 {
         for (int64_t i = 0; i < 16; ++i) square[i] = load<VF>(x_t + (d + i) * kSpan + j);
         transpose<8>(square);
         for (int64_t i = 0; i < std::min<int64_t>(16, n - j); ++i) {
-          bf16_t* out = (bf16_t*)x.data + b * x.b + h * x.h + (t + j + i) * x.t + d;
+          bf16_t* out = (bf16_t*)x.data + h * x.h + (t + j + i) * x.t + d;
           _mm256_mask_storeu_epi16(out, first16(width - d), (__m256i)_mm512_cvtneps_pbh((__m512)(square[i] * factor)));
         }
       }
   }
 
-  // dQ of the rows [first, first + count) (if want_dq) and dK, dV of the keys [j_first, j_end) (if want_dkv).
-  void task(int64_t b, int64_t kv_head, int64_t first, int64_t count, int64_t j_first, int64_t j_end, bool want_dq,
-            bool want_dkv) const {
+  void task(const AttentionTask& part) const {
+    const int64_t count = part.count, head = part.kv_head;
     Arena counter{nullptr};
     scratch(counter, count);
     Arena arena{(char*)attention_scratch(counter.used)};
     const Scratch s = scratch(arena, count);
     const Tiles tiles;
-    load_rows(s, b, kv_head, first, count, want_dkv);
-    if (want_dq) std::fill(s.dq, s.dq + ceil_div(count, kBlock) * kBlock * Dp, 0.0f);
-    for (int64_t j0 = j_first; j0 < j_end; j0 += kSpan) {
-      const int64_t n = std::min(kSpan, j_end - j0);
-      pack_columns(at(a.k, b, kv_head, j0), a.k.t, n, a.D, s.keys_t);
-      pack_columns(at(a.v, b, kv_head, j0), a.v.t, n, a.Dv, s.values_t);
-      if (want_dq) pack_rows(at(a.k, b, kv_head, j0), a.k.t, n, a.D, s.keys);
-      if (want_dkv) {
+    const KeyRange reached = load_rows(s, head, part.first, count, part.dkv);
+    if (part.dq) std::fill(s.dq, s.dq + ceil_div(count, kBlock) * kBlock * Dp, 0.0f);
+    for (int64_t j0 = part.j_first; j0 < part.j_end; j0 += kSpan) {
+      const int64_t n = std::min(kSpan, part.j_end - j0);
+      if (!part.dkv && (j0 >= reached.end || j0 + n <= reached.begin)) continue;
+      pack_columns(at(a.k, head, j0), a.k.t, n, a.D, s.keys_t);
+      pack_columns(at(a.v, head, j0), a.v.t, n, a.Dv, s.values_t);
+      if (part.dq) pack_rows(at(a.k, head, j0), a.k.t, n, a.D, s.keys);
+      if (part.dkv) {
         std::fill(s.dk_t, s.dk_t + kSpan * Dp, 0.0f);
         std::fill(s.dv_t, s.dv_t + kSpan * Dvp, 0.0f);
       }
-      for (int64_t r = 0; r < count; r += kBlock) block(s, r, std::min(kBlock, count - r), j0, n, want_dq, want_dkv);
-      if (want_dkv) {
-        write_transposed(a.dk, b, kv_head, j0, n, a.D, s.dk_t, (float)a.scale);
-        write_transposed(a.dv, b, kv_head, j0, n, a.Dv, s.dv_t, 1.0f);
+      for (int64_t r = 0; r < count; r += kBlock) block(s, r, std::min(kBlock, count - r), j0, n, part.dq, part.dkv);
+      if (part.dkv) {
+        write_transposed(a.dk, head, j0, n, a.D, s.dk_t, (float)a.scale);
+        write_transposed(a.dv, head, j0, n, a.Dv, s.dv_t, 1.0f);
       }
     }
-    for (int64_t r = 0; want_dq && r < count; ++r) {
-      bf16_t* out = (bf16_t*)a.dq.data + b * a.dq.b + s.rows[r].head * a.dq.h + s.rows[r].index * a.dq.t;
+    for (int64_t r = 0; part.dq && r < count; ++r) {
+      bf16_t* out = (bf16_t*)a.dq.data + s.rows[r].head * a.dq.h + s.rows[r].index * a.dq.t;
       for_lanes<VF>(a.D, [&](int64_t d, auto n) { store(out + d, VF(load<VF>(s.dq + r * Dp + d) * (float)a.scale), n); });
-    }
-  }
-
-  // As Bwd::run: whole heads, or ranges of keys and of rows where heads are too few for the threads.
-  void run() const {
-    const int64_t heads = a.B * a.Hkv, key_tiles = ceil_div(a.S, kSpan), row_blocks = ceil_div(rows, kBlock);
-    int64_t threads = 1;
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#endif
-    const bool parallel = heads * rows * a.S > kParallelGrain;
-    if (5 * ceil_div(heads, threads) * threads <= 7 * heads || !parallel) {
-#pragma omp parallel for schedule(dynamic) if (parallel)
-      for (int64_t i = 0; i < heads; ++i) task(i / a.Hkv, i % a.Hkv, 0, rows, 0, a.S, true, true);
-      return;
-    }
-    const int64_t pieces = ceil_div(4 * threads, heads);
-    const int64_t key_pieces = std::min(pieces, key_tiles), row_pieces = std::min(pieces, row_blocks);
-    const int64_t first_half = heads * key_pieces, tasks = first_half + heads * row_pieces;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < tasks; ++i) {
-      const bool dkv = i < first_half;
-      const int64_t part = dkv ? key_pieces : row_pieces, index = dkv ? i : i - first_half;
-      const int64_t head = index / part, piece = index % part, b = head / a.Hkv, h = head % a.Hkv;
-      if (dkv) {
-        const int64_t from = piece * key_tiles / part * kSpan, to = (piece + 1) * key_tiles / part * kSpan;
-        task(b, h, 0, rows, from, std::min(a.S, to), false, true);
-      } else {
-        const int64_t from = piece * row_blocks / part * kBlock, to = (piece + 1) * row_blocks / part * kBlock;
-        task(b, h, from, std::min(rows, to) - from, 0, a.S, true, false);
-      }
     }
   }
 };
 
 void bwd_bf16(const AttentionArgs& a) {
-  if (a.B * a.H == 0) return;
-  Bwd16{a, Dropout(a.seed, a.dropout_p), up32(a.D), up32(a.Dv), a.H / a.Hkv * a.T}.run();
+#pragma omp parallel for schedule(dynamic) if (a.parallel && a.task_count > 1)
+  for (int64_t i = 0; i < a.task_count; ++i) Bwd16(a, a.tasks[i].b).task(a.tasks[i]);
 }
 
 }  // namespace fastlm::FASTLM_ISA::attention

@@ -5,22 +5,28 @@ namespace fastlm::FASTLM_ISA::attention {
 constexpr int64_t kWide = 256;  // keys at a time
 
 struct Fwd16 {
-  static constexpr int64_t kGroup = 32;   // query rows at a time: two tiles
-  static constexpr int64_t kChunk = 512;  // query rows of a task
+  static constexpr int64_t kGroup = 32;  // query rows at a time: two tiles
 
-  const AttentionArgs& a;
+  const AttentionArgs a;  // of one sequence
   Dropout dropout;
+  int64_t Dp, Dvp;
   float scale;  // positive, for the maximum's sake, and in the exp2 domain; its sign goes into the queries
-  int64_t Dp, Dvp, chunk;
+  float cap;    // the soft cap in the exp2 domain
+
+  Fwd16(const AttentionArgs& all, int64_t b)
+      : a(attention_sequence(all, b)), dropout(a.seed, a.dropout_p), Dp(up32(a.D)), Dvp(up32(a.Dv)),
+        scale((float)std::abs(a.scale * 1.4426950408889634)), cap((float)(a.softcap * 1.4426950408889634)) {}
 
   struct Scratch {
     bf16_t *q, *keys, *values, *p;
     float *out, *maximum, *scores, *additive;
     VF* sum;
     Row* rows;
+    Reach* reaches;  // of groups
   };
 
-  Scratch scratch(Arena& arena) const {
+  Scratch scratch(Arena& arena, int64_t count) const {
+    const int64_t chunk = up32(count);
     Scratch s;
     s.q = arena.take<bf16_t>(chunk * Dp);
     s.keys = arena.take<bf16_t>(kWide * Dp);
@@ -32,62 +38,96 @@ struct Fwd16 {
     s.additive = arena.take<float>(kGroup * kWide);
     s.sum = arena.take<VF>(chunk);
     s.rows = arena.take<Row>(chunk);
+    s.reaches = arena.take<Reach>(chunk / kGroup);
     return s;
   }
+
+  // The part of a span of n keys from j0 on that a group works on: columns [from, to), a multiple of 32 each.
+  struct Columns {
+    int64_t from, to;
+  };
 
   // One group of rows and the n packed keys from j0 on.
   void group(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, const bf16_t* open_values) const {
     const Row* rows = s.rows + first;
-    const Limits limit = limits(rows, count);
-    if (limit.most <= j0) return;
-    const int64_t width = up32(std::min(n, limit.most - j0));
+    const Reach reach = s.reaches[first / kGroup];
+    const int64_t panel = up32(n) * 16;
+    if (!reach.touches(j0, n)) return;
+    const Columns columns{std::max<int64_t>(0, reach.any.begin - j0) / 32 * 32, up32(std::min(n, reach.any.end - j0))};
+    const int64_t from = columns.from, width = columns.to - from;
+    n = std::min(n, reach.any.end - j0);  // what lies beyond depends on the task
     int64_t mask_stride = 0;
     const Cover cover =
         a.mask.data ? mask_tile<VF, kWide>(a.mask, rows, count, j0, n, s.additive, &mask_stride) : Cover::open;
     if (cover == Cover::closed) return;
-    product(s.q + first * Dp, Dp, s.keys, Dp * 16, s.scores, kWide, kGroup, width, Dp, false);
+    product(s.q + first * Dp, Dp, s.keys + from * Dp, Dp * 16, s.scores + from, kWide, kGroup, width, Dp, false);
     const float* additive = cover == Cover::mixed ? s.additive : nullptr;
+    const bool ready = prepare(s, first, count, j0, n, columns, additive, mask_stride);
     alignas(64) float factor[kGroup], shift[kGroup];
-    const uint32_t moved = maxima(s, first, count, j0, n, width, additive, mask_stride, factor, shift);
+    const uint32_t moved = maxima(s, first, count, j0, n, ready ? 1.0f : scale, factor, shift);
     for (int64_t r = 0; r < count; ++r) {
       if (moved >> r & 1) {
         float* out = s.out + (first + r) * Dvp;
         for (int64_t d = 0; d < Dvp; d += 16) store(out + d, VF(load<VF>(out + d) * factor[r]));
       }
-      const int64_t open = std::min(n, rows[r].limit - j0);
-      if (open < width)
-        weights<false>(s, first, r, open, j0, width, additive ? 1.0f : scale, factor[r], shift[r]);
+      const KeyRange open = within(rows[r].keys, j0, n);
+      if (open.begin <= from && open.end >= columns.to)
+        weights<true>(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
       else
-        weights<true>(s, first, r, open, j0, width, additive ? 1.0f : scale, factor[r], shift[r]);
+        weights<false>(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
     }
-    if (open_values && (additive || limit.least < j0 + n))
-      add_open_values(s, first, count, n, open_values);
+    if (open_values && (additive || !reach.covers(j0, n)))
+      add_open_values(s, first, count, j0, n, open_values);
     else
-      product(s.p, kWide, s.values, up32(n) * 16, s.out + first * Dvp, Dvp, kGroup, Dvp, width, true);
+      product(s.p + from, kWide, s.values + from * 16, panel, s.out + first * Dvp, Dvp, kGroup, Dvp, width, true);
   }
 
-  // The running maxima of a group with these scores, to which the mask is added on the way; shift: minus the maxima, and
-  // factor: what earlier sums shrink by. Returns the rows whose maximum moved. Sixteen rows share one reduction.
-  uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, int64_t width,
-                  const float* additive, int64_t mask_stride, float* factor, float* shift) const {
+  // The columns of n keys from j0 on that a row attends by its position.
+  static KeyRange within(KeyRange keys, int64_t j0, int64_t n) {
+    return {std::max<int64_t>(0, keys.begin - j0), std::min(n, keys.end - j0)};
+  }
+
+  // Scores with soft cap and mask, where there is either: scaled then, so that maxima and weights need not.
+  bool prepare(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, Columns columns,
+               const float* additive, int64_t mask_stride) const {
+    if (!additive && a.softcap == 0) return false;
+    for (int64_t r = 0; r < count; ++r) {
+      float* x = s.scores + r * kWide;
+      const int64_t end = within(s.rows[first + r].keys, j0, n).end;
+      for (int64_t j = columns.from; j < end; j += 16) {
+        VF y = load<VF>(x + j) * scale, slope;
+        if (a.softcap > 0) y = soft_cap(y, cap, &slope);
+        if (additive) y = masked<VF>(y, load<VF>(additive + r * mask_stride + j));
+        store(x + j, y);
+      }
+    }
+    return true;
+  }
+
+  // The running maxima of a group with these scores; shift: minus the maxima, and factor: what earlier sums shrink by.
+  // Returns the rows whose maximum moved. Sixteen rows share one reduction.
+  uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, float scale, float* factor,
+                  float* shift) const {
     uint32_t moved = 0;
     for (int64_t part = 0; part < count; part += 16) {
       VF largest[16];
       for (int64_t i = 0; i < 16; ++i) {
-        const int64_t r = part + i, open = r < count ? std::min(n, s.rows[first + r].limit - j0) : 0;
-        float* x = s.scores + r * kWide;
-        if (additive)
-          for (int64_t j = 0; j < open; j += 16)
-            store(x + j, masked<VF>(load<VF>(x + j) * scale, load<VF>(additive + r * mask_stride + j)));
+        const int64_t r = part + i;
+        const KeyRange open = r < count ? within(s.rows[first + r].keys, j0, n) : KeyRange{0, 0};
+        const float* x = s.scores + r * kWide;
         __m512 m = _mm512_set1_ps(minus_infinity<float>);
-        int64_t j = 0;
-        for (; j + 16 <= open; j += 16) m = _mm512_max_ps(m, _mm512_loadu_ps(x + j));
-        if (j < open) m = _mm512_mask_max_ps(m, first16(open - j), m, _mm512_loadu_ps(x + j));
+        int64_t j = open.begin / 16 * 16;
+        if (j < open.begin && j < open.end) {
+          m = _mm512_mask_max_ps(m, columns16(open, j), m, _mm512_loadu_ps(x + j));
+          j += 16;
+        }
+        for (; j + 16 <= open.end; j += 16) m = _mm512_max_ps(m, _mm512_loadu_ps(x + j));
+        if (j < open.end) m = _mm512_mask_max_ps(m, first16(open.end - j), m, _mm512_loadu_ps(x + j));
         largest[i] = (VF)m;
       }
       reduce_rows<8>(largest);
       const VF old = load<VF>(s.maximum + first + part);
-      const VF now = max(largest[0] * (additive ? 1.0f : scale), old);
+      const VF now = max(largest[0] * scale, old);
       const VF closed = set1<VF>(minus_infinity<float>), pivot = now == closed ? VF{} : now;
       store(s.maximum + first + part, now);
       store(factor + part, exp2(old - pivot));
@@ -99,22 +139,22 @@ struct Fwd16 {
 
   // Row r's scores become weights relative to its maximum, in bf16.
   template <bool kFull>
-  void weights(const Scratch& s, int64_t first, int64_t r, int64_t open, int64_t j0, int64_t width, float scale,
+  void weights(const Scratch& s, int64_t first, int64_t r, KeyRange open, int64_t j0, Columns columns, float scale,
                float factor, float shift) const {
     const float* x = s.scores + r * kWide;
     alignas(64) float keep[kWide];
-    if (a.dropout_p > 0) dropout.factors(s.rows[first + r].id, j0, width, keep);
+    if (a.dropout_p > 0) dropout.factors(s.rows[first + r].id, j0 + columns.from, columns.to - columns.from, keep);
     const __m512 c = _mm512_set1_ps(scale), d = _mm512_set1_ps(shift);
     __m512 sum0 = _mm512_mul_ps((__m512)s.sum[first + r], _mm512_set1_ps(factor)), sum1 = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 32) {
-      const __mmask16 open0 = kFull ? 0xffff : first16(open - i), open1 = kFull ? 0xffff : first16(open - i - 16);
+    for (int64_t i = columns.from; i < columns.to; i += 32) {
+      const __mmask16 open0 = kFull ? 0xffff : columns16(open, i), open1 = kFull ? 0xffff : columns16(open, i + 16);
       __m512 e0 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), c, d), open0);
       __m512 e1 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16), c, d), open1);
       sum0 = _mm512_add_ps(sum0, e0);
       sum1 = _mm512_add_ps(sum1, e1);
       if (a.dropout_p > 0) {
-        e0 = _mm512_mul_ps(e0, _mm512_load_ps(keep + i));
-        e1 = _mm512_mul_ps(e1, _mm512_load_ps(keep + i + 16));
+        e0 = _mm512_mul_ps(e0, _mm512_load_ps(keep + i - columns.from));
+        e1 = _mm512_mul_ps(e1, _mm512_load_ps(keep + i - columns.from + 16));
       }
       _mm512_storeu_si512(s.p + r * kWide + i, (__m512i)_mm512_cvtne2ps_pbh(e1, e0));
     }
@@ -122,80 +162,65 @@ struct Fwd16 {
   }
 
   // For keys that are partly closed with an infinity or NaN among their values, which times 0 would be NaN.
-  void add_open_values(const Scratch& s, int64_t first, int64_t count, int64_t n, const bf16_t* values) const {
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t j = 0; j < std::min(n, s.rows[first + r].limit); ++j) {
+  void add_open_values(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n,
+                       const bf16_t* values) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const KeyRange open = within(s.rows[first + r].keys, j0, n);
+      for (int64_t j = open.begin; j < open.end; ++j) {
         const float p = to_float(s.p[r * kWide + j]);
         for (int64_t d = 0; p != 0 && d < a.Dv; ++d)
           s.out[(first + r) * Dvp + d] += p * to_float(values[j * a.v.t + d]);
       }
+    }
   }
 
-  void task(int64_t b, int64_t kv_head, int64_t first, int64_t count) const {
+  void task(const AttentionTask& part) const {
+    const int64_t count = part.count;
     Arena counter{nullptr};
-    scratch(counter);
+    scratch(counter, count);
     Arena arena{(char*)attention_scratch(counter.used)};
-    const Scratch s = scratch(arena);
+    const Scratch s = scratch(arena, count);
     const Tiles tiles;
     const uint16_t sign = a.scale < 0 ? 0x8000 : 0;
-    list_rows(a, b, kv_head, first, count, s.rows);
-    int64_t end = 0;
+    list_rows(a, part.kv_head, part.first, count, s.rows);
     for (int64_t r = 0; r < count; ++r) {
       const Row& row = s.rows[r];
-      const bf16_t* q = (const bf16_t*)a.q.data + b * a.q.b + row.head * a.q.h + row.index * a.q.t;
+      const bf16_t* q = (const bf16_t*)a.q.data + row.head * a.q.h + row.index * a.q.t;
       prefetch_row(q + kAhead * a.q.t, a.D);
       pack_row(q, a.D, sign, s.q + r * Dp);
       s.maximum[r] = minus_infinity<float>;
       s.sum[r] = VF{};
-      end = std::max(end, row.limit);
     }
     std::memset((void*)(s.q + count * Dp), 0, (size_t)((up32(count) - count) * Dp) * sizeof(bf16_t));
     std::fill(s.out, s.out + up32(count) * Dvp, 0.0f);
     std::memset((void*)s.p, 0, kGroup * kWide * sizeof(bf16_t));
-    const bf16_t* k = (const bf16_t*)a.k.data + b * a.k.b + kv_head * a.k.h;
-    const bf16_t* v = (const bf16_t*)a.v.data + b * a.v.b + kv_head * a.v.h;
-    for (int64_t j0 = 0; j0 < end; j0 += kWide) {
-      const int64_t n = std::min(kWide, end - j0);
+    const bf16_t* k = (const bf16_t*)a.k.data + part.kv_head * a.k.h;
+    const bf16_t* v = (const bf16_t*)a.v.data + part.kv_head * a.v.h;
+    const KeyRange reached = list_reaches(s.rows, count, kGroup, s.reaches);
+    for (int64_t j0 = reached.begin / kWide * kWide; j0 < reached.end; j0 += kWide) {
+      const int64_t n = std::min(kWide, reached.end - j0);
       pack_columns(k + j0 * a.k.t, a.k.t, n, a.D, s.keys);
       const bool finite = pack_rows(v + j0 * a.v.t, a.v.t, n, a.Dv, s.values);
       for (int64_t r = 0; r < count; r += kGroup)
         group(s, r, std::min(kGroup, count - r), j0, n, finite ? nullptr : v + j0 * a.v.t);
     }
-    for (int64_t r = 0; r < count; ++r) finish(s, b, r);
+    for (int64_t r = 0; r < count; ++r) finish(s, r);
   }
 
-  void finish(const Scratch& s, int64_t b, int64_t r) const {
+  void finish(const Scratch& s, int64_t r) const {
     const Row& row = s.rows[r];
     const float sum = reduce_add(s.sum[r]), inverse = sum == 0 ? 0.0f : 1.0f / sum;
-    bf16_t* out = (bf16_t*)a.out.data + b * a.out.b + row.head * a.out.h + row.index * a.out.t;
+    bf16_t* out = (bf16_t*)a.out.data + row.head * a.out.h + row.index * a.out.t;
     for_lanes<VF>(a.Dv, [&](int64_t d, auto n) { store(out + d, VF(load<VF>(s.out + r * Dvp + d) * inverse), n); });
     if (a.lse)
       ((float*)a.lse)[row.id] =
           sum == 0 ? minus_infinity<float> : (s.maximum[r] + std::log2(sum)) * 0.6931471805599453f;
   }
-
-  void run() {
-    if (a.B * a.H * a.T == 0) return;
-    const int64_t rows = a.H / a.Hkv * a.T, heads = a.B * a.Hkv;
-    int64_t threads = 1;
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#endif
-    int64_t per_head = std::max(ceil_div(rows, kChunk), std::min(ceil_div(rows, 4 * kGroup), ceil_div(4 * threads, heads)));
-    chunk = up32(ceil_div(rows, per_head));
-    per_head = ceil_div(rows, chunk);
-    const int64_t tasks = heads * per_head;
-#pragma omp parallel for schedule(dynamic) if (tasks > 1 && heads * rows * a.S > kParallelGrain)
-    for (int64_t i = 0; i < tasks; ++i) {
-      const int64_t head = i / per_head, first = (per_head - 1 - i % per_head) * chunk;
-      task(head / a.Hkv, head % a.Hkv, first, std::min(chunk, rows - first));
-    }
-  }
 };
 
 void fwd_bf16(const AttentionArgs& a) {
-  const float scale = (float)std::abs(a.scale * 1.4426950408889634);
-  Fwd16{a, Dropout(a.seed, a.dropout_p), scale, up32(a.D), up32(a.Dv), 0}.run();
+#pragma omp parallel for schedule(dynamic) if (a.parallel && a.task_count > 1)
+  for (int64_t i = 0; i < a.task_count; ++i) Fwd16(a, a.tasks[i].b).task(a.tasks[i]);
 }
 
 }  // namespace fastlm::FASTLM_ISA::attention

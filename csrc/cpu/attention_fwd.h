@@ -12,23 +12,27 @@ struct Fwd {
   using V = vec_of<T>;
   using S = scalar_of<T>;
   static constexpr int64_t L = lanes<V>;
-  // Large enough that packing a tile is 1 or 2 % of its arithmetic, small enough that the outputs stay in L2.
-  static constexpr int64_t kChunk = 64 * kRows;
   static constexpr int64_t kState = 16;  // kRows padded to whole vectors of any width
 
-  const AttentionArgs& a;
+  const AttentionArgs a;  // of one sequence
   Dropout dropout;
-  int64_t Dp, Dvp, chunk;
+  int64_t Dp, Dvp;
+  S cap;     // the soft cap in the exp2 domain
   bool few;  // kFew rows or fewer share a head: keys and values are not packed
+
+  Fwd(const AttentionArgs& all, int64_t b)
+      : a(attention_sequence(all, b)), dropout(a.seed, a.dropout_p), Dp(padded<V>(a.D)), Dvp(padded<V>(a.Dv)),
+        cap(S(a.softcap * 1.4426950408889634)), few(attention_few(a)) {}
 
   // Scratch of one task.
   struct Scratch {
     S *q, *out, *maximum, *keys, *values;
     V* sum;
     Row* rows;
+    Reach* reaches;  // of groups of kRows
   };
 
-  Scratch scratch(Arena& arena) const {
+  Scratch scratch(Arena& arena, int64_t chunk) const {
     Scratch s;
     s.q = arena.take<S>(chunk * Dp);
     s.out = arena.take<S>(chunk * Dvp);
@@ -37,6 +41,7 @@ struct Fwd {
     s.values = arena.take<S>(kKeys * Dvp);
     s.sum = arena.take<V>(chunk);
     s.rows = arena.take<Row>(chunk);
+    s.reaches = arena.take<Reach>(ceil_div(chunk, kRows));
     return s;
   }
 
@@ -44,8 +49,8 @@ struct Fwd {
   void group(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, bool finite, const T* k,
              const T* v) const {
     const Row* rows = s.rows + first;
-    const Limits limit = limits(rows, count);
-    if (limit.most <= j0) return;
+    const Reach reach = s.reaches[first / kRows];
+    if (!reach.touches(j0, n)) return;
     alignas(64) S p[kRows * kKeys], additive[kRows * kKeys];
     int64_t mask_stride = 0;
     const Cover cover = a.mask.data ? mask_tile<V>(a.mask, rows, count, j0, n, additive, &mask_stride) : Cover::open;
@@ -54,20 +59,28 @@ struct Fwd {
       scores_of_few<V>(count, s.q, Dp, k, a.k.t, n, a.D, p);
     else
       product<false, V>(s.q + first * Dp, Dp, s.keys, kKeys, p, kKeys, count, kKeys, a.D, Start::zero);
+    if (a.softcap > 0)
+      for (int64_t j = 0; j < count * kKeys; j += L) {
+        V slope;
+        store(p + j, soft_cap(load<V>(p + j), cap, &slope));
+      }
     if (cover == Cover::mixed)
       for (int64_t r = 0; r < count; ++r)
         for_lanes<V>(n, [&](int64_t j, auto k) {
           store(p + r * kKeys + j, masked<V>(load<V>(p + r * kKeys + j), load<V>(additive + r * mask_stride + j, k)), k);
         });
-    if (limit.least < j0 + kKeys) close_beyond(rows, count, j0, p);
+    if (!reach.covers(j0, kKeys))
+      for (int64_t r = 0; r < count; ++r)
+        for_outside(rows[r].keys, j0, [&](int64_t j) { p[r * kKeys + j] = minus_infinity<S>; });
     alignas(64) S factor[kState];
     softmax(p, count, s.maximum + first, s.sum + first, factor);
     if (a.dropout_p > 0) drop(rows, count, j0, p);
     S* out = s.out + first * Dvp;
+    const int64_t from = std::max<int64_t>(0, reach.any.begin - j0), to = std::min(n, reach.any.end - j0);
     if (few)
       add_values_of_few<V>(count, p, v, a.v.t, n, a.Dv, out, Dvp, factor);
-    else if (finite || (cover == Cover::open && limit.least >= j0 + n))
-      product<false, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, std::min(n, limit.most - j0), Start::scale, factor);
+    else if (finite || (cover == Cover::open && reach.covers(j0, n)))
+      product<false, V>(p + from, kKeys, s.values + from * Dvp, Dvp, out, Dvp, count, Dvp, to - from, Start::scale, factor);
     else
       add_open_values(s, p, count, n, out, factor);
   }
@@ -113,69 +126,48 @@ struct Fwd {
     }
   }
 
-  // Rows [first, first + count) of key-value head kv_head of batch b.
-  void task(int64_t b, int64_t kv_head, int64_t first, int64_t count) const {
+  void task(const AttentionTask& part) const {
     Arena counter{nullptr};
-    scratch(counter);
+    scratch(counter, part.count);
     Arena arena{(char*)attention_scratch(counter.used)};
-    const Scratch s = scratch(arena);
+    const Scratch s = scratch(arena, part.count);
     const S scale = S(a.scale * 1.4426950408889634);
-    list_rows(a, b, kv_head, first, count, s.rows);
-    int64_t end = 0;
-    for (int64_t r = 0; r < count; ++r) {
+    list_rows(a, part.kv_head, part.first, part.count, s.rows);
+    for (int64_t r = 0; r < part.count; ++r) {
       const Row& row = s.rows[r];
-      pack_row<V>((const T*)a.q.data + b * a.q.b + row.head * a.q.h + row.index * a.q.t, a.D, scale, s.q + r * Dp);
+      pack_row<V>((const T*)a.q.data + row.head * a.q.h + row.index * a.q.t, a.D, scale, s.q + r * Dp);
       s.maximum[r] = minus_infinity<S>;
       s.sum[r] = V{};
-      end = std::max(end, row.limit);
     }
-    std::fill(s.out, s.out + count * Dvp, S(0));
-    const T* k = (const T*)a.k.data + b * a.k.b + kv_head * a.k.h;
-    const T* v = (const T*)a.v.data + b * a.v.b + kv_head * a.v.h;
-    for (int64_t j0 = 0; j0 < end; j0 += kKeys) {
+    std::fill(s.out, s.out + part.count * Dvp, S(0));
+    const T* k = (const T*)a.k.data + part.kv_head * a.k.h;
+    const T* v = (const T*)a.v.data + part.kv_head * a.v.h;
+    const KeyRange reached = list_reaches(s.rows, part.count, kRows, s.reaches);
+    for (int64_t j0 = reached.begin / kKeys * kKeys; j0 < reached.end; j0 += kKeys) {
       const int64_t n = std::min(kKeys, a.S - j0);
       const T *keys = k + j0 * a.k.t, *values = v + j0 * a.v.t;
       if (!few) pack_transposed<V>(keys, a.k.t, n, a.D, s.keys);
       const bool finite = few || pack_keys<V>(values, a.v.t, n, a.Dv, s.values);
-      for (int64_t r = 0; r < count; r += kRows)
-        group(s, r, std::min<int64_t>(kRows, count - r), j0, n, finite, keys, values);
+      for (int64_t r = 0; r < part.count; r += kRows)
+        group(s, r, std::min<int64_t>(kRows, part.count - r), j0, n, finite, keys, values);
     }
-    for (int64_t r = 0; r < count; ++r) finish(s, b, r);
+    for (int64_t r = 0; r < part.count; ++r) finish(s, r);
   }
 
-  void finish(const Scratch& s, int64_t b, int64_t r) const {
+  void finish(const Scratch& s, int64_t r) const {
     const Row& row = s.rows[r];
     const S sum = reduce_add(s.sum[r]), inverse = sum == S(0) ? S(0) : S(1) / sum;
-    T* out = (T*)a.out.data + b * a.out.b + row.head * a.out.h + row.index * a.out.t;
+    T* out = (T*)a.out.data + row.head * a.out.h + row.index * a.out.t;
     for_lanes<V>(a.Dv, [&](int64_t d, auto n) { store(out + d, V(load<V>(s.out + r * Dvp + d) * inverse), n); });
     if (a.lse)
       ((S*)a.lse)[row.id] = sum == S(0) ? minus_infinity<S> : S((s.maximum[r] + std::log2(sum)) * S(0.6931471805599453));
-  }
-
-  void run() {
-    if (a.B * a.H * a.T == 0) return;
-    const int64_t rows = a.H / a.Hkv * a.T, heads = a.B * a.Hkv;
-    int64_t threads = 1;
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#endif
-    // Enough tasks for the threads to share evenly, as long as a chunk is worth packing the keys for.
-    int64_t per_head = std::max(ceil_div(rows, kChunk), std::min(ceil_div(rows, 8 * kRows), ceil_div(4 * threads, heads)));
-    chunk = ceil_div(ceil_div(rows, per_head), kRows) * kRows;
-    per_head = ceil_div(rows, chunk);
-    const int64_t tasks = heads * per_head;
-#pragma omp parallel for schedule(dynamic) if (tasks > 1 && heads * rows * a.S > kParallelGrain)
-    for (int64_t i = 0; i < tasks; ++i) {
-      const int64_t head = i / per_head, first = (per_head - 1 - i % per_head) * chunk;  // causal: longest first
-      task(head / a.Hkv, head % a.Hkv, first, std::min(chunk, rows - first));
-    }
   }
 };
 
 template <class T>
 void fwd(const AttentionArgs& a) {
-  using V = vec_of<T>;
-  Fwd<T>{a, Dropout(a.seed, a.dropout_p), padded<V>(a.D), padded<V>(a.Dv), 0, attention_few(a)}.run();
+#pragma omp parallel for schedule(dynamic) if (a.parallel && a.task_count > 1)
+  for (int64_t i = 0; i < a.task_count; ++i) Fwd<T>(a, a.tasks[i].b).task(a.tasks[i]);
 }
 
 }  // namespace fastlm::FASTLM_ISA::attention

@@ -115,6 +115,10 @@ inline __m512 exp2_short(__m512 x, __mmask16 open = 0xffff) {
 
 inline __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 inline __mmask16 first16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+// Which of the columns j to j + 15 lie in a range.
+inline __mmask16 columns16(KeyRange range, int64_t j) {
+  return (__mmask16)(first16(range.end - j) & ~first16(range.begin - j));
+}
 
 // Rows of a fused projection lie a page apart, where the hardware's prefetcher does not follow.
 constexpr int64_t kAhead = 16;

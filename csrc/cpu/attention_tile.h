@@ -201,20 +201,45 @@ inline V masked(V score, V additive) {
 // The query rows of one key-value head: those of all heads of its group, one after the other.
 struct Row {
   int64_t head, index;
-  int64_t limit;  // keys at and beyond it are not attended
+  KeyRange keys;  // that it attends by its position
   int64_t mask;   // offset of its mask row
-  int64_t id;     // its number among all rows, for dropout
+  int64_t id;     // its number among all rows, for lse and dropout
 };
 
-// Rows first to first + count of a key-value head.
-inline void list_rows(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t first, int64_t count, Row* rows) {
+// Rows first to first + count of a key-value head of a sequence.
+inline void list_rows(const AttentionArgs& a, int64_t kv_head, int64_t first, int64_t count, Row* rows) {
   if (count == 0) return;
   int64_t head = kv_head * (a.H / a.Hkv) + first / a.T, i = first % a.T;
   for (int64_t r = 0; r < count; ++r) {
-    rows[r] = {head, i, a.causal ? std::min(a.S, i + 1) : a.S, b * a.mask.b + head * a.mask.h + i * a.mask.t,
-               (b * a.H + head) * a.T + i};
+    rows[r] = {head, i, attention_keys(a, i), head * a.mask.h + i * a.mask.t, head * a.row_stride + a.row + i};
     if (++i == a.T) i = 0, ++head;
   }
+}
+
+// What a group of rows attends by position: `any` of them keys in one range, `all` of them those in another.
+struct Reach {
+  KeyRange any, all;
+  bool touches(int64_t j0, int64_t n) const { return any.begin < j0 + n && any.end > j0; }
+  bool covers(int64_t j0, int64_t n) const { return all.begin <= j0 && all.end >= j0 + n; }
+};
+inline Reach reach(const Row* rows, int64_t count) {
+  Reach r{{INT64_MAX, 0}, {0, INT64_MAX}};
+  for (int64_t i = 0; i < count; ++i) {
+    const KeyRange keys = rows[i].keys;
+    if (keys.begin < keys.end) r.any = {std::min(r.any.begin, keys.begin), std::max(r.any.end, keys.end)};
+    r.all = {std::max(r.all.begin, keys.begin), std::min(r.all.end, keys.end)};
+  }
+  return r;
+}
+
+// The reaches of groups of `size` rows, and what they reach together.
+inline KeyRange list_reaches(const Row* rows, int64_t count, int64_t size, Reach* reaches) {
+  KeyRange any{INT64_MAX, 0};
+  for (int64_t r = 0; r < count; r += size) {
+    const Reach one = reaches[r / size] = reach(rows + r, std::min(size, count - r));
+    any = {std::min(any.begin, one.any.begin), std::max(any.end, one.any.end)};
+  }
+  return any;
 }
 
 // What a mask does to a tile.
@@ -289,24 +314,21 @@ Cover mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64
   return open ? Cover::mixed : Cover::closed;
 }
 
-// Scores beyond each row's limit become minus infinity.
-template <class S>
-inline void close_beyond(const Row* rows, int64_t count, int64_t j0, S* scores) {
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t j = std::max<int64_t>(0, rows[r].limit - j0); j < kKeys; ++j)
-      scores[r * kKeys + j] = minus_infinity<S>;
+// Calls body(j) for the keys of a tile of kKeys that a row does not attend by its position.
+template <class F>
+inline void for_outside(KeyRange keys, int64_t j0, F&& body) {
+  for (int64_t j = 0; j < std::min(kKeys, keys.begin - j0); ++j) body(j);
+  for (int64_t j = std::max<int64_t>(0, keys.end - j0); j < kKeys; ++j) body(j);
 }
 
-struct Limits {
-  int64_t least, most;
-};
-inline Limits limits(const Row* rows, int64_t count) {
-  Limits l{rows[0].limit, rows[0].limit};
-  for (int64_t r = 1; r < count; ++r) {
-    l.least = std::min(l.least, rows[r].limit);
-    l.most = std::max(l.most, rows[r].limit);
-  }
-  return l;
+// ---- soft cap ------------------------------------------------------------------------------------------------------
+
+// cap tanh(x / cap), in whatever unit both are; its slope there goes to *slope.
+template <class V>
+inline V soft_cap(V x, lane_t<V> cap, V* slope) {
+  const V bounded = tanh(x * (1 / cap));
+  *slope = 1 - bounded * bounded;
+  return bounded * cap;
 }
 
 }  // namespace fastlm::FASTLM_ISA::attention

@@ -47,16 +47,9 @@ def _torch_unsupported(request: Request) -> str | None:
     return None
 
 
-def _cpu_unsupported(request: Request) -> str | None:
-    features = dict(request.features)
-    if features["window"] or features["softcap"]:
-        return "its kernels have neither window nor soft cap yet"
-    return cpu_unsupported(request)
-
-
 register(
     _NAME,
-    Backend("cpu", _cpu_unsupported),
+    Backend("cpu", cpu_unsupported),
     Backend("torch", _torch_unsupported),
     Backend("reference", always),
 )

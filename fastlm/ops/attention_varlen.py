@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
+from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
 from . import _dropout
 from ._attention_inputs import (
     Window,
@@ -29,13 +29,9 @@ KERNELS: dict[str, Any] = {"cpu": _native}
 _NAME = "attention_varlen"
 
 
-def _cpu_unsupported(request: Request) -> str | None:
-    return "it has no kernel yet"
-
-
 register(
     _NAME,
-    Backend("cpu", _cpu_unsupported),
+    Backend("cpu", cpu_unsupported),
     Backend("reference", always),
 )
 
