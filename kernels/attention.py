@@ -1,0 +1,256 @@
+"""Attention by an online softmax (Dao et al. 2022), for whole batches and for packed sequences.
+
+Forward, a row i with scores s_j = scale q_i k_j (softcap, mask): out = sum_j dropout(exp(s_j - lse)) v_j and
+lse = log sum_j exp(s_j). A program has a tile of queries of one head and goes over the keys in three loops: tiles
+that the window's left edge cuts, whole tiles, tiles that the right edge or the last key cuts. Only the first and the
+last loop compare indices; tiles outside the window are never read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import architecture, dropout_arguments, dropout_factors, on_device_of
+from .attention_tiles import (
+    LN2,
+    LOG2E,
+    Blocking,
+    Blockings,
+    Blocks,
+    blocks_for,
+    broadcast_strides,
+    dot,
+    geometry,
+    heads_together,
+    key_range,
+    load_rows,
+    owned,
+    place,
+    scores,
+    store_rows,
+    tile_and_head,
+)
+
+# From the tables of PyTorch's FlexAttention templates (torch/_inductor/template_heuristics/triton.py), which were
+# tuned on these architectures for Triton kernels of this shape; not measured on this kernel yet.
+FORWARD: Blockings = {
+    80: Blocking(
+        {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(32, 64, 4, 3)},
+        {64: Blocks(128, 32, 4, 3), 128: Blocks(128, 32, 4, 3), 256: Blocks(64, 16, 4, 3)},
+    ),
+    90: Blocking(
+        {64: Blocks(128, 128, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 4, 3)},
+        {64: Blocks(128, 32, 4, 3), 128: Blocks(32, 64, 4, 3), 256: Blocks(32, 32, 4, 3)},
+    ),
+}
+
+
+@triton.jit
+def attend(
+    acc,  # [M, BLOCK_DV] fp32: sum of weights times values
+    total,  # [M] fp32: sum of weights
+    peak,  # [M] fp32: the largest score so far, in log2 units
+    q,  # [M, BLOCK_D]
+    k_ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
+    v_ptr,
+    mask_ptr,  # or None
+    row,  # [M]: which queries
+    mask_row,  # [M] int64: where each row's mask begins
+    dropout_row,  # [M] int64: number of each row in the dropout mask
+    b,
+    kv_head,
+    start,
+    end,
+    stride_ks,
+    stride_vs,
+    stride_ms,
+    T,
+    S,
+    scale,  # not negative
+    softcap,
+    window_left,
+    window_right,
+    seed,
+    threshold,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """Take the keys from `start` to `end` into the online softmax."""
+    for first in tl.range(start, end, N):
+        first = tl.multiple_of(first, N)
+        col = first + tl.arange(0, N)
+        if DESCRIPTORS:
+            k = k_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
+        else:
+            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D)
+        qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
+        if SOFTCAP or mask_ptr is not None or BOUNDS:
+            s, _ = scores(
+                qk, row[:, None], col[None, :], mask_ptr, mask_row[:, None], stride_ms, T, S, scale, softcap,
+                window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
+            )  # fmt: skip
+            new_peak = tl.maximum(peak, tl.max(s, 1))
+        else:  # the scale is not negative, so the maximum can be taken before it: one multiply-add an element less
+            s = qk * (scale * LOG2E)
+            new_peak = tl.maximum(peak, tl.max(qk, 1) * (scale * LOG2E))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that attend to nothing yet
+        p = tl.exp2(s - pivot[:, None])
+        alpha = tl.exp2(peak - pivot)
+        total = total * alpha + tl.sum(p, 1)
+        if DROPOUT:
+            p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
+        if DESCRIPTORS:
+            v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
+        else:
+            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV)
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit(
+    do_not_specialize=[
+        "B", "H", "T", "S", "group", "tiles", "heads", "together", "scale", "softcap", "window_left", "window_right",
+        "seed", "threshold", "dropout_scale",
+    ]
+)  # fmt: skip
+def _attention_fwd_kernel(
+    q_ptr,  # (B, H, T, D), or packed: (1, H, Tq, D)
+    k_ptr,  # (B, Hkv, S, D)
+    v_ptr,  # (B, Hkv, S, DV)
+    mask_ptr,  # broadcast over (B, H, T, S) by strides, or None
+    cu_q_ptr,  # (B + 1) int32 where sequences are packed, or None
+    cu_k_ptr,
+    out_ptr,  # (B, T, H, DV)
+    lse_ptr,  # (B, H, T) fp32 or None
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qt: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vs: tl.int64,
+    stride_mb: tl.int64,
+    stride_mh: tl.int64,
+    stride_mt: tl.int64,
+    stride_ms: tl.int64,
+    B,
+    H,
+    T,  # all packed queries, where sequences are packed
+    S,
+    group,
+    tiles,
+    heads,
+    together,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    seed: tl.int64,
+    threshold: tl.uint32,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, True)
+    total_rows = T
+    tile, b, h, q_start, k_start, T, S = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
+    kv_head = h // group
+    row = tile * M + tl.arange(0, M)
+    numbered = (head.to(tl.int64) * total_rows + q_start) + row  # in lse and in the dropout mask
+    q_ptr += b * (cu_q_ptr is None) * stride_qb + h * stride_qh + q_start * stride_qt
+    if not DESCRIPTORS:
+        k_ptr += b * (cu_q_ptr is None) * stride_kb + kv_head * stride_kh + k_start * stride_ks
+        v_ptr += b * (cu_q_ptr is None) * stride_vb + kv_head * stride_vh + k_start * stride_vs
+    mask_row = row.to(tl.int64)
+    if mask_ptr is not None:
+        mask_row = b * stride_mb + h * stride_mh + mask_row * stride_mt
+    q = load_rows(q_ptr, row, T, stride_qt, D, BLOCK_D)
+    q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
+    scale = tl.abs(scale)
+    acc = tl.zeros((M, BLOCK_DV), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    peak = tl.full((M,), float("-inf"), tl.float32)
+    start, whole, whole_end, end = key_range(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT)
+    end = tl.where(tile * M < T, end, start)  # nothing for rows after the last sequence
+    if LEFT:
+        acc, total, peak = attend(
+            acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
+            start, tl.minimum(whole, end), stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
+            window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
+            LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
+        )  # fmt: skip
+    acc, total, peak = attend(
+        acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
+        whole, tl.minimum(whole_end, end), stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
+        window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
+        LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, False,
+    )  # fmt: skip
+    acc, total, peak = attend(
+        acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
+        whole_end, end, stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
+        window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
+        LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
+    )  # fmt: skip
+    attended = (total != 0) & (row < T)
+    acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
+    limit = owned(cu_q_ptr, b, B, T, total_rows)
+    token = b * (cu_q_ptr is None) * total_rows.to(tl.int64) + q_start
+    store_rows(out_ptr + (token * H + h) * DV, acc, row, limit, (H * DV).to(tl.int64), DV, BLOCK_DV)
+    if lse_ptr is not None:
+        lse = tl.where(attended, (peak + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse_ptr + numbered, lse, row < limit)
+
+
+def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
+    """q (B, H, T, D), or packed sequences as (1, H, Tq, D) -> (out (B, T, H, Dv), lse (B, H, T) or None)."""
+    _, scale, dropout_p, seed, window_left, window_right, softcap = options
+    size = geometry(q, k, v, B, window_left, window_right)
+    batch = q.shape[0]
+    out = q.new_empty(batch, size.T, size.H, size.head[1])
+    sums = q.new_empty(batch, size.H, size.T, dtype=torch.float32) if lse else None
+    if sums is None and out.numel() == 0 or size.T * size.H * batch == 0:
+        return out, sums
+    blocks = blocks_for(FORWARD, architecture(q.device), q.dtype, max(size.head[2:]))
+    tiles = triton.cdiv(size.T, blocks.M) + (0 if cu_q is None else B)
+    heads = batch * size.H
+    together = heads_together(size.S, (size.head[0] + size.head[1]) * q.element_size(), size.group)
+    strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
+    with on_device_of(q):
+        _attention_fwd_kernel[(tiles * heads,)](
+            q, k, v, mask, cu_q, cu_k, out, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+            *size[:5], tiles, heads, min(together, heads), scale, softcap, size.window_left, size.window_right,
+            *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
+            dropout_p > 0, False, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return out, sums
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True):
+    """As fastlm._native.attention_fwd."""
+    out, sums = _forward(q, k, v, mask, None, None, q.shape[0], options, lse)
+    return out.transpose(1, 2), sums

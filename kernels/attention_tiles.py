@@ -1,0 +1,258 @@
+"""What the attention kernels share: configuration tables, the order of programs, sequences, masks and scores.
+
+Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the scale. A tile of scores is [M, N]
+(queries, keys) or its transpose: `row` and `col` are index tensors that broadcast to it either way.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import INTERPRETING
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+WIDEN = tl.constexpr(INTERPRETING)  # the interpreter's dot of bf16 tiles is wrong
+
+
+class Blocks(NamedTuple):
+    """A row of a configuration table: M queries by N keys a tile, `stages` tiles of the loop in flight.
+
+    `descriptors` reads keys and values through tensor descriptors (TMA) where strides allow.
+    """
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+class Blocking(NamedTuple):
+    """Configurations by the padded head size (the last serves larger ones), for 2-byte and for 4-byte inputs."""
+
+    half: dict[int, Blocks]
+    single: dict[int, Blocks]
+
+
+Blockings = dict[int, Blocking]
+
+
+def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int) -> Blocks:
+    """The row for the newest architecture no newer than `arch` and the least head size that holds `head`."""
+    rows = table[max(key for key in table if key <= arch)]
+    sizes = rows.single if dtype == torch.float32 else rows.half
+    return sizes[min(size for size in sizes if size >= head)]
+
+
+def padded_head(D: int) -> int:
+    """Columns of a tile: dots take powers of two from 16 on."""
+    return max(16, triton.next_power_of_2(D))
+
+
+class Geometry(NamedTuple):
+    """What every kernel of a call gets: sizes as run-time arguments, features as compile-time ones."""
+
+    B: int
+    H: int
+    T: int
+    S: int
+    group: int  # query heads a key head
+    window_left: int
+    window_right: int
+    features: tuple[bool, bool]  # whether there is a bound to the left, to the right
+    head: tuple[int, int, int, int]  # D, Dv, and both padded
+
+
+def geometry(q: Tensor, k: Tensor, v: Tensor, B: int, window_left: int, window_right: int) -> Geometry:
+    """For q (B, H, T, D), or (1, H, Tq, D) with B packed sequences in it."""
+    H, T, D = q.shape[1:]
+    S, Dv = v.shape[2:]
+    limit = T + S  # a wider window is none, and 32 bits hold it
+    left = window_left if 0 <= window_left < limit else -1
+    right = window_right if 0 <= window_right < limit else -1
+    return Geometry(
+        B, H, T, S, H // max(k.shape[1], 1), left, right, (left >= 0, right >= 0),
+        (D, Dv, padded_head(D), padded_head(Dv)),
+    )  # fmt: skip
+
+
+L2_BYTES = 24 * 2**20  # half of an H100's: what the keys and values of the heads in progress may take
+
+
+@functools.lru_cache(4096)
+def heads_together(S: int, head_bytes: int, group: int) -> int:
+    """How many query heads go through their tiles together, so that their keys and values stay in L2."""
+    return max(1, L2_BYTES // max(S * head_bytes, 1)) * group
+
+
+@triton.jit
+def tile_and_head(program, tiles, heads, together, REVERSED: tl.constexpr):
+    """A program's place: sections of `together` heads in order, inside one the same tile of all heads in turn.
+
+    REVERSED starts with the last tiles, which are the longest under a causal mask: no long one is left for the end.
+    """
+    section = program // (tiles * together)
+    first = section * together
+    inner = program - first * tiles
+    size = tl.minimum(together, heads - first)
+    tile = inner // size
+    return tl.where(REVERSED, tiles - 1 - tile, tile), first + inner % size
+
+
+@triton.jit
+def find_sequence(cu_ptr, tile, B, BLOCK: tl.constexpr):
+    """Which packed sequence a tile belongs to; sequence b owns the tiles from cu[b] // BLOCK + b on.
+
+    So cdiv(total, BLOCK) + B tiles cover every sequence, wherever the boundaries are: the host need not know them.
+    """
+    low = tile * 0
+    high = low + B
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(cu_ptr + middle) // BLOCK + middle <= tile
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, tile - (tl.load(cu_ptr + low) // BLOCK + low)
+
+
+@triton.jit
+def place(tile, head, tiles_cu_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, BLOCK: tl.constexpr):
+    """A program's sequence: (tile in it, its b, h, first query, first key, T, S), sizes of the sequence alone.
+
+    tiles_cu_ptr: cu_q_ptr or cu_k_ptr, whichever the tiles go over; None where nothing is packed.
+    H: heads of what the tiles go over.
+    """
+    if tiles_cu_ptr is None:
+        b = head // H
+        return tile, b, head % H, b.to(tl.int64) * 0, b.to(tl.int64) * 0, T, S
+    else:
+        b, tile = find_sequence(tiles_cu_ptr, tile, B, BLOCK)
+        q_start = tl.load(cu_q_ptr + b)
+        k_start = tl.load(cu_k_ptr + b)
+        T = tl.load(cu_q_ptr + b + 1) - q_start
+        S = tl.load(cu_k_ptr + b + 1) - k_start
+        return tile, b, head, q_start.to(tl.int64), k_start.to(tl.int64), T, S
+
+
+@triton.jit
+def owned(cu_ptr, b, B, own, total):
+    """Rows that a sequence's programs write: its own, and for the last one what follows the last boundary too."""
+    if cu_ptr is None:
+        return own
+    else:
+        return tl.where(b == B - 1, total - tl.load(cu_ptr + b), own)
+
+
+@triton.jit
+def load_rows(ptr, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] of a matrix with unit stride along D, 0 from row `limit` and column D on."""
+    d = tl.arange(0, BLOCK_D)
+    mask = (row < limit)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + d[None, :], mask, 0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = (row < limit)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    tl.store(ptr + row.to(tl.int64)[:, None] * stride + d[None, :], x.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a @ b + acc in fp32; fp32 inputs are multiplied in full precision."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    """By exp2, but for small x, where 1 - 2 / (e^2x + 1) would cancel, by Taylor's series: error below 2e-7 of it."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.06, series, 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1))
+
+
+@triton.jit
+def scores(
+    qk,
+    row,
+    col,
+    mask_ptr,  # or None
+    mask_row,  # int64, like row: where each row's mask begins
+    stride_ms,
+    T,
+    S,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """(scores in log2 units, -inf where nothing is attended; the softcap's tanh).
+
+    BOUNDS: whether the tile reaches over the last key or an edge of the window.
+    """
+    capped = qk
+    if SOFTCAP:
+        capped = tanh(qk * (scale / softcap))
+        s = capped * (softcap * LOG2E)
+    else:
+        s = qk * (scale * LOG2E)
+    if mask_ptr is not None:
+        offsets = mask_row + col.to(tl.int64) * stride_ms
+        mask = tl.load(mask_ptr + offsets, (row < T) & (col < S), 0)
+        if mask_ptr.dtype.element_ty == tl.int1:
+            s = tl.where(mask, s, float("-inf"))
+        else:
+            s += mask.to(tl.float32) * LOG2E
+    if BOUNDS:
+        inside = col < S
+        if RIGHT:
+            inside = inside & (col <= row + window_right)
+        if LEFT:
+            inside = inside & (col >= row - window_left)
+        s = tl.where(inside, s, float("-inf"))
+    return s, capped
+
+
+@triton.jit
+def key_range(first_row, S, window_left, window_right, M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Where M rows find their keys: (first tile, first whole tile, end of whole tiles, end), in keys.
+
+    Whole tiles need no bounds: every row attends to every key in them.
+    """
+    start = first_row * 0
+    whole = start
+    end = S
+    whole_end = S
+    if RIGHT:
+        end = tl.minimum(S, first_row + M + window_right)
+        whole_end = tl.minimum(S, first_row + window_right + 1)
+    if LEFT:
+        start = tl.maximum(0, first_row - window_left) // N * N
+        whole = (tl.maximum(0, first_row + M - 1 - window_left) + N - 1) // N * N
+        whole = tl.maximum(start, tl.minimum(whole, (end + N - 1) // N * N))
+    whole_end = tl.maximum(whole, whole_end // N * N)
+    return start, whole, whole_end, end
+
+
+def broadcast_strides(mask: Tensor) -> list[int]:
+    """A mask's strides, 0 where one element serves a whole dimension."""
+    return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
