@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._native import heads_like
 from ._common import architecture, dropout_arguments, dropout_factors, on_device_of
+from .attention_backward import backward
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -25,11 +27,11 @@ from .attention_tiles import (
     dot,
     geometry,
     heads_together,
-    key_range,
     load_rows,
     owned,
     place,
     scores,
+    span,
     store_rows,
     tile_and_head,
 )
@@ -195,7 +197,7 @@ def _attention_fwd_kernel(
     acc = tl.zeros((M, BLOCK_DV), tl.float32)
     total = tl.zeros((M,), tl.float32)
     peak = tl.full((M,), float("-inf"), tl.float32)
-    start, whole, whole_end, end = key_range(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT)
+    start, whole, whole_end, end = span(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT, True)
     end = tl.where(tile * M < T, end, start)  # nothing for rows after the last sequence
     if LEFT:
         acc, total, peak = attend(
@@ -254,3 +256,52 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options
     """As fastlm._native.attention_fwd."""
     out, sums = _forward(q, k, v, mask, None, None, q.shape[0], options, lse)
     return out.transpose(1, 2), sums
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *options,
+    inputs: bool = True,
+    mask_grad: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As fastlm._native.attention_bwd."""
+    size = geometry(q, k, v, q.shape[0], *options[4:6])
+    grads = (heads_like(q), heads_like(k), heads_like(v)) if inputs else None
+    dmask = backward(dout, dlse, q, k, v, mask, None, None, out, lse, size, options, grads, mask_grad)
+    return *(grads or (None, None, None)), dmask
+
+
+def attention_varlen_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options, lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """As fastlm._native.attention_varlen_fwd."""
+    packed = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, sums = _forward(*packed, None, cu_q, cu_k, cu_q.shape[0] - 1, options, lse)
+    return out[0], sums if sums is None else sums[0]
+
+
+def attention_varlen_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As fastlm._native.attention_varlen_bwd."""
+    grads = heads_like(q), heads_like(k), heads_like(v)
+    dout, q, k, v, out, *packed = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out, *grads))
+    size = geometry(q, k, v, cu_q.shape[0] - 1, *options[4:6])
+    backward(dout, dlse, q, k, v, None, cu_q, cu_k, out, lse, size, options, tuple(packed), False)
+    return grads

@@ -233,26 +233,55 @@ def scores(
 
 
 @triton.jit
-def key_range(first_row, S, window_left, window_right, M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Where M rows find their keys: (first tile, first whole tile, end of whole tiles, end), in keys.
+def span(
+    first,
+    limit,
+    before,
+    after,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """What a tile of OWN from `first` on meets, in tiles of OTHER: (start, start and end of whole tiles, end).
 
-    Whole tiles need no bounds: every row attends to every key in them.
+    Everything meets from `before` ahead of itself to `after` behind itself, where BEFORE and AFTER say that there
+    are such bounds. In a whole tile everything meets everything. TAIL: a tile over the limit is not whole.
     """
-    start = first_row * 0
+    start = first * 0
     whole = start
-    end = S
-    whole_end = S
-    if RIGHT:
-        end = tl.minimum(S, first_row + M + window_right)
-        whole_end = tl.minimum(S, first_row + window_right + 1)
-    if LEFT:
-        start = tl.maximum(0, first_row - window_left) // N * N
-        whole = (tl.maximum(0, first_row + M - 1 - window_left) + N - 1) // N * N
-        whole = tl.maximum(start, tl.minimum(whole, (end + N - 1) // N * N))
-    whole_end = tl.maximum(whole, whole_end // N * N)
-    return start, whole, whole_end, end
+    end = start + limit
+    whole_end = end
+    if AFTER:
+        end = tl.minimum(limit, first + OWN + after)
+        whole_end = tl.minimum(limit, first + after + 1)
+    if BEFORE:
+        start = tl.maximum(0, first - before) // OTHER * OTHER
+        whole = tl.cdiv(tl.maximum(0, first + OWN - 1 - before), OTHER) * OTHER
+        whole = tl.maximum(start, tl.minimum(whole, tl.cdiv(end, OTHER) * OTHER))
+    if AFTER or TAIL:
+        whole_end = whole_end // OTHER * OTHER
+    return start, whole, tl.maximum(whole, whole_end), end
 
 
 def broadcast_strides(mask: Tensor) -> list[int]:
     """A mask's strides, 0 where one element serves a whole dimension."""
     return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+
+
+@triton.jit
+def row_statistics(lse_ptr, delta_ptr, row, T):
+    """(lse in log2 units, delta) of rows; a row that attends to nothing, or is not there, gets weights of 0."""
+    lse = tl.load(lse_ptr + row, row < T, float("-inf")) * LOG2E
+    delta = tl.load(delta_ptr + row, row < T, 0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse), delta
+
+
+@triton.jit
+def weights(s, lse, mask_ptr):
+    """exp2(s - lse); under a mask never above 1, which cancellation in huge scores could make infinite."""
+    difference = s - lse
+    if mask_ptr is not None:
+        difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(difference)

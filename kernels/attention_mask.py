@@ -1,0 +1,167 @@
+"""Gradient of attention's additive mask: the scores' gradients, summed over what the mask broadcasts over.
+
+A program has a tile of the mask's queries and keys and sums over the batches and heads that share it, in order. Where
+the mask has one row for all queries, or one column for all keys, each tile writes a partial sum, and the partial sums
+are added in order. The scores are made once more here: a matrix of their gradients would be the largest tensor of all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import architecture, dropout_factors, sum_partials
+from .attention_tiles import (
+    Blocking,
+    Blockings,
+    Blocks,
+    Geometry,
+    blocks_for,
+    dot,
+    load_rows,
+    row_statistics,
+    scores,
+    weights,
+)
+
+# By registers alone: not measured yet.
+MASK: Blockings = {
+    80: Blocking(
+        {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 4, 1)},
+        {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(32, 32, 4, 1)},
+    ),
+}
+
+
+@triton.jit(
+    do_not_specialize=[
+        "H", "T", "S", "group", "batches", "heads", "tiles_t", "tiles_s", "mask_heads", "scale", "softcap",
+        "window_left", "window_right", "seed", "threshold", "dropout_scale",
+    ]
+)  # fmt: skip
+def _attention_bwd_mask_kernel(
+    q_ptr,  # (B, H, T, D)
+    k_ptr,  # (B, Hkv, S, D)
+    v_ptr,  # (B, Hkv, S, DV)
+    mask_ptr,  # broadcast over (B, H, T, S) by strides
+    dout_ptr,  # (B, H, T, DV)
+    lse_ptr,  # (B, H, T) fp32
+    delta_ptr,  # (B, H, T) fp32
+    dmask_ptr,  # (tiles_t or 1, tiles_s or 1, *mask.shape) fp32: the first two where the mask has size 1 instead
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qt: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vs: tl.int64,
+    stride_mb: tl.int64,
+    stride_mh: tl.int64,
+    stride_mt: tl.int64,
+    stride_ms: tl.int64,
+    stride_gb: tl.int64,
+    stride_gh: tl.int64,
+    stride_gt: tl.int64,
+    H,
+    T,
+    S,
+    group,
+    batches,  # that share an element of the mask
+    heads,  # that share one
+    mask_heads,  # mask.shape[1]
+    tiles_t,
+    tiles_s,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    seed: tl.int64,
+    threshold: tl.uint32,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ONE_ROW: tl.constexpr,  # mask.shape[2] == 1
+    ONE_COLUMN: tl.constexpr,  # mask.shape[3] == 1
+):
+    program = tl.program_id(0).to(tl.int64)
+    tile_s, rest = program % tiles_s, program // tiles_s
+    tile_t, matrix = rest % tiles_t, rest // tiles_t  # matrix: which (batch, head) of the mask
+    row = tile_t * M + tl.arange(0, M)
+    col = tile_s * N + tl.arange(0, N)
+    inside = (row < T)[:, None] & (col < S)[None, :]
+    dmask = tl.zeros((M, N), tl.float32)
+    for shared in range(batches * heads):
+        b = matrix // mask_heads + shared // heads
+        h = matrix % mask_heads + shared % heads
+        q = load_rows(q_ptr + b * stride_qb + h * stride_qh, row, T, stride_qt, D, BLOCK_D)
+        k = load_rows(k_ptr + b * stride_kb + h // group * stride_kh, col, S, stride_ks, D, BLOCK_D)
+        s, _ = scores(
+            dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
+            mask_ptr + b * stride_mb + h * stride_mh, row[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, True,
+        )  # fmt: skip
+        numbered = (b * H + h) * T
+        lse, delta = row_statistics(lse_ptr + numbered, delta_ptr + numbered, row, T)
+        dout = load_rows(dout_ptr + b * stride_gb + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
+        v = load_rows(v_ptr + b * stride_vb + h // group * stride_vh, col, S, stride_vs, DV, BLOCK_DV)
+        dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32))
+        if DROPOUT:
+            dp *= dropout_factors(numbered + row, tile_s * N, seed, threshold, dropout_scale, N)
+        ds = weights(s, lse[:, None], mask_ptr) * (dp - delta[:, None])
+        dmask += tl.where(inside, ds, 0.0)
+    # the place of this program's partial sums in dmask
+    rows = 1 if ONE_ROW else T
+    columns = 1 if ONE_COLUMN else S
+    partial = tile_t * (tiles_s if ONE_COLUMN else 1) * ONE_ROW + tile_s * ONE_COLUMN
+    matrices = tl.num_programs(0) // (tiles_t * tiles_s)
+    dmask_ptr += (partial * matrices + matrix) * rows * columns
+    if ONE_ROW and ONE_COLUMN:
+        tl.store(dmask_ptr, tl.sum(dmask))
+    elif ONE_ROW:
+        tl.store(dmask_ptr + col, tl.sum(dmask, 0), col < S)
+    elif ONE_COLUMN:
+        tl.store(dmask_ptr + row, tl.sum(dmask, 1), row < T)
+    else:
+        tl.store(dmask_ptr + row[:, None] * columns + col[None, :], dmask, inside)
+
+
+def mask_gradient(
+    mask: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    strides: tuple[int, ...],
+    size: Geometry,
+    scalars: tuple,
+    flags: tuple[bool, ...],
+) -> Tensor:
+    """In mask's shape, fp32; `strides`, `scalars` and `flags` as the other gradients' kernels take them."""
+    mask_B, mask_H, mask_T, mask_S = mask.shape
+    blocks = blocks_for(MASK, architecture(q.device), q.dtype, max(size.head[2:]))
+    tiles_t, tiles_s = triton.cdiv(size.T, blocks.M), triton.cdiv(size.S, blocks.N)
+    partials = (tiles_t if mask_T == 1 else 1) * (tiles_s if mask_S == 1 else 1)
+    dmask = q.new_empty(partials, *mask.shape, dtype=torch.float32)
+    programs = tiles_t * tiles_s * mask_B * mask_H
+    if dmask.numel() == 0 or programs == 0 or q.shape[0] * size.H == 0:
+        return q.new_zeros(mask.shape, dtype=torch.float32)
+    _attention_bwd_mask_kernel[(programs,)](
+        q, k, v, mask, dout, lse, delta, dmask, *strides, *size[1:5],
+        q.shape[0] // mask_B, size.H // mask_H, mask_H, tiles_t, tiles_s, *scalars, blocks.M, blocks.N, *flags,
+        mask_T == 1, mask_S == 1, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return sum_partials(dmask)
