@@ -199,25 +199,16 @@ def _attention_fwd_kernel(
     peak = tl.full((M,), float("-inf"), tl.float32)
     start, whole, whole_end, end = span(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT, True)
     end = tl.where(tile * M < T, end, start)  # nothing for rows after the last sequence
-    if LEFT:
-        acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
-            start, tl.minimum(whole, end), stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
-            window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
-            LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
-        )  # fmt: skip
-    acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
-        whole, tl.minimum(whole_end, end), stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
-        window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
-        LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, False,
-    )  # fmt: skip
-    acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
-        whole_end, end, stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
-        window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
-        LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
-    )  # fmt: skip
+    for phase in tl.static_range(3):
+        if phase != 0 or LEFT:
+            acc, total, peak = attend(
+                acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
+                start if phase == 0 else whole if phase == 1 else whole_end,
+                tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
+                stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
+                window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
+                LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, phase != 1,
+            )  # fmt: skip
     attended = (total != 0) & (row < T)
     acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
     limit = owned(cu_q_ptr, b, B, T, total_rows)

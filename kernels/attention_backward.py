@@ -251,26 +251,16 @@ def _attention_bwd_keys_kernel(
         mask = mask_ptr
         if mask_ptr is not None:
             mask = mask_ptr + b * stride_mb + h * stride_mh
-        if RIGHT:
-            dk, dv = _over_queries(
-                dk, dv, k, v, q, dout, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
-                start, tl.minimum(whole, end), stride_qt, stride_gt, stride_mt, stride_ms, T, S, scale, softcap,
-                window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, M, N,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-            )  # fmt: skip
-        dk, dv = _over_queries(
-            dk, dv, k, v, q, dout, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
-            whole, tl.minimum(whole_end, end), stride_qt, stride_gt, stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, M, N,
-            LEFT, RIGHT, SOFTCAP, DROPOUT, False,
-        )  # fmt: skip
-        if LEFT:
-            dk, dv = _over_queries(
-                dk, dv, k, v, q, dout, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
-                whole_end, end, stride_qt, stride_gt, stride_mt, stride_ms, T, S, scale, softcap,
-                window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, M, N,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-            )  # fmt: skip
+        for phase in tl.static_range(3):
+            if phase == 1 or (RIGHT if phase == 0 else LEFT):
+                dk, dv = _over_queries(
+                    dk, dv, k, v, q, dout, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
+                    start if phase == 0 else whole if phase == 1 else whole_end,
+                    tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
+                    stride_qt, stride_gt, stride_mt, stride_ms, T, S, scale, softcap,
+                    window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, M, N,
+                    LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
+                )  # fmt: skip
     limit = owned(cu_k_ptr, b, B, S, all_keys)
     dk_ptr += batch * stride_dkb + kv_head * stride_dkh + k_start * stride_dks
     store_rows(dk_ptr, dk * scale, key, limit, stride_dks, D, BLOCK_D)
@@ -420,22 +410,15 @@ def _attention_bwd_queries_kernel(
     dq = tl.zeros((M, BLOCK_D), tl.float32)
     start, whole, whole_end, end = span(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT, True)
     end = tl.where(tile * M < T, end, start)
-    if LEFT:
-        dq = _over_keys(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, mask, row, first_numbered + row, start, tl.minimum(whole, end),
-            stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
-            seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-        )  # fmt: skip
-    dq = _over_keys(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, mask, row, first_numbered + row, whole, tl.minimum(whole_end, end),
-        stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
-        seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
-    )  # fmt: skip
-    dq = _over_keys(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, mask, row, first_numbered + row, whole_end, end,
-        stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
-        seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-    )  # fmt: skip
+    for phase in tl.static_range(3):
+        if phase != 0 or LEFT:
+            dq = _over_keys(
+                dq, q, dout, lse, delta, k_ptr, v_ptr, mask, row, first_numbered + row,
+                start if phase == 0 else whole if phase == 1 else whole_end,
+                tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
+                stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
+                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
+            )  # fmt: skip
     dq_ptr += batch * stride_dqb + h * stride_dqh + q_start * stride_dqt
     limit = owned(cu_q_ptr, b, B, T, all_rows)
     store_rows(dq_ptr, dq * scale, row, limit, stride_dqt, D, BLOCK_D)
