@@ -106,30 +106,49 @@ def interpreter():
 TRITON = pytest.param("triton", marks=pytest.mark.gpu if torch.cuda.is_available() else ())
 
 
+def _on_triton(request):
+    """Inside, ops run on the Triton backend, and new tensors are made on its device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        request.getfixturevalue("interpreter")
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # numpy's word on a row of NaN
+    with fastlm.backend("triton"), torch.device(device), np.errstate(all="ignore"):
+        yield "triton"
+
+
 @pytest.fixture(params=[*(f"cpu-{width}" for width in WIDTHS), TRITON])
 def kernels(request):
     """Every implementation in turn: the CPU's vector widths, and Triton on the GPU or else in its interpreter.
 
-    New tensors are made on its device. Tests of a dtype that an implementation does not take are left out.
+    Tests of a dtype that an implementation does not take are left out.
     """
-    backend, _, width = request.param.partition("-")
+    if request.param == "triton":
+        yield from _on_triton(request)
+        return
     before = fastlm.cpu_isa()
-    if backend == "cpu":
-        fastlm.set_cpu_isa(width)
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    if backend == "triton" and device == "cpu":
-        request.getfixturevalue("interpreter")
-        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # numpy's word on a row of NaN
-    with fastlm.backend(backend), torch.device(device), np.errstate(all="ignore"):
-        yield backend
-    if before:
-        fastlm.set_cpu_isa(before)
+    fastlm.set_cpu_isa(request.param.removeprefix("cpu-"))
+    with fastlm.backend("cpu"), np.errstate(all="ignore"):
+        yield "cpu"
+    fastlm.set_cpu_isa(before)
+
+
+@pytest.fixture(params=[*(fastlm.cpu_isas()), TRITON])
+def attention_kernels(request):
+    """As `kernels`, on the CPU with every instruction set: attention has versions above plain AVX-512."""
+    if request.param == "triton":
+        yield from _on_triton(request)
+        return
+    before = fastlm.cpu_isa()
+    fastlm.set_cpu_isa(request.param)
+    yield request.param
+    fastlm.set_cpu_isa(before)
 
 
 def pytest_collection_modifyitems(config, items):
     def unsupported(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        return params.get("kernels") == "triton" and params.get("dtype") is torch.float64
+        on_triton = "triton" in (params.get("kernels"), params.get("attention_kernels"))
+        return on_triton and params.get("dtype") is torch.float64
 
     config.hook.pytest_deselected(items=[item for item in items if unsupported(item)])
     items[:] = [item for item in items if not unsupported(item)]

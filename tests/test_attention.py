@@ -65,7 +65,7 @@ def _truth(q, k, v, mask, causal=False, dropout_p=0.0, seed=0, scale=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_parity(every_isa, poisoned, case, dtype):
+def test_parity(attention_kernels, poisoned, case, dtype):
     *sizes, kind = case
     B, H, _, T, S, D, Dv = sizes
     q, k, v = _inputs(*sizes, dtype)
@@ -86,7 +86,7 @@ def test_parity(every_isa, poisoned, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_lse_and_its_gradient(every_isa, poisoned, dtype):
+def test_lse_and_its_gradient(attention_kernels, poisoned, dtype):
     q, k, v = _inputs(2, 4, 2, 35, 70, 40, 24, dtype)
     mask = _mask("additive", 2, 4, 35, 70, dtype)
     (truth, truth_lse), doubles = _truth(q, k, v, mask)
@@ -102,7 +102,7 @@ def test_lse_and_its_gradient(every_isa, poisoned, dtype):
         assert_as_close_as_torch(g, e, e.to(dtype), 35 * 4, name)
 
 
-def test_gradient_of_lse_alone(every_isa):
+def test_gradient_of_lse_alone(attention_kernels):
     q, k, v = _inputs(1, 2, 2, 9, 11, 8, 8)
     (_, truth), doubles = _truth(q, k, v, None)
     _, lse = fastlm.scaled_dot_product_attention(q, k, v, return_lse=True)
@@ -115,7 +115,7 @@ def test_gradient_of_lse_alone(every_isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.25, 1.0])
-def test_dropout(every_isa, poisoned, dtype, p):
+def test_dropout(attention_kernels, poisoned, dtype, p):
     """The mask is a function of seed, row and column: the reference with the same seed gives the same result."""
     q, k, v = _inputs(2, 4, 2, 33, 70, 24, 24, dtype)
     mask = _mask("bias", 2, 4, 33, 70, dtype)
@@ -160,7 +160,7 @@ MASK_SHAPES = [
 
 
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
-def test_gradient_of_a_broadcast_mask(every_isa, poisoned, shape):
+def test_gradient_of_a_broadcast_mask(attention_kernels, poisoned, shape):
     q, k, v = _inputs(2, 4, 2, 50, 70, 16, 16)
     mask = torch.randn(shape).requires_grad_()
     (truth, _), doubles = _truth(q, k, v, mask)
@@ -177,7 +177,7 @@ def test_gradient_of_a_broadcast_mask(every_isa, poisoned, shape):
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fully_masked_rows_give_zero(every_isa, poisoned, kind, dtype):
+def test_fully_masked_rows_give_zero(attention_kernels, poisoned, kind, dtype):
     q, k, v = _inputs(2, 2, 2, 70, 75, 16, 16, dtype)
     mask = torch.rand(70, 75) > 0.2
     mask[3], mask[64:] = False, False
@@ -196,7 +196,7 @@ def test_fully_masked_rows_give_zero(every_isa, poisoned, kind, dtype):
         assert_as_close_as_torch(g, e, e.to(dtype), 70 * 4, "gradient")
 
 
-def test_nan_stays_in_its_row(every_isa):
+def test_nan_stays_in_its_row(attention_kernels):
     q, k, v = _inputs(1, 2, 2, 70, 70, 16, 16)
     clean = fastlm.scaled_dot_product_attention(q, k, v, is_causal=True)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_nan_of_a_later_token_does_not_reach_back(every_isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_extreme_scores(every_isa, dtype):
+def test_extreme_scores(attention_kernels, dtype):
     """Scores of a thousand, where exponentials overflow unless the maximum is taken out first."""
     q, k, v = (x.detach() for x in _inputs(1, 2, 2, 40, 130, 32, 32, dtype))
     q, k = q * 16, k * 16
@@ -230,7 +230,7 @@ def test_extreme_scores(every_isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scale(every_isa, dtype):
+def test_scale(attention_kernels, dtype):
     q, k, v = _inputs(1, 2, 2, 20, 30, 16, 16, dtype)
     (truth, _), doubles = _truth(q, k, v, None, scale=-0.7)
     out = fastlm.scaled_dot_product_attention(q, k, v, scale=-0.7)
@@ -243,7 +243,7 @@ def test_scale(every_isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
-def test_few_rows(every_isa, poisoned, T, dtype):
+def test_few_rows(attention_kernels, poisoned, T, dtype):
     """Decoding: a handful of queries reads the keys where they are, here from inside a longer cache."""
     q, k, v = (x.detach() for x in _inputs(2, 3, 3, T, 150, 70, 37, dtype))
     k, v = k[:, :, 5:142], v[:, :, 5:142]
@@ -254,7 +254,7 @@ def test_few_rows(every_isa, poisoned, T, dtype):
     assert_as_close_as_torch(lse.to(dtype), truth_lse, truth_lse.to(dtype), 137)
 
 
-def test_fused_projection_is_read_in_place(every_isa, poisoned):
+def test_fused_projection_is_read_in_place(attention_kernels, poisoned):
     B, T, H, D = 2, 70, 3, 16
     qkv = torch.randn(B, T, 3, H, D, requires_grad=True)
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -276,7 +276,7 @@ def test_gradients_have_their_inputs_layout():
         assert g.stride() == x.stride()
 
 
-def test_any_strides(every_isa, poisoned):
+def test_any_strides(attention_kernels, poisoned):
     """Last dimensions that are not contiguous, reversed orders, broadcast keys, a strided mask and gradient."""
     base = torch.randn(16, 40, 3, 2)
     q = base.permute(3, 2, 1, 0).requires_grad_()
@@ -331,7 +331,7 @@ EMPTY = [(0, 2, 5, 7, 8, 8), (2, 0, 5, 7, 8, 8), (2, 2, 0, 7, 8, 8), (2, 2, 5, 0
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
-def test_empty(every_isa, poisoned, sizes, dtype):
+def test_empty(attention_kernels, poisoned, sizes, dtype):
     B, H, T, S, D, Dv = sizes
     q, k, v = _inputs(B, H, H, T, S, D, Dv, dtype)
     out = fastlm.scaled_dot_product_attention(q, k, v)
@@ -372,7 +372,7 @@ def test_same_bits_for_any_number_of_threads(every_isa, threads, B, Hkv, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_rows_do_not_depend_on_the_batch_around_them(every_isa):
+def test_rows_do_not_depend_on_the_batch_around_them(attention_kernels):
     q, k, v = _inputs(3, 2, 2, 150, 150, 32, 32)
     whole = fastlm.scaled_dot_product_attention(q, k, v, is_causal=True)
     part = fastlm.scaled_dot_product_attention(q[1:2, 1:], k[1:2, 1:], v[1:2, 1:], is_causal=True)

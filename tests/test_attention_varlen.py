@@ -54,7 +54,7 @@ def _one_by_one(q, k, v, cu_q, cu_k, options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("lengths", "options"), list(zip(LENGTHS, OPTIONS, strict=True)), ids=str)
-def test_parity(every_isa, poisoned, lengths, options, dtype):
+def test_parity(attention_kernels, poisoned, lengths, options, dtype):
     leaves, cu_q, cu_k = _packed(lengths, dtype)
     keys = cu_q if cu_k is None else cu_k
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -82,7 +82,7 @@ def test_rows_without_keys_give_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sequence_does_not_depend_on_its_neighbours(every_isa, dtype):
+def test_a_sequence_does_not_depend_on_its_neighbours(attention_kernels, dtype):
     """The same bits alone as between others, forward and backward."""
     lengths = [130, 67, 1, 300]
     leaves, cu, _ = _packed((lengths, None), dtype)
@@ -111,7 +111,7 @@ def test_same_bits_for_any_number_of_threads(every_isa, threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropout(every_isa, poisoned, dtype):
+def test_dropout(attention_kernels, poisoned, dtype):
     """A mask of (head, packed query, key within the sequence), the same forward and backward as in the reference."""
     leaves, cu_q, cu_k = _packed(([5, 70, 33], [90, 40, 3]), dtype)
     torch.manual_seed(5)
@@ -140,7 +140,7 @@ def test_dropout_of_one_sequence_is_the_dense_mask():
     torch.testing.assert_close(packed, dense[0].transpose(0, 1))
 
 
-def test_any_strides(every_isa, poisoned):
+def test_any_strides(attention_kernels, poisoned):
     """A fused projection, and last dimensions that are not contiguous."""
     cu = _offsets([70, 13])
     qkv = torch.randn(83, 3, 2, 16, requires_grad=True)

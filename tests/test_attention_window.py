@@ -75,7 +75,7 @@ def _compare(mine, leaves, formula, dtype, size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
-def test_window(every_isa, poisoned, case, dtype):
+def test_window(attention_kernels, poisoned, case, dtype):
     T, S, window, is_causal = case
     leaves, attended = _inputs(T, S, dtype), _attended(T, S, window, is_causal)
     mine = fastlm.scaled_dot_product_attention(
@@ -89,7 +89,7 @@ def test_window(every_isa, poisoned, case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [90, 2])
-def test_softcap(every_isa, poisoned, rows, dtype):
+def test_softcap(attention_kernels, poisoned, rows, dtype):
     """Scores several times the cap, where its slope is small, and others within it."""
     leaves = _inputs(rows, 75, dtype)
     mine = fastlm.scaled_dot_product_attention(
@@ -100,7 +100,7 @@ def test_softcap(every_isa, poisoned, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_together(every_isa, poisoned, dtype):
+def test_all_together(attention_kernels, poisoned, dtype):
     """Window, softcap and an additive mask with its gradient."""
     leaves = [*_inputs(70, 140, dtype), torch.randn(2, 1, 70, 140).to(dtype).requires_grad_()]
     attended = _attended(70, 140, (13, 80), False)
@@ -109,7 +109,7 @@ def test_all_together(every_isa, poisoned, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_boolean_mask_and_dropout(every_isa, poisoned, dtype):
+def test_boolean_mask_and_dropout(attention_kernels, poisoned, dtype):
     leaves, mask = _inputs(60, 60, dtype), torch.rand(60, 60) > 0.3
     torch.manual_seed(3)
     seed = _dropout.draw_seed()

@@ -7,14 +7,25 @@ form for packed sequences.
 from __future__ import annotations
 
 import math
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._dispatch import (
+    Backend,
+    LazyModule,
+    Request,
+    always,
+    choose,
+    cpu_unsupported,
+    must_trace,
+    needs_grad,
+    register,
+    triton_unsupported,
+)
 from . import _dropout
 from ._attention_inputs import (
     Window,
@@ -30,7 +41,8 @@ from ._attention_inputs import (
 from ._attention_reference import Options, attention_backward_ref, attention_ref
 from ._autograd import reference_gradients
 
-KERNELS = {"cpu": _native}
+KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.attention")}
+PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 _NAME = "scaled_dot_product_attention"
 
 
@@ -47,9 +59,17 @@ def _torch_unsupported(request: Request) -> str | None:
     return None
 
 
+def triton_attention_unsupported(request: Request) -> str | None:
+    head_dim = dict(request.features)["head_dim"]
+    if head_dim > 256:
+        return f"its kernels take head sizes up to 256, not {head_dim}"
+    return triton_unsupported(request)
+
+
 register(
     _NAME,
     Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_attention_unsupported, proved=PROVED),
     Backend("torch", _torch_unsupported),
     Backend("reference", always),
 )

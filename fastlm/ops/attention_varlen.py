@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._dispatch import Backend, LazyModule, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
 from . import _dropout
 from ._attention_inputs import (
     Window,
@@ -23,15 +23,16 @@ from ._attention_inputs import (
 )
 from ._attention_reference import Options, attention_varlen_backward_ref, attention_varlen_ref
 from ._autograd import reference_gradients
-from .attention import op_options, traced_seed
+from .attention import PROVED, op_options, traced_seed, triton_attention_unsupported
 
-KERNELS: dict[str, Any] = {"cpu": _native}
+KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.attention")}
 _NAME = "attention_varlen"
 
 
 register(
     _NAME,
     Backend("cpu", cpu_unsupported),
+    Backend("triton", triton_attention_unsupported, proved=PROVED),
     Backend("reference", always),
 )
 
