@@ -14,23 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm._native import heads_like
-from ._common import architecture, dropout_arguments, dropout_factors, on_device_of
+
+from ._common import architecture, dropout_arguments, on_device_of
 from .attention_backward import backward
+from .attention_decode import decode, splits_keys
 from .attention_tiles import (
     LN2,
-    LOG2E,
     Blocking,
     Blockings,
     Blocks,
+    attend,
     blocks_for,
     broadcast_strides,
-    dot,
     geometry,
     heads_together,
     load_rows,
     owned,
     place,
-    scores,
     span,
     store_rows,
     tile_and_head,
@@ -48,79 +48,6 @@ FORWARD: Blockings = {
         {64: Blocks(128, 32, 4, 3), 128: Blocks(32, 64, 4, 3), 256: Blocks(32, 32, 4, 3)},
     ),
 }
-
-
-@triton.jit
-def attend(
-    acc,  # [M, BLOCK_DV] fp32: sum of weights times values
-    total,  # [M] fp32: sum of weights
-    peak,  # [M] fp32: the largest score so far, in log2 units
-    q,  # [M, BLOCK_D]
-    k_ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
-    v_ptr,
-    mask_ptr,  # or None
-    row,  # [M]: which queries
-    mask_row,  # [M] int64: where each row's mask begins
-    dropout_row,  # [M] int64: number of each row in the dropout mask
-    b,
-    kv_head,
-    start,
-    end,
-    stride_ks,
-    stride_vs,
-    stride_ms,
-    T,
-    S,
-    scale,  # not negative
-    softcap,
-    window_left,
-    window_right,
-    seed,
-    threshold,
-    dropout_scale,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    N: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BOUNDS: tl.constexpr,
-):
-    """Take the keys from `start` to `end` into the online softmax."""
-    for first in tl.range(start, end, N):
-        first = tl.multiple_of(first, N)
-        col = first + tl.arange(0, N)
-        if DESCRIPTORS:
-            k = k_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
-        else:
-            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D)
-        qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
-        if SOFTCAP or mask_ptr is not None or BOUNDS:
-            s, _ = scores(
-                qk, row[:, None], col[None, :], mask_ptr, mask_row[:, None], stride_ms, T, S, scale, softcap,
-                window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
-            )  # fmt: skip
-            new_peak = tl.maximum(peak, tl.max(s, 1))
-        else:  # the scale is not negative, so the maximum can be taken before it: one multiply-add an element less
-            s = qk * (scale * LOG2E)
-            new_peak = tl.maximum(peak, tl.max(qk, 1) * (scale * LOG2E))
-        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that attend to nothing yet
-        p = tl.exp2(s - pivot[:, None])
-        alpha = tl.exp2(peak - pivot)
-        total = total * alpha + tl.sum(p, 1)
-        if DROPOUT:
-            p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
-        if DESCRIPTORS:
-            v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
-        else:
-            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV)
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
-        peak = new_peak
-    return acc, total, peak
 
 
 @triton.jit(
@@ -226,9 +153,13 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
     batch = q.shape[0]
     out = q.new_empty(batch, size.T, size.H, size.head[1])
     sums = q.new_empty(batch, size.H, size.T, dtype=torch.float32) if lse else None
-    if sums is None and out.numel() == 0 or size.T * size.H * batch == 0:
+    if (sums is None and out.numel() == 0) or size.T * size.H * batch == 0:
         return out, sums
-    blocks = blocks_for(FORWARD, architecture(q.device), q.dtype, max(size.head[2:]))
+    if cu_q is None and splits_keys(size):
+        decode(q, k, v, mask, out, sums, size, options)
+        return out, sums
+    masked = mask is not None or dropout_p > 0
+    blocks = blocks_for(FORWARD, architecture(q.device), q.dtype, max(size.head[2:]), masked)
     tiles = triton.cdiv(size.T, blocks.M) + (0 if cu_q is None else B)
     heads = batch * size.H
     together = heads_together(size.S, (size.head[0] + size.head[1]) * q.element_size(), size.group)

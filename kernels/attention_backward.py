@@ -19,7 +19,6 @@ from torch import Tensor
 from ._common import architecture, dropout_arguments, dropout_factors, on_device_of
 from .attention_mask import mask_gradient
 from .attention_tiles import (
-    LOG2E,
     Blocking,
     Blockings,
     Blocks,
@@ -103,17 +102,22 @@ def _over_queries(
     dv,  # [N, BLOCK_DV] fp32
     k,  # [N, BLOCK_D]
     v,  # [N, BLOCK_DV]
-    q_ptr,  # this and what follows at the tile's batch and query head
+    q_ptr,  # this and what follows at the tile's batch and first query head
     dout_ptr,
     lse_ptr,
     delta_ptr,
     mask_ptr,
-    first_numbered,  # number of the head's first row in the dropout mask
+    first_numbered,  # number of the first head's first row in the dropout mask
     first_key,
     start,
     end,
+    group,
+    all_rows,  # of a head in lse and delta
+    stride_qh,
     stride_qt,
+    stride_gh,
     stride_gt,
+    stride_mh,
     stride_mt,
     stride_ms,
     T,
@@ -137,22 +141,28 @@ def _over_queries(
     DROPOUT: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """Add what the queries from `start` to `end` give; tiles are [keys, queries]."""
+    """Add what the queries from `start` to `end` of each head of the group give; tiles are [keys, queries]."""
     col = first_key + tl.arange(0, N)
-    for first in tl.range(start, end, M):
-        row = first + tl.arange(0, M)
-        q = load_rows(q_ptr, row, T, stride_qt, D, BLOCK_D)
-        lse, delta = row_statistics(lse_ptr, delta_ptr, row, T)
+    count = tl.maximum(tl.cdiv(end - start, M), 0)
+    for i in tl.range(0, group * count):  # one loop, since registers spill in a loop inside a loop over heads
+        h = (i // count).to(tl.int64)
+        row = start + i % count * M + tl.arange(0, M)
+        q = load_rows(q_ptr + h * stride_qh, row, T, stride_qt, D, BLOCK_D)
+        lse, delta = row_statistics(lse_ptr + h * all_rows, delta_ptr + h * all_rows, row, T)
+        mask = mask_ptr
+        if mask_ptr is not None:
+            mask = mask_ptr + h * stride_mh
         s, capped = scores(
             dot(k, tl.trans(q), tl.zeros((N, M), tl.float32)), row[None, :], col[:, None],
-            mask_ptr, row.to(tl.int64)[None, :] * stride_mt, stride_ms, T, S, scale, softcap,
+            mask, row.to(tl.int64)[None, :] * stride_mt, stride_ms, T, S, scale, softcap,
             window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
         )  # fmt: skip
         p = weights(s, lse[None, :], mask_ptr)
-        dout = load_rows(dout_ptr, row, T, stride_gt, DV, BLOCK_DV)
+        dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
         dp = dot(v, tl.trans(dout), tl.zeros((N, M), tl.float32))
         if DROPOUT:
-            factors = tl.trans(dropout_factors(first_numbered + row, first_key, seed, threshold, dropout_scale, N))
+            numbered = first_numbered + h * all_rows + row
+            factors = tl.trans(dropout_factors(numbered, first_key, seed, threshold, dropout_scale, N))
             dv = dot((p * factors).to(dout.dtype), dout, dv)
             dp *= factors
         else:
@@ -233,34 +243,34 @@ def _attention_bwd_keys_kernel(
     # under a causal mask the first keys have the most queries
     tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, False)
     all_rows, all_keys = T, S
-    tile, b, kv_head, q_start, k_start, T, S = place(
-        tile, head, cu_k_ptr, cu_q_ptr, cu_k_ptr, B, H // group, T, S, N
-    )
+    tile, b, kv_head, q_start, k_start, T, S = place(tile, head, cu_k_ptr, cu_q_ptr, cu_k_ptr, B, H // group, T, S, N)
     batch = b * (cu_q_ptr is None)
     key = tile * N + tl.arange(0, N)
-    k = load_rows(k_ptr + batch * stride_kb + kv_head * stride_kh + k_start * stride_ks, key, S, stride_ks, D, BLOCK_D)
-    v = load_rows(v_ptr + batch * stride_vb + kv_head * stride_vh + k_start * stride_vs, key, S, stride_vs, DV, BLOCK_DV)
+    k_ptr += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
+    k = load_rows(k_ptr, key, S, stride_ks, D, BLOCK_D)
+    v_ptr += batch * stride_vb + kv_head * stride_vh + k_start * stride_vs
+    v = load_rows(v_ptr, key, S, stride_vs, DV, BLOCK_DV)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_DV), tl.float32)
     start, whole, whole_end, end = span(tile * N, T, window_right, window_left, N, M, RIGHT, LEFT, False)
     end = tl.where(tile * N < S, end, start)
-    for h in range(kv_head * group, (kv_head + 1) * group):
-        q = q_ptr + batch * stride_qb + h * stride_qh + q_start * stride_qt
-        dout = dout_ptr + batch * stride_gb + h * stride_gh + q_start * stride_gt
-        numbered = (batch * H + h).to(tl.int64) * all_rows + q_start
-        mask = mask_ptr
-        if mask_ptr is not None:
-            mask = mask_ptr + b * stride_mb + h * stride_mh
-        for phase in tl.static_range(3):
-            if phase == 1 or (RIGHT if phase == 0 else LEFT):
-                dk, dv = _over_queries(
-                    dk, dv, k, v, q, dout, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
-                    start if phase == 0 else whole if phase == 1 else whole_end,
-                    tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
-                    stride_qt, stride_gt, stride_mt, stride_ms, T, S, scale, softcap,
-                    window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, M, N,
-                    LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
-                )  # fmt: skip
+    h = kv_head * group
+    q_ptr += batch * stride_qb + h * stride_qh + q_start * stride_qt
+    dout_ptr += batch * stride_gb + h * stride_gh + q_start * stride_gt
+    numbered = (batch * H + h).to(tl.int64) * all_rows + q_start
+    mask = mask_ptr
+    if mask_ptr is not None:
+        mask = mask_ptr + b * stride_mb + h * stride_mh
+    for phase in tl.static_range(3):
+        if phase == 1 or (RIGHT if phase == 0 else LEFT):
+            dk, dv = _over_queries(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
+                start if phase == 0 else whole if phase == 1 else whole_end,
+                tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
+                group, all_rows, stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
+                T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
+                D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
+            )  # fmt: skip
     limit = owned(cu_k_ptr, b, B, S, all_keys)
     dk_ptr += batch * stride_dkb + kv_head * stride_dkh + k_start * stride_dks
     store_rows(dk_ptr, dk * scale, key, limit, stride_dks, D, BLOCK_D)
@@ -458,7 +468,7 @@ def backward(
     """
     _, scale, dropout_p, seed, _, _, softcap = options
     batch, Hkv, packed = q.shape[0], k.shape[1], cu_q is not None
-    arch, head = architecture(q.device), max(size.head[2:])
+    arch, head, masked = architecture(q.device), max(size.head[2:]), mask is not None or dropout_p > 0
     head_bytes = (size.head[0] + size.head[1]) * q.element_size()
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *dout.stride()[:3]
@@ -470,7 +480,7 @@ def backward(
         delta = _delta(out, dout, dlse, size)
         if grads is not None:
             dq, dk, dv = grads
-            blocks = blocks_for(KEYS, arch, q.dtype, head)
+            blocks = blocks_for(KEYS, arch, q.dtype, head, masked)
             tiles = triton.cdiv(size.S, blocks.N) + packed * size.B
             if tiles * batch * Hkv * size.S:
                 together = min(batch * Hkv, heads_together(size.T, head_bytes * size.group, 1))
@@ -479,7 +489,7 @@ def backward(
                     *size[:5], tiles, batch * Hkv, together, *scalars, blocks.M, blocks.N, *flags,
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
-            blocks = blocks_for(QUERIES, arch, q.dtype, head)
+            blocks = blocks_for(QUERIES, arch, q.dtype, head, masked)
             tiles = triton.cdiv(size.T, blocks.M) + packed * size.B
             if tiles * batch * size.H * size.T:
                 together = min(batch * size.H, heads_together(size.S, head_bytes, size.group))

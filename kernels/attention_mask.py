@@ -152,7 +152,7 @@ def mask_gradient(
 ) -> Tensor:
     """In mask's shape, fp32; `strides`, `scalars` and `flags` as the other gradients' kernels take them."""
     mask_B, mask_H, mask_T, mask_S = mask.shape
-    blocks = blocks_for(MASK, architecture(q.device), q.dtype, max(size.head[2:]))
+    blocks = blocks_for(MASK, architecture(q.device), q.dtype, max(size.head[2:]), True)
     tiles_t, tiles_s = triton.cdiv(size.T, blocks.M), triton.cdiv(size.S, blocks.N)
     partials = (tiles_t if mask_T == 1 else 1) * (tiles_s if mask_S == 1 else 1)
     dmask = q.new_empty(partials, *mask.shape, dtype=torch.float32)

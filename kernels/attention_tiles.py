@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INTERPRETING
+from ._common import INTERPRETING, dropout_factors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,19 +35,28 @@ class Blocks(NamedTuple):
 
 
 class Blocking(NamedTuple):
-    """Configurations by the padded head size (the last serves larger ones), for 2-byte and for 4-byte inputs."""
+    """Configurations by the padded head size up to which they serve, for 2-byte and for 4-byte inputs.
+
+    `half_masked` is for 2-byte inputs with a mask or dropout, whose factors need registers of their own.
+    """
 
     half: dict[int, Blocks]
     single: dict[int, Blocks]
+    half_masked: dict[int, Blocks] | None = None
 
 
 Blockings = dict[int, Blocking]
 
 
-def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int) -> Blocks:
+def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int, masked: bool) -> Blocks:
     """The row for the newest architecture no newer than `arch` and the least head size that holds `head`."""
+    if INTERPRETING:  # which spends its time on programs, not on elements
+        return Blocks(64, 128, 4, 1)
     rows = table[max(key for key in table if key <= arch)]
-    sizes = rows.single if dtype == torch.float32 else rows.half
+    if dtype == torch.float32:
+        sizes = rows.single
+    else:
+        sizes = rows.half_masked if masked and rows.half_masked else rows.half
     return sizes[min(size for size in sizes if size >= head)]
 
 
@@ -151,22 +160,33 @@ def owned(cu_ptr, b, B, own, total):
 
 
 @triton.jit
-def load_rows(ptr, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of a matrix with unit stride along D, 0 from row `limit` and column D on."""
+def load_at(ptr, offset, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] from int64 offsets of rows with unit stride along D; 0 for rows that are not there."""
     d = tl.arange(0, BLOCK_D)
-    mask = (row < limit)[:, None]
+    mask = there[:, None]
     if D != BLOCK_D:
         mask = mask & (d < D)[None, :]
-    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + d[None, :], mask, 0.0)
+    return tl.load(ptr + offset[:, None] + d[None, :], mask, 0.0)
+
+
+@triton.jit
+def load_rows(ptr, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] of a matrix, 0 from row `limit` on."""
+    return load_at(ptr, row.to(tl.int64) * stride, row < limit, D, BLOCK_D)
+
+
+@triton.jit
+def store_at(ptr, x, offset, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = there[:, None]
+    if D != BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    tl.store(ptr + offset[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def store_rows(ptr, x, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    mask = (row < limit)[:, None]
-    if D != BLOCK_D:
-        mask = mask & (d < D)[None, :]
-    tl.store(ptr + row.to(tl.int64)[:, None] * stride + d[None, :], x.to(ptr.dtype.element_ty), mask)
+    store_at(ptr, x, row.to(tl.int64) * stride, row < limit, D, BLOCK_D)
 
 
 @triton.jit
@@ -263,6 +283,79 @@ def span(
     if AFTER or TAIL:
         whole_end = whole_end // OTHER * OTHER
     return start, whole, tl.maximum(whole, whole_end), end
+
+
+@triton.jit
+def attend(
+    acc,  # [M, BLOCK_DV] fp32: sum of weights times values
+    total,  # [M] fp32: sum of weights
+    peak,  # [M] fp32: the largest score so far, in log2 units
+    q,  # [M, BLOCK_D]
+    k_ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
+    v_ptr,
+    mask_ptr,  # or None
+    row,  # [M]: which queries
+    mask_row,  # [M] int64: where each row's mask begins
+    dropout_row,  # [M] int64: number of each row in the dropout mask
+    b,
+    kv_head,
+    start,
+    end,
+    stride_ks,
+    stride_vs,
+    stride_ms,
+    T,
+    S,
+    scale,  # not negative
+    softcap,
+    window_left,
+    window_right,
+    seed,
+    threshold,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """Take the keys from `start` to `end` into the online softmax."""
+    for first in tl.range(start, end, N):
+        first = tl.multiple_of(first, N)
+        col = first + tl.arange(0, N)
+        if DESCRIPTORS:
+            k = k_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
+        else:
+            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D)
+        qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
+        if SOFTCAP or mask_ptr is not None or BOUNDS:
+            s, _ = scores(
+                qk, row[:, None], col[None, :], mask_ptr, mask_row[:, None], stride_ms, T, S, scale, softcap,
+                window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
+            )  # fmt: skip
+            new_peak = tl.maximum(peak, tl.max(s, 1))
+        else:  # the scale is not negative, so the maximum can be taken before it: one multiply-add an element less
+            s = qk * (scale * LOG2E)
+            new_peak = tl.maximum(peak, tl.max(qk, 1) * (scale * LOG2E))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that attend to nothing yet
+        p = tl.exp2(s - pivot[:, None])
+        alpha = tl.exp2(peak - pivot)
+        total = total * alpha + tl.sum(p, 1)
+        if DROPOUT:
+            p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
+        if DESCRIPTORS:
+            v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
+        else:
+            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV)
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+        peak = new_peak
+    return acc, total, peak
 
 
 def broadcast_strides(mask: Tensor) -> list[int]:

@@ -1,0 +1,201 @@
+"""Attention of a few queries over a long cache: the keys are split over programs, and their results combined in order.
+
+One program reads a split of the keys of one key head for all the queries that use them: the rows of its tile are the
+queries of all heads of the group. It writes the attention over its own keys and their log-sum-exp; a second kernel
+weighs the splits. How keys are split depends on their number alone, so a row's bits do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import architecture, dropout_arguments, on_device_of
+from .attention_tiles import (
+    LN2,
+    Blocking,
+    Blockings,
+    Blocks,
+    Geometry,
+    attend,
+    blocks_for,
+    broadcast_strides,
+    load_at,
+    store_at,
+)
+
+MOST_QUERIES, LEAST_KEYS = 16, 256  # what is worth splitting
+SPLIT_KEYS, MOST_SPLITS = 256, 64
+COMBINED_SPLITS = 16  # of a tile
+
+# Rows are the queries of a group: up to 16, and more. Keys, warps and stages of the first as in the source of the
+# forward pass's table for its decoding kernel; the rest by registers alone. Not measured on this kernel yet.
+FEW: Blockings = {
+    80: Blocking({256: Blocks(16, 64, 4, 3)}, {256: Blocks(16, 32, 4, 2)}),
+}
+MANY: Blockings = {
+    80: Blocking({128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 8, 2)}, {256: Blocks(32, 16, 8, 1)}),
+}
+
+
+@triton.jit(
+    do_not_specialize=[
+        "H", "T", "S", "group", "splits", "row_tiles", "split_keys", "scale", "softcap", "window_left", "window_right",
+        "seed", "threshold", "dropout_scale",
+    ]
+)  # fmt: skip
+def _attention_decode_kernel(
+    q_ptr,  # (B, H, T, D)
+    k_ptr,  # (B, Hkv, S, D)
+    v_ptr,  # (B, Hkv, S, DV)
+    mask_ptr,  # broadcast over (B, H, T, S) by strides, or None
+    partial_ptr,  # (B, H, T, splits, DV) fp32
+    sums_ptr,  # (B, H, T, splits) fp32: log-sum-exp in log2 units
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qt: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vs: tl.int64,
+    stride_mb: tl.int64,
+    stride_mh: tl.int64,
+    stride_mt: tl.int64,
+    stride_ms: tl.int64,
+    H,
+    T,
+    S,
+    group,
+    splits,
+    row_tiles,
+    split_keys,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    seed: tl.int64,
+    threshold: tl.uint32,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    program = tl.program_id(0)
+    split, rest = program % splits, program // splits
+    row_tile, kv = rest % row_tiles, rest // row_tiles
+    heads = H // group
+    b, kv_head = kv // heads, kv % heads
+    packed = row_tile * M + tl.arange(0, M)  # (head of the group, query)
+    there = packed < group * T
+    h = (kv_head * group + packed // T).to(tl.int64)
+    row = tl.where(there, packed % T, T)
+    k_ptr += b * stride_kb + kv_head * stride_kh
+    v_ptr += b * stride_vb + kv_head * stride_vh
+    mask_row = row.to(tl.int64)
+    if mask_ptr is not None:
+        mask_row = b * stride_mb + h * stride_mh + row * stride_mt
+    numbered = (b * H + h) * T + row
+    q = load_at(q_ptr, b * stride_qb + h * stride_qh + row * stride_qt, there, D, BLOCK_D)
+    q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
+    start = split * split_keys
+    end = tl.minimum(S, start + split_keys)
+    if RIGHT:
+        end = tl.minimum(end, T + window_right)
+    acc, total, peak = attend(
+        tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32),
+        q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end, stride_ks, stride_vs, stride_ms,
+        T, S, tl.abs(scale), softcap, window_left, window_right, seed, threshold, dropout_scale,
+        D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, False, True,
+    )  # fmt: skip
+    attended = total != 0
+    acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
+    place = numbered * splits + split
+    store_at(partial_ptr, acc, place * DV, there, DV, BLOCK_DV)
+    tl.store(sums_ptr + place, tl.where(attended, peak + tl.log2(total), float("-inf")), there)
+
+
+@triton.jit(do_not_specialize=["H", "T", "splits"])
+def _attention_combine_kernel(
+    partial_ptr,  # (B, H, T, splits, DV) fp32
+    sums_ptr,  # (B, H, T, splits) fp32, in log2 units
+    out_ptr,  # (B, T, H, DV)
+    lse_ptr,  # (B, H, T) fp32 or None
+    H,
+    T,
+    splits,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out = sum of partial 2^(sums - lse) over the splits, in order."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_DV)
+    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    total = 0.0
+    peak = float("-inf")
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        place = row * splits + split
+        sums = tl.load(sums_ptr + place, split < splits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(sums, 0))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(sums - pivot)
+        inside = (split < splits)[:, None] & (d < DV)[None, :]
+        partial = tl.load(partial_ptr + place[:, None] * DV + d[None, :], inside, 0.0)
+        alpha = tl.exp2(peak - pivot)
+        total = total * alpha + tl.sum(weight, 0)
+        acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
+        peak = new_peak
+    acc = tl.where(total != 0, acc / tl.where(total != 0, total, 1.0), 0.0)
+    b, h, t = row // (H * T), row // T % H, row % T
+    tl.store(out_ptr + ((b * T + t) * H + h) * DV + d, acc.to(out_ptr.dtype.element_ty), d < DV)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, tl.where(total != 0, (peak + tl.log2(total)) * LN2, float("-inf")))
+
+
+def splits_keys(size: Geometry) -> bool:
+    """Whether the keys of a call are worth splitting."""
+    return size.T <= MOST_QUERIES and size.S >= LEAST_KEYS
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    size: Geometry,
+    options: tuple,
+) -> None:
+    """Write out (B, T, H, Dv) and lse (B, H, T)."""
+    _, scale, dropout_p, seed, _, _, softcap = options
+    rows = size.group * size.T
+    table = FEW if rows <= 16 else MANY
+    blocks = blocks_for(table, architecture(q.device), q.dtype, max(size.head[2:]), False)
+    split_keys = max(SPLIT_KEYS, triton.next_power_of_2(triton.cdiv(size.S, MOST_SPLITS)))
+    splits, row_tiles = triton.cdiv(size.S, split_keys), triton.cdiv(rows, blocks.M)
+    partial = q.new_empty(q.shape[0], size.H, size.T, splits, size.head[1], dtype=torch.float32)
+    sums = q.new_empty(partial.shape[:4], dtype=torch.float32)
+    strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
+    with on_device_of(q):
+        _attention_decode_kernel[(splits * row_tiles * q.shape[0] * k.shape[1],)](
+            q, k, v, mask, partial, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+            *size[1:5], splits, row_tiles, split_keys, scale, softcap, size.window_left, size.window_right,
+            *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
+            dropout_p > 0, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+        _attention_combine_kernel[(q.shape[0] * size.H * size.T,)](
+            partial, sums, out, lse, size.H, size.T, splits, size.head[1], size.head[3], COMBINED_SPLITS, num_warps=2
+        )
