@@ -1,32 +1,58 @@
-"""The proof of the GPU kernels on this machine's GPU, as a dated JSON file: `make gpu-check`.
+"""The proof of the GPU kernels on this machine's GPU, as dated JSON files: `make gpu-check`.
 
-Runs the tests that need a GPU, and compute-sanitizer on the small ones where it is installed. An architecture enters
+Runs the tests that need a GPU, the benchmark tables, and compute-sanitizer on small cases where it is installed, each
+part in a process with a time limit of its own: what fails or hangs costs the others nothing. An architecture enters
 an op's PROVED set when such a file, without failures, and the benchmark tables beside it are in benchmarks/results.
+
+Exit status: 0 if every part passed, 1 if one did not, 2 without a GPU. Files go to $OUT, or to benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import fastlm
 
 HERE = Path(__file__).resolve().parent
+SECONDS = 570.0  # for all parts together
+GRACE_SECONDS = 10.0  # to write results in, after the interrupt that ends a part
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 # Every kernel once on small shapes: what a sanitizer, some fifty times slower, can go through.
-SMALL = "test_triton and not Choice or test_parity and (37 or 133)"
+SMALL = "test_triton and not Choice or test_parity and (37 or 133) or test_operator"
+# op -> who it is compared with, beside PyTorch's own operator.
+BENCHMARKS = {
+    "attention": "sdpa-flash,sdpa-cudnn,sdpa-efficient",
+    "layer_norm": "compile,liger,quack,flash-attn",
+    "add_layer_norm": "compile,flash-attn",
+    "gelu": "compile",
+    "bias_gelu": "compile",
+    "cross_entropy": "compile,liger,quack",
+}
+
+
+class Part(NamedTuple):
+    """A command and the seconds it may take at most."""
+
+    name: str
+    command: list[str]
+    seconds: float
 
 
 def _driver() -> str | None:
@@ -55,6 +81,23 @@ def machine() -> dict:
     }
 
 
+def parts(folder: Path, stamp: str) -> list[Part]:
+    """What is run, in order of importance: a part may take its limit, the last ones what is left."""
+    spread = ["-n", "8", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    found = [
+        Part("parity", [*PYTEST, *spread, f"--ignore={HERE / 'test_gpu.py'}", str(HERE)], 240),
+        Part("repeatability", [*PYTEST, str(HERE / "test_gpu.py")], 120),
+    ]
+    for op, peers in BENCHMARKS.items():
+        command = [sys.executable, "-m", "fastlm.cli", "bench", op, "--device", "cuda", "--dtype", "bfloat16"]
+        command += ["--against", peers, "--json", str(folder / f"{op}-{stamp}.json")]
+        found.append(Part(f"bench {op}", command, 90 if op == "attention" else 40))
+    if sanitizer := shutil.which("compute-sanitizer"):
+        prefix = [sanitizer, "--error-exitcode", "99", "--target-processes", "all"]
+        found.append(Part("compute-sanitizer", [*prefix, *PYTEST, "-k", SMALL, str(HERE)], 150))
+    return found
+
+
 def _counts(report: Path) -> dict[str, int]:
     """Numbers of tests, failures, errors and skips of a JUnit file."""
     if not report.exists():
@@ -63,32 +106,49 @@ def _counts(report: Path) -> dict[str, int]:
     return {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
 
 
-def run_step(name: str, command: list[str], report: Path, timeout: float) -> dict:
-    """One step of the check: its exit status, seconds and test counts; its output goes to the terminal."""
+def _end(process: subprocess.Popen) -> None:
+    """Interrupt a part with all its processes, so that it can write what it has; kill what is left of it."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+
+
+def run_part(part: Part, scratch: Path, seconds: float) -> dict:
+    """A part's exit status (124 where it ran out of time), seconds and test counts; its output goes to the terminal."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch's own products repeat their bits only with it
+    report = scratch / f"{part.name.replace(' ', '-')}.xml"
+    command = [*part.command, f"--junitxml={report}"] if "pytest" in part.command else part.command
     start = time.monotonic()
+    # in the folder of the tests, so that the installed package is what `import fastlm` finds
+    process = subprocess.Popen(command, cwd=HERE, env=env, start_new_session=True)
     try:
-        # in the folder of the tests, so that the installed package is what `import fastlm` finds
-        status = subprocess.run([*command, f"--junitxml={report}"], cwd=HERE, env=env, timeout=timeout).returncode
+        status = process.wait(min(part.seconds, seconds))
     except subprocess.TimeoutExpired:
         status = 124
-    return {"step": name, "status": status, "seconds": round(time.monotonic() - start, 1), **_counts(report)}
+    _end(process)
+    return {"part": part.name, "status": status, "seconds": round(time.monotonic() - start, 1), **_counts(report)}
 
 
-def steps() -> dict[str, list[str]]:
-    """The commands of the check by name."""
-    found = {"tests": [*PYTEST, str(HERE)]}
-    if sanitizer := shutil.which("compute-sanitizer"):
-        prefix = [sanitizer, "--error-exitcode", "99", "--target-processes", "all"]
-        found["compute-sanitizer"] = [*prefix, *PYTEST, "-k", SMALL, str(HERE)]
-    return found
+def run_all(chosen: list[Part], seconds: float) -> list[dict]:
+    """The results of the parts; one that there is no time for is not run and has status 124."""
+    deadline = time.monotonic() + seconds
+    done = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in chosen:
+            left = deadline - time.monotonic()
+            print(f"== {part.name}, at most {max(0, min(part.seconds, left)):.0f} s", flush=True)
+            done.append(
+                run_part(part, Path(scratch), left) if left > 0 else {"part": part.name, "status": 124, "seconds": 0.0}
+            )
+    return done
 
 
-def write_result(folder: Path, result: dict) -> Path:
+def write_result(folder: Path, stamp: str, result: dict) -> Path:
     """The result under a name of its device and time, complete or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"gpu-check-{result['architecture']}-{result['time'].replace(':', '')}.json"
+    name = f"gpu-check-{stamp}.json"
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, suffix=".tmp") as file:
         file.write(json.dumps(result, indent=2) + "\n")
         file.flush()
@@ -97,22 +157,35 @@ def write_result(folder: Path, result: dict) -> Path:
     return folder / name
 
 
+def _summary(result: dict) -> str:
+    """A line a part."""
+    lines = []
+    for part in result["parts"]:
+        outcome = {0: "passed", 124: "OUT OF TIME"}.get(part["status"], f"FAILED ({part['status']})")
+        counts = ", ".join(f"{part[key]} {key}" for key in ("tests", "failures", "errors", "skipped") if key in part)
+        lines.append(f"{part['part']:<22} {outcome:<14} {part['seconds']:>6.1f} s  {counts}".rstrip())
+    return "\n".join(lines)
+
+
 def main() -> int:
+    default = os.environ.get("OUT") or HERE.parent / "benchmarks/results"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=HERE.parent / "benchmarks/results", help="folder of the result")
-    parser.add_argument("--timeout", type=float, default=540.0, help="seconds for all steps together")
+    parser.add_argument("--output", type=Path, default=Path(default), help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    parser.add_argument("--only", default="", help="run the parts whose names contain this")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("gpu-check: torch finds no CUDA device, and only a GPU can prove the GPU kernels")
-    deadline = time.monotonic() + options.timeout
-    done = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, command in steps().items():
-            left = max(1.0, deadline - time.monotonic())
-            done.append(run_step(name, command, Path(scratch) / f"{name}.xml", left))
+        print("gpu-check: torch finds no CUDA device, and only a GPU can prove the GPU kernels", file=sys.stderr)
+        return 2
+    options.output.mkdir(parents=True, exist_ok=True)
     moment = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    result = {"time": moment, **machine(), "steps": done, "passed": all(step["status"] == 0 for step in done)}
-    print(f"{'passed' if result['passed'] else 'FAILED'}: {write_result(options.output, result)}")
+    about = machine()
+    stamp = f"{about['architecture']}-{moment.replace(':', '')}"
+    chosen = [part for part in parts(options.output.resolve(), stamp) if options.only in part.name]
+    done = run_all(chosen, options.seconds)
+    result = {"time": moment, **about, "parts": done, "passed": all(part["status"] == 0 for part in done)}
+    path = write_result(options.output, stamp, result)
+    print(f"{_summary(result)}\n{'passed' if result['passed'] else 'FAILED'}: {path}")
     return 0 if result["passed"] else 1
 
 

@@ -1,0 +1,87 @@
+"""What of `make gpu-check` can be tested without a GPU: how it ends, and that no part takes the others with it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpu_check
+from gpu_check import Part
+
+
+def _python(code):
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    script = Path(gpu_check.__file__)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "gpu-check: torch finds no CUDA device, and only a GPU can prove the GPU kernels"
+    ]
+
+
+def test_a_part_that_fails_or_hangs_costs_the_others_nothing(monkeypatch, capfd):
+    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.5)
+    hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    start = time.monotonic()
+    done = gpu_check.run_all(
+        [
+            Part("fails", _python("raise SystemExit(3)"), 30),
+            Part("dies", _python("import os; os.kill(os.getpid(), 11)"), 30),
+            Part("hangs", _python(hangs), 1),
+            Part("works", _python("print('worked')"), 30),
+        ],
+        60,
+    )
+    assert time.monotonic() - start < 30
+    assert [part["status"] for part in done] == [3, -11, 124, 0]
+    assert "worked" in capfd.readouterr().out
+
+
+def test_an_interrupted_part_can_write_what_it_has(tmp_path):
+    file = tmp_path / "rows"
+    code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({str(file)!r}, 'w').write('two rows')"
+    (done,) = gpu_check.run_all([Part("slow", _python(code), 1)], 60)
+    assert done["status"] == 124
+    assert file.read_text() == "two rows"
+
+
+def test_no_time_left_is_no_pass():
+    done = gpu_check.run_all([Part("first", _python("import time; time.sleep(60)"), 1), Part("last", [], 30)], 0.5)
+    assert [part["status"] for part in done] == [124, 124]
+
+
+def test_counts_of_a_test_run(tmp_path):
+    (tmp_path / "test_two.py").write_text("def test_a(): pass\n\ndef test_b(): assert 0\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path)]
+    (done,) = gpu_check.run_all([Part("tests", command, 60)], 60)
+    assert done["status"] == 1
+    assert (done["tests"], done["failures"], done["errors"], done["skipped"]) == (2, 1, 0, 0)
+
+
+def test_the_result_is_written_whole_and_summed_up(tmp_path):
+    result = {"parts": [{"part": "parity", "status": 0, "seconds": 2.5, "tests": 7}], "passed": True}
+    path = gpu_check.write_result(tmp_path, "sm_90-2030-01-01T000000+0000", result)
+    assert json.loads(path.read_text()) == result
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu-check-sm_90-2030-01-01T000000+0000.json"]
+    assert gpu_check._summary(result).split() == ["parity", "passed", "2.5", "s", "7", "tests"]
+
+
+def test_every_benchmark_it_names_exists(tmp_path):
+    """Each command is one that `fastlm bench` takes, but for the GPU that is not there."""
+    from fastlm.benchmarks import providers, registry
+
+    benches = [part for part in gpu_check.parts(tmp_path, "x") if part.name.startswith("bench ")]
+    assert len(benches) == len(gpu_check.BENCHMARKS)
+    for part in benches:
+        op, peers = part.command[4], part.command[part.command.index("--against") + 1]
+        assert registry.select(op, "cuda", ["bfloat16"], [], [])
+        registry.known(peers.split(","), providers.ALL, "provider")
