@@ -26,6 +26,8 @@ from .attention_tiles import (
     attend,
     blocks_for,
     broadcast_strides,
+    describable,
+    described,
     geometry,
     heads_together,
     load_rows,
@@ -40,12 +42,14 @@ from .attention_tiles import (
 # tuned on these architectures for Triton kernels of this shape; not measured on this kernel yet.
 FORWARD: Blockings = {
     80: Blocking(
-        {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(32, 64, 4, 3)},
-        {64: Blocks(128, 32, 4, 3), 128: Blocks(128, 32, 4, 3), 256: Blocks(64, 16, 4, 3)},
+        {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
+        {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(32, 16, 8, 1)},
+        {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     90: Blocking(
-        {64: Blocks(128, 128, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 4, 3)},
-        {64: Blocks(128, 32, 4, 3), 128: Blocks(32, 64, 4, 3), 256: Blocks(32, 32, 4, 3)},
+        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
+        {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(32, 16, 8, 1)},
+        {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(64, 16, 8, 1)},
     ),
 }
 
@@ -164,12 +168,16 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
     heads = batch * size.H
     together = heads_together(size.S, (size.head[0] + size.head[1]) * q.element_size(), size.group)
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides
+    descriptors = blocks.descriptors and cu_q is None and describable(k, v)
+    if descriptors:
+        k, v = described(k, blocks.N, size.head[2]), described(v, blocks.N, size.head[3])
     with on_device_of(q):
         _attention_fwd_kernel[(tiles * heads,)](
-            q, k, v, mask, cu_q, cu_k, out, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+            q, k, v, mask, cu_q, cu_k, out, sums, *strides,
             *size[:5], tiles, heads, min(together, heads), scale, softcap, size.window_left, size.window_right,
             *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
-            dropout_p > 0, False, num_warps=blocks.warps, num_stages=blocks.stages,
+            dropout_p > 0, descriptors, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out, sums
 

@@ -42,22 +42,26 @@ from .attention_tiles import (
 # pass's table; float32, for which that has 16 x 16 everywhere, by registers alone. Not measured on these kernels yet.
 KEYS: Blockings = {
     80: Blocking(
-        {32: Blocks(32, 128, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 64, 8, 1)},
-        {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(16, 32, 8, 1)},
+        {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        {64: Blocks(32, 64, 8, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(16, 32, 8, 1)},
     ),
     90: Blocking(
-        {32: Blocks(64, 64, 4, 3), 128: Blocks(64, 128, 8, 3), 256: Blocks(64, 64, 8, 2)},
-        {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(16, 32, 8, 1)},
+        {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        {64: Blocks(32, 64, 8, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(16, 32, 8, 1)},
     ),
 }
 QUERIES: Blockings = {
     80: Blocking(
-        {32: Blocks(128, 32, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 8, 1)},
-        {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(32, 16, 8, 1)},
+        {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     90: Blocking(
-        {32: Blocks(64, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
-        {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(32, 16, 8, 1)},
+        {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        {64: Blocks(128, 32, 8, 2), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 16, 8, 1)},
     ),
 }
 DELTA_ROWS = 64

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._common import INTERPRETING, dropout_factors
 
@@ -24,7 +25,9 @@ WIDEN = tl.constexpr(INTERPRETING)  # the interpreter's dot of bf16 tiles is wro
 class Blocks(NamedTuple):
     """A row of a configuration table: M queries by N keys a tile, `stages` tiles of the loop in flight.
 
-    `descriptors` reads keys and values through tensor descriptors (TMA) where strides allow.
+    `descriptors` reads keys and values through tensor descriptors (the TMA unit of sm_90 and newer) where strides
+    allow. No table turns it on yet: a descriptor costs the host a few microseconds a launch, and what it saves on the
+    device has not been measured.
     """
 
     M: int
@@ -356,6 +359,19 @@ def attend(
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         peak = new_peak
     return acc, total, peak
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can stand for these (B, H, S, D) tensors: 16-byte steps, nothing broadcast or empty."""
+    return all(
+        x.numel() > 0 and x.data_ptr() % 16 == 0 and all(n > 0 and n * x.itemsize % 16 == 0 for n in x.stride()[:3])
+        for x in tensors
+    )
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x (B, H, S, D) in blocks of rows by columns; what is outside of x reads as 0."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
 
 
 def broadcast_strides(mask: Tensor) -> list[int]:

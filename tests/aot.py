@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastlm.kernels import _common, _norm, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
+from fastlm.kernels import _common, _norm, attention, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
 
 TARGETS = (80, 90, 100)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -88,6 +89,69 @@ def rotary_both(L: int, D: int, R: int, dtype: torch.dtype = BF16) -> None:
         rotary.rotary(empty(4, L, 12, D, dtype=dtype).transpose(1, 2), cos, cos, interleaved, False)
 
 
+class Attention(NamedTuple):
+    """Features of a call, which choose what is compiled; up to 16 queries split the keys."""
+
+    D: int
+    Dv: int | None = None
+    dtype: torch.dtype = BF16
+    mask: str = ""  # bool or bias (with its gradient)
+    left: int = -1
+    right: int = -1
+    softcap: float = 0.0
+    p: float = 0.0
+    T: int = 1024
+    packed: bool = False
+
+
+def attention_pair(B: int, f: Attention, p: float | None = None, seed: int = 7) -> None:
+    """Forward and backward (forward alone where the keys are split) of 12 heads in groups of 3, lse and its gradient."""
+    Dv, S = f.Dv or f.D, max(f.T, 1024)
+    options = (f.right == 0, 0.125, f.p if p is None else p, seed, f.left, f.right, f.softcap)
+    q, out = (empty(B, f.T, 12, size, dtype=f.dtype) for size in (f.D, Dv))
+    k, v = (empty(B, S, 4, size, dtype=f.dtype) for size in (f.D, Dv))
+    if f.packed:
+        q, k, v, out = (x.flatten(0, 1) for x in (q, k, v, out))
+        cu, lse = empty(B + 1, dtype=torch.int32), empty(12, B * f.T, dtype=FP32)
+        attention.attention_varlen_fwd(q, k, v, cu, cu, *options)
+        attention.attention_varlen_bwd(out, lse, q, k, v, cu, cu, out, lse, *options)
+        return
+    q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
+    lse = empty(B, 12, f.T, dtype=FP32)
+    masks = {"": None, "bool": empty(B, 1, 1, S, dtype=torch.bool), "bias": empty(12, f.T, S, dtype=f.dtype)[None]}
+    mask = masks[f.mask]
+    attention.attention_fwd(q, k, v, mask, *options)
+    if f.T > 16:
+        attention.attention_bwd(out, lse, q, k, v, mask, out, lse, *options, mask_grad=f.mask == "bias")
+
+
+# Every row of every table, with the features that take the most registers, and what most models run.
+ATTENTION = (
+    Attention(64, right=0),
+    Attention(128, right=0),
+    Attention(64, dtype=torch.float16),
+    Attention(80, 64, left=100, right=0, packed=True),
+    Attention(64, left=100, right=0, softcap=30.0),
+    Attention(128, left=100, right=0, softcap=30.0),
+    Attention(256, left=100, right=0, softcap=30.0),
+    Attention(64, mask="bias", p=0.1),
+    Attention(128, mask="bias", p=0.1),
+    Attention(256, mask="bias", p=0.1),
+    Attention(64, mask="bool", right=0, p=0.1),
+    Attention(128, mask="bool", right=0, p=0.1),
+    Attention(256, mask="bool", right=0, p=0.1),
+    Attention(64, dtype=FP32, mask="bias", right=0, p=0.1),
+    Attention(128, dtype=FP32, mask="bias", right=0, p=0.1),
+    Attention(256, dtype=FP32, mask="bias", right=0, p=0.1),
+    Attention(128, T=1),
+    Attention(256, T=1, mask="bias", right=0, softcap=30.0),
+    Attention(256, T=1, dtype=FP32, mask="bool"),
+    Attention(128, T=16, mask="bool"),
+    Attention(256, T=16, mask="bool", dtype=FP32),
+    Attention(256, T=16),
+)
+
+
 def norm_widths(*tables: _common.Table) -> list[int]:
     """The widest row of each tile of the tables."""
     return sorted({tile.block for table in tables for tile in _common.tiles(table, _common.ASSUMED_ARCHITECTURE)})
@@ -103,6 +167,8 @@ def cases() -> Iterator[Callable[[], None]]:
             yield lambda full=full, tanh=tanh: gelu_pair(4096, 3072, full, tanh)
         for N in (1024, 50304):
             yield lambda N=N, full=full: cross_entropy_pair(4096, N, full)
+    for features in ATTENTION:
+        yield lambda features=features: attention_pair(8, features)
     # without 16-byte loads, and with the most bytes a row
     yield lambda: layer_norm_pair(4096, 8191, True)
     yield lambda: layer_norm_pair(4096, 4095, True)
@@ -159,7 +225,7 @@ def distinct(arch: int) -> dict[str, tuple]:
             names = list(signature)
             values = {names[path[0]]: value for path, value in constants.items()}
             types = f"{sorted(set(signature.values()))}, {sum(map(bool, attributes.values()))} aligned"
-            name = f"sm_{arch} {kernel.__name__} {values} warps={options.num_warps} {types}"
+            name = f"sm_{arch} {kernel.__name__} {values} warps={options.num_warps} stages={options.num_stages} {types}"
             found[name] = (kernel, options, signature, constants, attributes)
     return found
 
@@ -183,6 +249,7 @@ def compile_share(share: int, shares: int) -> None:
                 source = ASTSource(kernel, signature, constants, attributes)
                 compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
                 used = resources(compiled.asm["cubin"]) | {"dynamic": compiled.metadata.shared}
+                used["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
                 print(json.dumps({"name": name, "arch": arch, "warps": options.num_warps, **used}), flush=True)
 
 
@@ -196,6 +263,9 @@ def compile_keys() -> None:
         "rotary": lambda M, p, seed: rotary_both(M, 64, 32),
         "cross_entropy": lambda M, p, seed: cross_entropy_pair(M, 50257, True, ignore_index=seed),
         "bias_gelu": lambda M, p, seed: gelu_pair(M, 768, True, True, p=p, seed=seed),
+        "attention": lambda M, p, seed: attention_pair(2, Attention(64, left=M, right=0, T=M + 16), p, seed),
+        "attention_varlen": lambda M, p, seed: attention_pair(M, Attention(64, packed=True, right=0), p, seed),
+        "decode": lambda M, p, seed: attention_pair(M, Attention(64, T=1), p, seed),
     }
     rows = ((2, 0.5, 1), (16, 0.1, -1), (17, 0.3, 2**62), (4096, 0.9, 0), (1_000_003, 0.01, 2**31))
     for name, call in calls.items():

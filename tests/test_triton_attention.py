@@ -1,0 +1,194 @@
+"""What the Triton attention has of its own: split keys, tensor descriptors, capacity after the last packed sequence.
+
+The test files of the ops run the shared parity cases on it. Without a GPU all of it runs in Triton's interpreter.
+"""
+
+import math
+
+import pytest
+import torch
+
+import fastlm
+from conftest import TRITON
+from fastlm import _dispatch
+from fastlm.ops import _dropout
+from fastlm.ops._attention_reference import attention_ref
+from tolerances import assert_as_close_as_torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+attention = pytest.importorskip("fastlm.kernels.attention")
+tiles = pytest.importorskip("fastlm.kernels.attention_tiles")
+
+pytestmark = pytest.mark.parametrize("kernels", [TRITON], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(kernels):
+    """Every test of this file is for the Triton backend, on the GPU or in the interpreter."""
+
+
+def _inputs(B, H, Hkv, T, S, D, Dv, dtype=torch.float32):
+    return [torch.randn(*shape).to(dtype) for shape in ((B, H, T, D), (B, Hkv, S, D), (B, Hkv, S, Dv))]
+
+
+# (sizes, options) of calls whose keys are split: the smallest, a remainder, grouped heads in one and in several tiles
+# of rows, masks of each kind, a window that ends before the last splits, and everything at once.
+SPLIT = [
+    ((2, 2, 2, 1, 256, 64, 64), {}),
+    ((1, 6, 1, 1, 700, 80, 40), {"scale": -0.2}),
+    ((2, 8, 1, 16, 513, 32, 32), {"mask": "bool"}),
+    ((1, 4, 2, 5, 600, 17, 24), {"window": (None, 240), "softcap": 2.0}),
+    ((2, 4, 2, 3, 520, 32, 32), {"mask": "additive", "window": (2, 511), "softcap": 3.0, "dropout_p": 0.3}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("sizes", "options"), SPLIT, ids=str)
+def test_split_keys(poisoned, sizes, options, dtype):
+    """A few queries over a long cache."""
+    q, k, v = _inputs(*sizes, dtype)
+    B, H, _, T, S, _, _ = sizes
+    options = dict(options)
+    kind, p = options.pop("mask", ""), options.get("dropout_p", 0.0)
+    masks = {"": None, "bool": torch.rand(B, 1, T, S) > 0.3, "additive": torch.randn(1, H, T, S).to(dtype)}
+    mask = masks[kind]
+    if kind == "bool":
+        mask[0, 0, 0] = False  # a row that attends to nothing
+    torch.manual_seed(5)
+    out, lse = fastlm.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, return_lse=True, **options)
+    torch.manual_seed(5)
+    seed = _dropout.draw_seed() if p else 0
+    left, right = (-1 if w is None else w for w in options.get("window", (None, None)))
+    rest = False, options.get("scale", q.shape[-1] ** -0.5), p, seed, left, right, options.get("softcap", 0.0)
+    doubled = None if mask is None else mask if kind == "bool" else mask.double()
+    truth, truth_lse = attention_ref(q.double(), k.double(), v.double(), doubled, *rest)
+    own, _ = attention_ref(q, k, v, mask, *rest)
+    assert_as_close_as_torch(out, truth, own, S, "out")
+    assert_as_close_as_torch(lse.to(dtype), truth_lse, truth_lse.to(dtype), S, "lse")
+
+
+def test_split_keys_do_not_see_the_batch():
+    q, k, v = _inputs(5, 4, 2, 2, 600, 32, 32)
+    whole = fastlm.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    alone = fastlm.scaled_dot_product_attention(q[3:4], k[3:4], v[3:4], enable_gqa=True)
+    assert torch.equal(whole[3:4], alone)
+
+
+def test_gradient_where_keys_are_split():
+    q, k, v = (x.requires_grad_() for x in _inputs(1, 4, 2, 3, 300, 16, 16))
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = fastlm.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    truth, _ = attention_ref(*doubles, None, False, 0.25, 0.0, 0, -1, -1, 0.0)
+    dout = torch.randn_like(out)
+    grads, expected = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(truth, doubles, dout.double())
+    for g, e in zip(grads, expected, strict=True):
+        assert_as_close_as_torch(g, e, None, 300)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 70, 133, 64, 32), (1, 2, 1, 130, 130, 80, 80)], ids=str)
+def test_tensor_descriptors_change_no_bit(poisoned, monkeypatch, sizes):
+    """The option of the tables that none turns on yet."""
+    q, k, v = _inputs(*sizes, torch.float16)
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)  # (B, S, H, D) memory
+    options = True, 0.1, 0.0, 0, -1, 0, 0.0
+    plain = attention.attention_fwd(q, k, v, None, *options)
+    blocks, made = attention.blocks_for, []
+    monkeypatch.setattr(attention, "blocks_for", lambda *args: blocks(*args)._replace(descriptors=True))
+    monkeypatch.setattr(attention, "described", lambda *args: made.append(args) or tiles.described(*args))
+    for ours, theirs in zip(attention.attention_fwd(q, k, v, None, *options), plain, strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(made) == 2
+    for ours, theirs in zip(attention.attention_fwd(q, k[..., 1:], v, None, *options)[:1], plain, strict=False):
+        assert ours.shape == theirs.shape  # rows that do not begin on 16 bytes are read as ever
+    assert len(made) == 2
+
+
+def test_capacity_after_the_last_sequence_is_zero(poisoned):
+    """Offsets end before the tokens do in a buffer of fixed capacity, such as one that a CUDA graph captured."""
+    q, k, v = (torch.randn(200, heads, 16) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 5, 75, 80, 80, 80], dtype=torch.int32)
+    options = True, 0.25, 0.0, 0, -1, 0, 0.0
+    out, lse = attention.attention_varlen_fwd(q, k, v, cu, cu, *options)
+    exact, exact_lse = attention.attention_varlen_fwd(q[:80], k[:80], v[:80], cu[:4], cu[:4], *options)
+    assert torch.equal(out[:80], exact)
+    assert torch.equal(lse[:, :80], exact_lse)
+    assert out[80:].eq(0).all()
+    assert lse[:, 80:].eq(-math.inf).all()
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    grads = attention.attention_varlen_bwd(dout, dlse, q, k, v, cu, cu, out, lse, *options)
+    expected = attention.attention_varlen_bwd(
+        dout[:80], dlse[:, :80].contiguous(), q[:80], k[:80], v[:80], cu[:4], cu[:4], exact, exact_lse, *options
+    )
+    for g, e in zip(grads, expected, strict=True):
+        assert torch.equal(g[:80], e)
+        assert g[80:].eq(0).all()
+
+
+def test_every_tile_finds_its_sequence():
+    """Many short sequences, empty ones among them, in any order."""
+    lengths = torch.randint(0, 40, (50,))
+    lengths[[0, 7, 8, 49]] = 0
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    q, k, v = (torch.randn(int(cu[-1]), 1, 8) for _ in range(3))
+    out = fastlm.attention_varlen(q, k, v, cu, scale=1.0)
+    for b in lengths.nonzero().flatten().tolist():
+        part = slice(int(cu[b]), int(cu[b + 1]))
+        scores = (q[part, 0].double() @ k[part, 0].double().T).softmax(-1)
+        torch.testing.assert_close(out[part, 0].double(), scores @ v[part, 0].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_masked_by_large_numbers_have_finite_gradients():
+    """Scores of -1e9 lose all digits; the weights made again in the backward pass must not exceed 1 for it."""
+    q, k, v = (x.requires_grad_() for x in _inputs(1, 2, 2, 20, 33, 16, 16))
+    mask = torch.zeros(20, 33)
+    mask[4] = -1e9
+    out = fastlm.scaled_dot_product_attention(q, k, v, mask)
+    grads = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert all(g.isfinite().all() and g.abs().max() < 100 for g in grads)
+
+
+def test_a_window_wider_than_32_bits():
+    q, k, v = _inputs(1, 1, 1, 9, 9, 8, 8)
+    wide = fastlm.scaled_dot_product_attention(q, k, v, window=(2**40, 2**33))
+    assert torch.equal(wide, fastlm.scaled_dot_product_attention(q, k, v))
+
+
+def test_backward_passes_have_the_same_bits(poisoned):
+    q, k, v = (x.requires_grad_() for x in _inputs(2, 6, 2, 70, 140, 16, 16))
+    mask = torch.randn(1, 6, 1, 140, requires_grad=True)
+    inputs = (q, k, v, mask)
+
+    def run():
+        torch.default_generator.manual_seed(3)
+        out = fastlm.scaled_dot_product_attention(q, k, v, mask, 0.2, enable_gqa=True, window=(60, 60))
+        return (out, *torch.autograd.grad(out, inputs, torch.ones_like(out)))
+
+    first = run()
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@triton.jit
+def _tanh_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tiles.tanh(tl.load(x_ptr + i)))
+
+
+def test_tanh():
+    """Relative error of a few units in the last place, small arguments included."""
+    x = torch.cat([torch.linspace(-12, 12, 3000), torch.logspace(-30, 1, 1096)])
+    out = torch.empty_like(x)
+    _tanh_kernel[(1,)](x, out, 4096)
+    expected = x.double().tanh()
+    assert ((out - expected) / expected.abs().clamp_min(1e-38)).abs().max() < 4 * torch.finfo(torch.float32).eps
+
+
+def test_head_sizes_that_fit():
+    request = (("head_dim", 320), ("mask", "none"), ("dropout", False), ("lse", True), ("window", False))
+    request = _dispatch.Request("cpu", torch.float32, (*request, ("softcap", False)))
+    row = next(row for row in _dispatch.backends("scaled_dot_product_attention") if row.name == "triton")
+    assert row.unsupported(request) == "its kernels take head sizes up to 256, not 320"
+    assert row.proved == frozenset()
+    q, k, v = _inputs(1, 1, 1, 3, 3, 320, 8)
+    with pytest.raises(fastlm.BackendError, match="head sizes up to 256, not 320"):
+        fastlm.scaled_dot_product_attention(q, k, v)
