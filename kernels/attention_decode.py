@@ -33,10 +33,10 @@ COMBINED_SPLITS = 16  # of a tile
 # Rows are the queries of a group: up to 16, and more. Keys, warps and stages of the first as in the source of the
 # forward pass's table for its decoding kernel; the rest by registers alone. Not measured on this kernel yet.
 FEW: Blockings = {
-    80: Blocking({256: Blocks(16, 64, 4, 3)}, {256: Blocks(16, 32, 4, 2)}),
+    80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 32, 4, 2)}),
 }
 MANY: Blockings = {
-    80: Blocking({128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 8, 2)}, {256: Blocks(32, 16, 8, 1)}),
+    80: Blocking({128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 8, 1)}),
 }
 
 

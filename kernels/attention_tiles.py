@@ -362,7 +362,7 @@ def attend(
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can stand for these (B, H, S, D) tensors: 16-byte steps, nothing broadcast or empty."""
+    """Whether tensor descriptors can stand for these (B, H, S, D) tensors: steps of 16 bytes, nothing broadcast."""
     return all(
         x.numel() > 0 and x.data_ptr() % 16 == 0 and all(n > 0 and n * x.itemsize % 16 == 0 for n in x.stride()[:3])
         for x in tensors

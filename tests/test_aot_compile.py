@@ -5,6 +5,7 @@ No GPU is needed: tests/aot.py compiles what the launchers would launch, in two 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,20 @@ def test_shared_memory_and_registers_within_the_limits(compiled):
     for line in compiled:
         assert line["SHARED"] + line["dynamic"] <= SHARED_LIMIT[line["arch"]], line
         assert line["REG"] * 32 * line["warps"] <= REGISTERS, line
+
+
+def test_attention_multiplies_on_hoppers_tensor_cores(compiled):
+    """wgmma takes 64 rows of 2-byte values, as every tile but those of the largest head sizes has."""
+    rows = {"fwd": "M", "bwd_queries": "M", "bwd_keys": "N"}
+    seen = set()
+    for line in compiled:
+        kernel = re.search(r"_attention_(\w+)_kernel", line["name"])
+        if line["arch"] != 90 or not kernel or kernel[1] not in rows or not re.search(r"\*(bf|fp)16'", line["name"]):
+            continue
+        if int(re.search(rf"'{rows[kernel[1]]}': (\d+)", line["name"])[1]) >= 64:
+            assert line["wgmma"] > 0, line
+            seen.add(kernel[1])
+    assert seen == set(rows)
 
 
 def test_no_recompilation_for_another_row_count(tmp_path):

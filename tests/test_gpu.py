@@ -28,7 +28,36 @@ def _rotary():
     return (lambda x: fastlm.rotary(x, cos, sin)), _inputs((2, 4, 128, 64))
 
 
+def _attention(queries, keys, **options):
+    """Grouped heads, causal, on (B, H, T, D) = (2, 8, queries, 64)."""
+    options = {"is_causal": True, "enable_gqa": True, **options}
+    inputs = _inputs((2, 8, queries, 64), (2, 2, keys, 64), (2, 2, keys, 64))
+    return (lambda q, k, v: fastlm.scaled_dot_product_attention(q, k, v, **options)), inputs
+
+
+def _attention_bias():
+    """A bias with its gradient and dropout, the same in every run."""
+    inputs = _inputs((2, 4, 300, 64), (2, 4, 300, 64), (2, 4, 300, 64), (1, 4, 300, 300))
+
+    def attend(q, k, v, bias):
+        torch.default_generator.manual_seed(3)
+        return fastlm.scaled_dot_product_attention(q, k, v, bias, 0.1, return_lse=True)
+
+    return attend, inputs
+
+
+def _attention_varlen():
+    cu = torch.tensor([0, 5, 300, 300, 700], dtype=torch.int32, device="cuda")
+    inputs = _inputs((700, 8, 64), (700, 2, 64), (700, 2, 64))
+    return (lambda q, k, v: fastlm.attention_varlen(q, k, v, cu, is_causal=True)), inputs
+
+
 CASES = {
+    "attention": lambda: _attention(700, 700),
+    "attention, window, softcap": lambda: _attention(300, 500, window=(100, None), softcap=20.0),
+    "attention, bias, dropout": _attention_bias,
+    "attention, few queries": lambda: _attention(4, 3000, is_causal=False),
+    "attention_varlen": _attention_varlen,
     "layer_norm": lambda: ((lambda x, w, b: fastlm.layer_norm(x, N, w, b)), _inputs((M, N), (N,), (N,))),
     "layer_norm, wide": lambda: (
         (lambda x, w, b: fastlm.layer_norm(x, 70000, w, b)),
