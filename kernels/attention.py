@@ -42,9 +42,9 @@ from .attention_tiles import (
 # tuned on these architectures for Triton kernels of this shape; not measured on this kernel yet.
 FORWARD: Blockings = {
     80: Blocking(
-        {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
+        {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
         {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
-        {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     90: Blocking(
         {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
@@ -112,13 +112,14 @@ def _attention_fwd_kernel(
     tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, True)
     total_rows = T
     tile, b, h, q_start, k_start, T, S = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
+    batch = b if cu_q_ptr is None else b * 0
     kv_head = h // group
     row = tile * M + tl.arange(0, M)
     numbered = (head.to(tl.int64) * total_rows + q_start) + row  # in lse and in the dropout mask
-    q_ptr += b * (cu_q_ptr is None) * stride_qb + h * stride_qh + q_start * stride_qt
+    q_ptr += batch * stride_qb + h * stride_qh + q_start * stride_qt
     if not DESCRIPTORS:
-        k_ptr += b * (cu_q_ptr is None) * stride_kb + kv_head * stride_kh + k_start * stride_ks
-        v_ptr += b * (cu_q_ptr is None) * stride_vb + kv_head * stride_vh + k_start * stride_vs
+        k_ptr += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
+        v_ptr += batch * stride_vb + kv_head * stride_vh + k_start * stride_vs
     mask_row = row.to(tl.int64)
     if mask_ptr is not None:
         mask_row = b * stride_mb + h * stride_mh + mask_row * stride_mt
@@ -143,7 +144,7 @@ def _attention_fwd_kernel(
     attended = (total != 0) & (row < T)
     acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
     limit = owned(cu_q_ptr, b, B, T, total_rows)
-    token = b * (cu_q_ptr is None) * total_rows.to(tl.int64) + q_start
+    token = batch * total_rows.to(tl.int64) + q_start
     store_rows(out_ptr + (token * H + h) * DV, acc, row, limit, (H * DV).to(tl.int64), DV, BLOCK_DV)
     if lse_ptr is not None:
         lse = tl.where(attended, (peak + tl.log2(total)) * LN2, float("-inf"))
@@ -175,7 +176,7 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
     with on_device_of(q):
         _attention_fwd_kernel[(tiles * heads,)](
             q, k, v, mask, cu_q, cu_k, out, sums, *strides,
-            *size[:5], tiles, heads, min(together, heads), scale, softcap, size.window_left, size.window_right,
+            *size[:5], tiles, heads, min(together, heads), float(scale), softcap, size.window_left, size.window_right,
             *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
             dropout_p > 0, descriptors, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip

@@ -43,12 +43,12 @@ from .attention_tiles import (
 KEYS: Blockings = {
     80: Blocking(
         {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
-        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 16, 1)},
-        {64: Blocks(32, 64, 8, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(16, 32, 8, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 4, 1)},
+        {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(16, 32, 8, 1)},
     ),
     90: Blocking(
         {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
-        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 16, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 4, 1)},
         {64: Blocks(32, 64, 8, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(16, 32, 8, 1)},
     ),
 }
@@ -56,7 +56,7 @@ QUERIES: Blockings = {
     80: Blocking(
         {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
         {64: Blocks(32, 16, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
-        {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     90: Blocking(
         {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
@@ -248,7 +248,7 @@ def _attention_bwd_keys_kernel(
     tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, False)
     all_rows, all_keys = T, S
     tile, b, kv_head, q_start, k_start, T, S = place(tile, head, cu_k_ptr, cu_q_ptr, cu_k_ptr, B, H // group, T, S, N)
-    batch = b * (cu_q_ptr is None)
+    batch = b if cu_q_ptr is None else b * 0
     key = tile * N + tl.arange(0, N)
     k_ptr += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
     k = load_rows(k_ptr, key, S, stride_ks, D, BLOCK_D)
@@ -325,8 +325,8 @@ def _over_keys(
     for first in tl.range(start, end, N):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
-        k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D)
-        v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV)
+        k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
+        v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
         s, capped = scores(
             dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
             mask_ptr, row.to(tl.int64)[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
@@ -408,7 +408,7 @@ def _attention_bwd_queries_kernel(
     tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, True)
     all_rows = T
     tile, b, h, q_start, k_start, T, S = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
-    batch = b * (cu_q_ptr is None)
+    batch = b if cu_q_ptr is None else b * 0
     kv_head = h // group
     row = tile * M + tl.arange(0, M)
     first_numbered = head.to(tl.int64) * all_rows + q_start
@@ -477,7 +477,7 @@ def backward(
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *dout.stride()[:3]
     scalars = (
-        scale, softcap, size.window_left, size.window_right, *dropout_arguments(dropout_p, seed), *size.head,
+        float(scale), softcap, size.window_left, size.window_right, *dropout_arguments(dropout_p, seed), *size.head,
     )  # fmt: skip
     flags = *size.features, softcap > 0, dropout_p > 0
     with on_device_of(q):

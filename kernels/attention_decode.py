@@ -33,7 +33,7 @@ COMBINED_SPLITS = 16  # of a tile
 # Rows are the queries of a group: up to 16, and more. Keys, warps and stages of the first as in the source of the
 # forward pass's table for its decoding kernel; the rest by registers alone. Not measured on this kernel yet.
 FEW: Blockings = {
-    80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 32, 4, 2)}),
+    80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 16, 4, 2)}),
 }
 MANY: Blockings = {
     80: Blocking({128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 8, 1)}),
@@ -192,7 +192,7 @@ def decode(
     with on_device_of(q):
         _attention_decode_kernel[(splits * row_tiles * q.shape[0] * k.shape[1],)](
             q, k, v, mask, partial, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
-            *size[1:5], splits, row_tiles, split_keys, scale, softcap, size.window_left, size.window_right,
+            *size[1:5], splits, row_tiles, split_keys, float(scale), softcap, size.window_left, size.window_right,
             *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
             dropout_p > 0, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip

@@ -164,18 +164,28 @@ def owned(cu_ptr, b, B, own, total):
 
 @triton.jit
 def load_at(ptr, offset, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] from int64 offsets of rows with unit stride along D; 0 for rows that are not there."""
+    """[rows, BLOCK_D] from int64 offsets of rows with unit stride along D; 0 for those not there (None: all are)."""
     d = tl.arange(0, BLOCK_D)
-    mask = there[:, None]
-    if D != BLOCK_D:
-        mask = mask & (d < D)[None, :]
-    return tl.load(ptr + offset[:, None] + d[None, :], mask, 0.0)
+    x_ptr = ptr + offset[:, None] + d[None, :]
+    if there is None:
+        if D == BLOCK_D:
+            return tl.load(x_ptr)
+        else:
+            return tl.load(x_ptr, (d < D)[None, :], 0.0)
+    else:
+        mask = there[:, None]
+        if D != BLOCK_D:
+            mask = mask & (d < D)[None, :]
+        return tl.load(x_ptr, mask, 0.0)
 
 
 @triton.jit
-def load_rows(ptr, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of a matrix, 0 from row `limit` on."""
-    return load_at(ptr, row.to(tl.int64) * stride, row < limit, D, BLOCK_D)
+def load_rows(ptr, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDS: tl.constexpr = True):
+    """[rows, BLOCK_D] of a matrix, 0 from row `limit` on; without BOUNDS all rows are there."""
+    if BOUNDS:
+        return load_at(ptr, row.to(tl.int64) * stride, row < limit, D, BLOCK_D)
+    else:
+        return load_at(ptr, row.to(tl.int64) * stride, None, D, BLOCK_D)
 
 
 @triton.jit
@@ -335,7 +345,7 @@ def attend(
         if DESCRIPTORS:
             k = k_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
         else:
-            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D)
+            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
         qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
         if SOFTCAP or mask_ptr is not None or BOUNDS:
             s, _ = scores(
@@ -355,7 +365,7 @@ def attend(
         if DESCRIPTORS:
             v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
         else:
-            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV)
+            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         peak = new_peak
     return acc, total, peak
