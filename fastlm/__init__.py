@@ -8,6 +8,7 @@ from . import errors, nn
 from ._dispatch import backend, explain
 from ._native import cpu_isa, cpu_isas, set_cpu_isa
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
+from .integrations import accelerate, restore
 from .ops.attention import scaled_dot_product_attention
 from .ops.attention_varlen import attention_varlen
 from .ops.cross_entropy import cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FastlmError",
+    "accelerate",
     "add_layer_norm",
     "add_rms_norm",
     "attention_varlen",
@@ -40,6 +42,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "nn",
+    "restore",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",

@@ -72,10 +72,9 @@ def accelerate(model: nn.Module, *, attention: bool = True, loss: bool = True, u
         A `Report`; printing it says what was replaced, what not, and why.
     """
     report = Report()
-    for name, module in model.named_modules():
-        row = _swap(name, module, unpad)
-        if row is not None:
-            report.rows.append(row)
+    # Innermost first: whether a block can be swapped depends on its parts.
+    rows = [_swap(name, module, unpad) for name, module in reversed(list(model.named_modules()))]
+    report.rows += [row for row in reversed(rows) if row is not None]
     if "transformers" in sys.modules:
         from . import huggingface
 

@@ -19,6 +19,7 @@ from ..ops.gelu import bias_gelu, gelu
 from ..ops.layer_norm import add_layer_norm
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
+from . import templates
 
 Forward = Callable[..., Tensor]
 
@@ -80,7 +81,10 @@ def _residual_norm(original: type) -> Forward:
 
     def forward(self, hidden_states, input_tensor):
         norm, dropout = self.LayerNorm, self.dropout
-        if not (plain(norm, ours.LayerNorm) and plain(dropout, nn.Dropout)) or hidden_states.dtype != input_tensor.dtype:
+        if (
+            not (plain(norm, ours.LayerNorm) and plain(dropout, nn.Dropout))
+            or hidden_states.dtype != input_tensor.dtype
+        ):
             return original.forward(self, hidden_states, input_tensor)
         dropout_p = dropout.p if dropout.training else 0.0
         return add_layer_norm(
@@ -183,51 +187,12 @@ FORWARDS: dict[str, Callable[[type], Forward]] = {
 ENCODERS = ("BertEncoder", "RobertaEncoder", "XLMRobertaEncoder", "CamembertEncoder", "ElectraEncoder")
 
 
-def _residual_norm_template(self, hidden_states, input_tensor):
-    hidden_states = self.dense(hidden_states)
-    hidden_states = self.dropout(hidden_states)
-    hidden_states = self.LayerNorm(hidden_states + input_tensor)
-    return hidden_states
-
-
-def _linear_gelu_template(self, hidden_states):
-    hidden_states = self.dense(hidden_states)
-    hidden_states = self.intermediate_act_fn(hidden_states)
-    return hidden_states
-
-
-def _feed_forward_template(self, hidden_states):
-    hidden_states = self.fc1(hidden_states)
-    hidden_states = self.activation_fn(hidden_states)
-    hidden_states = self.fc2(hidden_states)
-    return hidden_states
-
-
-def _timm_mlp_template(self, x):
-    x = self.fc1(x)
-    x = self.act(x)
-    x = self.drop1(x)
-    x = self.norm(x)
-    x = self.fc2(x)
-    x = self.drop2(x)
-    return x
-
-
-def _conv1d_mlp_template(self, hidden_states):
-    hidden_states = self.c_fc(hidden_states)
-    hidden_states = self.act(hidden_states)
-    hidden_states = self.c_proj(hidden_states)
-    hidden_states = self.dropout(hidden_states)
-    return hidden_states
-
-
-def _gated_template(self, x):
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
-
-
 def _is_silu(module: nn.Module) -> bool:
     return type(module.act_fn) is nn.SiLU or type(module.act_fn).__name__ == "SiLUActivation"
+
+
+def _gelu_in(name: str) -> Callable[[nn.Module], bool]:
+    return lambda module: gelu_form(getattr(module, name)) is not None
 
 
 def _always(module: nn.Module) -> bool:
@@ -244,10 +209,10 @@ class Block(NamedTuple):
 
 
 BLOCKS = (
-    Block("residual_norm", _residual_norm_template, "fastlm.add_layer_norm"),
-    Block("linear_gelu", _linear_gelu_template, "fastlm.bias_gelu"),
-    Block("feed_forward", _feed_forward_template, "fastlm.bias_gelu"),
-    Block("timm_mlp", _timm_mlp_template, "fastlm.bias_gelu"),
-    Block("conv1d_mlp", _conv1d_mlp_template, "fastlm.bias_gelu"),
-    Block("gated", _gated_template, "fastlm.swiglu", _is_silu),
+    Block("residual_norm", templates.residual_norm, "fastlm.add_layer_norm"),
+    Block("linear_gelu", templates.linear_gelu, "fastlm.bias_gelu", _gelu_in("intermediate_act_fn")),
+    Block("feed_forward", templates.feed_forward, "fastlm.bias_gelu", _gelu_in("activation_fn")),
+    Block("timm_mlp", templates.timm_mlp, "fastlm.bias_gelu", _gelu_in("act")),
+    Block("conv1d_mlp", templates.conv1d_mlp, "fastlm.bias_gelu", _gelu_in("act")),
+    Block("gated", templates.gated, "fastlm.swiglu", _is_silu),
 )

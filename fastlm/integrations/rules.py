@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nn as ours
@@ -161,10 +160,3 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 def _rebuild(original: type, kind: str) -> nn.Module:
     cls = derived(original, kind)
     return cls.__new__(cls)
-
-
-def gelu_form(activation: Any) -> str | None:
-    """GELU's `approximate` for an activation, swapped or torch's own, that no hook watches; else None."""
-    if activation is F.gelu:
-        return "none"
-    return blocks.gelu_form(activation)

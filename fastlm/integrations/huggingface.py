@@ -1,0 +1,197 @@
+"""Hugging Face transformers: attn_implementation="fastlm", through its own AttentionInterface.
+
+Importing this module, or `fastlm.accelerate(model)` of one of its models, registers the implementation:
+
+    import fastlm.integrations.huggingface
+    model = AutoModel.from_pretrained(folder, attn_implementation="fastlm")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from ..ops.attention import scaled_dot_product_attention
+from ..ops.attention_varlen import attention_varlen
+from . import rules
+
+try:
+    from transformers.masking_utils import bidirectional_mask_function
+except ImportError:  # before 5.0
+    bidirectional_mask_function = None
+
+NAME = "fastlm"
+_PREVIOUS = "_fastlm_attention"  # of a model: the attention implementation that it had
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`fastlm.scaled_dot_product_attention` with the signature of transformers' attention functions.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, Hkv, S, D), one key head for a group of query heads.
+        attention_mask: (B, 1 or H, T, S), boolean (True attends) or added; it has the model's sliding window in it.
+        is_causal: module.is_causal if None; holds where there is no mask and more than one query.
+        position_bias: (1 or B, H, T, S), added to the scores (T5).
+        s_aux: (H,) attention sinks: the score of one more key, whose value is 0.
+        cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,) int32, for B = 1: the sequences are packed one after the
+            other, and each attends to itself.
+
+    Returns:
+        (output (B, T, H, D), the weights (B, H, T, S) where output_attentions asks for them, else None).
+
+    Raises:
+        NotImplementedError: for a paged cache, or packed sequences with what they do not combine with.
+    """
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError("fastlm attention: it does not read a paged cache; use attn_implementation='sdpa'")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "softcap": softcap}
+    if cu_seq_lens_q is not None:
+        if position_bias is not None or s_aux is not None or attention_mask is not None:
+            raise NotImplementedError("fastlm attention: packed sequences take no mask, position bias or sinks")
+        packed = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
+        out = attention_varlen(*packed, cu_seq_lens_q, cu_seq_lens_k, is_causal=causal, **_window(kwargs), **options)
+        return out.unsqueeze(0), None
+    T, S = query.shape[2], key.shape[2]
+    causal = bool(causal) and T > 1 and attention_mask is None
+    mask = attention_mask if attention_mask is None else attention_mask[..., :S]
+    if position_bias is not None:
+        mask, causal = _biased_mask(position_bias[..., :S], mask, causal), False
+    weights = None
+    if kwargs.get("output_attentions"):
+        from .interpret import attention_weights
+
+        weights = attention_weights(query, key, mask, is_causal=causal, scale=scaling, softcap=softcap, sinks=s_aux)
+    arguments = (query, key, value, mask, dropout, causal, scaling, True)
+    if s_aux is None:
+        out = scaled_dot_product_attention(*arguments, softcap=softcap)
+    else:
+        out, lse = scaled_dot_product_attention(*arguments, softcap=softcap, return_lse=True)
+        out = out * torch.sigmoid(lse - s_aux.view(-1, 1)).unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2), weights
+
+
+def _window(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The window of packed sequences, whose mask is not there to hold it, as transformers' flash attention has it."""
+    size = kwargs.get("sliding_window")
+    return {} if size is None else {"window": (size - 1, size - 1)}
+
+
+def _biased_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """One mask to add: the bias where a key is seen, -inf elsewhere."""
+    if mask is not None and mask.dtype != torch.bool:
+        return bias + mask
+    if causal:
+        T, S = bias.shape[-2:]
+        mask = torch.ones(T, S, dtype=torch.bool, device=bias.device).tril()
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+
+
+def boolean_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int | None = None,
+    *args: Any,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' boolean mask for SDPA; one that only leaves keys out is a view with one row for all queries."""
+    if mask_function is not None:
+        kwargs["mask_function"] = mask_function
+    mask = sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+    only_keys = mask_function is not None and mask_function is bidirectional_mask_function
+    if mask is None or not only_keys or mask.dim() != 4:
+        return mask
+    return mask[:, :, :1].expand(-1, -1, mask.shape[2], -1)
+
+
+def register() -> None:
+    """Make "fastlm" known to transformers as an attention implementation."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, boolean_mask)
+
+
+register()
+
+
+def _models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The transformers models in `model`, one for each configuration, outermost first."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+            seen.add(id(module.config))
+            yield name, module
+
+
+def accelerate_models(model: nn.Module, attention: bool, loss: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Switch attention and output layers of the transformers models in `model`; yields the report's rows."""
+    models = list(_models(model))
+    before = [module.config._attn_implementation for _, module in models]  # a switch reaches the models inside too
+    for (name, module), previous in zip(models, before, strict=True):
+        kind = type(module).__name__
+        if attention and _PREVIOUS not in module.__dict__:
+            yield name, f"{kind} attention", *_switch_attention(module, previous)
+        head = module.get_output_embeddings() if loss else None
+        if isinstance(head, nn.Module) and not rules.is_replacement(type(head)):
+            yield name, f"{kind} output layer", *_defer(head)
+
+
+def _switch_attention(model: PreTrainedModel, previous: str) -> tuple[str, str]:
+    """(replacement, reason), one of them empty."""
+    if getattr(model.config, "output_attentions", False):
+        return "", "its configuration asks for attention weights"
+    if not model._can_set_attn_implementation():
+        return "", "its attention does not go through transformers' AttentionInterface"
+    if not _is_supported(model):
+        return "", "it supports neither PyTorch's nor other attention implementations"
+    model.set_attn_implementation(NAME)
+    model.__dict__[_PREVIOUS] = previous
+    return f"attn_implementation={NAME!r}", ""
+
+
+def _is_supported(model: PreTrainedModel) -> bool:
+    """Whether another implementation than the eager one is known to give its attention all that it computes."""
+    flags = ("_supports_attention_backend", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
+    return any(getattr(model, flag, False) for flag in flags)
+
+
+def _defer(head: nn.Module) -> tuple[str, str]:
+    from .accelerate import swap_class
+    from .deferred import SMALLEST
+
+    if type(head) is not nn.Linear:
+        return "", f"it is a {type(head).__name__}"
+    if head.out_features < SMALLEST:
+        return "", f"its {head.out_features} classes are few"
+    swap_class(head, rules.derived(nn.Linear, "deferred"))
+    return "fastlm.linear_cross_entropy in training", ""
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Undo what `accelerate_models` did to attention."""
+    for _, module in list(_models(model)):
+        before = module.__dict__.pop(_PREVIOUS, None)
+        if before is not None:
+            module.set_attn_implementation(before)

@@ -1,0 +1,48 @@
+"""BERT-type encoders without their padding: tokens of all sequences run packed, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._dispatch import must_trace
+
+
+def unpadded_forward(original: type) -> Callable[..., Any]:
+    """The forward of an encoder that takes (hidden_states, attention_mask) and hands keywords on to its layers."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not _servable(self, hidden_states, attention_mask, args, kwargs):
+            return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
+        assert attention_mask is not None  # for the type checker
+        B, T, C = hidden_states.shape
+        seen = attention_mask[:, 0, 0]  # (B, T)
+        places = seen.flatten().nonzero().squeeze(1)  # (tokens,)
+        lengths = F.pad(seen.sum(1).cumsum(0), (1, 0)).int()  # (B + 1,)
+        packed = hidden_states.reshape(B * T, C)[places].unsqueeze(0)
+        output = original.forward(self, packed, None, *args, cu_seq_lens_q=lengths, **kwargs)
+        states = output.last_hidden_state
+        padded = states.new_zeros(B * T, C).index_copy(0, places, states.squeeze(0))
+        output.last_hidden_state = padded.view(B, T, C)
+        return output
+
+    return forward
+
+
+def _servable(self: Any, hidden_states: Tensor, mask: Tensor | None, args: tuple, kwargs: dict) -> bool:
+    """Whether the mask only leaves keys out, fastlm attends, and nothing looks at a layer's padded states."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.stride(2) != 0:
+        return False
+    if self.config._attn_implementation != "fastlm" or must_trace(hidden_states):
+        return False
+    if any(x is not None for x in args) or any(kwargs.get(name) is not None for name in _OTHERS):
+        return False
+    return not any(kwargs.get(name) or getattr(self.config, name, False) for name in _LOOKING)
+
+
+_OTHERS = ("encoder_hidden_states", "past_key_values", "cu_seq_lens_q")
+_LOOKING = ("output_hidden_states", "output_attentions")

@@ -1,0 +1,343 @@
+"""Hugging Face models with fastlm in them against the same models without, on small seeded configurations."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+import fastlm
+import fastlm.integrations.huggingface  # registers attn_implementation="fastlm"
+from tolerances import assert_as_close_as_torch
+
+V, B, T = 4099, 2, 11  # enough classes for the fused loss
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 44, "vocab_size": V}
+GROUPED = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "head_dim": 8}
+SLIDING = GROUPED | {"sliding_window": 4}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CAUSAL = {
+    "gpt2": transformers.GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0),
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "mistral": transformers.MistralConfig(**SLIDING),
+    "qwen2": transformers.Qwen2Config(**GROUPED),
+    "qwen3": transformers.Qwen3Config(**GROUPED),
+    "gemma2": transformers.Gemma2Config(
+        **SLIDING, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8
+    ),
+    "gemma3": transformers.Gemma3TextConfig(**SLIDING, query_pre_attn_scalar=8),
+    "gpt_oss": transformers.GptOssConfig(**SLIDING, num_local_experts=2, num_experts_per_tok=1),
+}
+MASKED = {
+    "bert": transformers.BertConfig(**SIZES, max_position_embeddings=64),
+    "roberta": transformers.RobertaConfig(**SIZES, max_position_embeddings=64),
+}
+SEQ2SEQ = {
+    "t5": transformers.T5Config(
+        vocab_size=V, d_model=32, d_kv=8, d_ff=44, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
+    "bart": transformers.BartConfig(
+        vocab_size=V, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=44, decoder_ffn_dim=44, max_position_embeddings=64, **SPECIAL,
+    ),
+}  # fmt: skip
+VIT = transformers.ViTConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=44, image_size=16, patch_size=4
+)
+# Where keys are not turned, their bias shifts all scores of a query alike: its gradient is rounding alone.
+KEY_BIASES = ("key.bias", "k_proj.bias")
+NAMES = [*CAUSAL, *MASKED, *SEQ2SEQ, "vit"]
+SIZE = 2 * (12 * 32 + 2 * 44) + B * T + V
+
+
+def build(name, dropout=False):
+    config = copy.deepcopy((CAUSAL | MASKED | SEQ2SEQ | {"vit": VIT})[name])
+    for key in list(config.to_dict()):
+        if not dropout and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    kind = {name in CAUSAL: AutoModelForCausalLM, name in MASKED: AutoModelForMaskedLM}.get(True)
+    kind = kind or (AutoModelForSeq2SeqLM if name in SEQ2SEQ else transformers.ViTForImageClassification)
+    model = kind.from_config(config) if name != "vit" else kind(config)
+    if name == "gpt_oss":
+        model.set_experts_implementation("eager")  # the grouped product takes no fp64
+    for parameter in model.parameters():  # far enough from the start that attention chooses
+        parameter.data += torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1)
+    return model.train()
+
+
+def inputs_of(name, padded=True, left=False):
+    if name == "vit":
+        return {"pixel_values": torch.randn(B, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    ids = torch.randint(3, V, (B, T))
+    mask = torch.ones(B, T, dtype=torch.long)
+    if padded:
+        mask[1, -4:] = 0
+        mask = mask.flip(1) if left else mask
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def run(model, inputs, seen=None):
+    """Loss, logits where there is no padding, and all gradients."""
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    logits = output.logits.detach()
+    if "attention_mask" in inputs:
+        logits = logits[inputs["attention_mask"].bool()]
+    results = {"loss": output.loss.detach(), "logits": logits}
+    return results | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_parity(model, reference, inputs):
+    """`model` against a copy of `reference`, whose errors in fp32 are the measure."""
+    exact = copy.deepcopy(reference).double()
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+    truth, by_torch, actual = run(exact, wide), run(reference, inputs), run(model, inputs)
+    assert actual.keys() == by_torch.keys()
+    for name, result in actual.items():
+        assert result.dtype == by_torch[name].dtype, name
+        if name.endswith(KEY_BIASES) and "rope_parameters" not in model.config.to_dict():
+            assert result.abs().max() <= 1e-5 * max(g.abs().max() for g in actual.values()), name
+            continue
+        assert_as_close_as_torch(result, truth[name], by_torch[name], SIZE, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_logits_loss_and_gradients(name, padded):
+    reference = build(name)
+    model = copy.deepcopy(reference)
+    report = fastlm.accelerate(model)
+    assert model.config._attn_implementation == "fastlm", report
+    assert any("fastlm.linear_cross_entropy" in row.replacement for row in report.rows) == (name != "vit"), report
+    reference.set_attn_implementation("eager")
+    assert_parity(model, reference, inputs_of(name, padded))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_alone_by_its_name(name):
+    """attn_implementation="fastlm", as from_pretrained would set it; no module is swapped."""
+    reference = build(name)
+    model = copy.deepcopy(reference)
+    model.set_attn_implementation("fastlm")
+    reference.set_attn_implementation("eager")
+    assert_parity(model, reference, inputs_of(name))
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generates_the_same(name, beams):
+    reference = build(name).eval()
+    model = copy.deepcopy(reference)
+    fastlm.accelerate(model)
+    inputs = inputs_of(name, left=name in CAUSAL)
+    del inputs["labels"]
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "num_beams": beams}
+    torch.testing.assert_close(model.generate(**inputs, **options), reference.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_restore_undoes_everything(name):
+    model = build(name).eval()
+    inputs = inputs_of(name)
+    classes = {key: type(module) for key, module in model.named_modules()}
+    attributes = {key: set(module.__dict__) for key, module in model.named_modules()}
+    pointers = {key: p.data_ptr() for key, p in model.named_parameters()}
+    before, state, shown = model(**inputs).logits, list(model.state_dict()), repr(model)
+    attention = model.config._attn_implementation
+    report = fastlm.accelerate(model)
+    assert len(report.replaced) > 8
+    assert repr(model) == shown
+    assert list(model.state_dict()) == state
+    assert {key: p.data_ptr() for key, p in model.named_parameters()} == pointers
+    assert all(isinstance(module, classes[key]) for key, module in model.named_modules())
+    assert not fastlm.accelerate(model).replaced  # a second time changes nothing
+    fastlm.restore(model)
+    assert {key: type(module) for key, module in model.named_modules()} == classes
+    assert {key: set(module.__dict__) for key, module in model.named_modules()} == attributes
+    assert model.config._attn_implementation == attention
+    assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "bert"])
+def test_copies_pickles_and_saves(name, tmp_path):
+    model = build(name).eval()
+    fastlm.accelerate(model)
+    inputs = inputs_of(name)
+    expected = model(**inputs).logits
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(clone(**inputs).logits, expected)
+        fastlm.restore(clone)
+        assert not any("fastlm" in type(module).__module__ for module in clone.modules())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).__mro__[0].from_pretrained(tmp_path, attn_implementation="fastlm")
+    torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "gemma2", "t5", "vit"])
+def test_training_follows_the_same_curve(name):
+    reference = build(name)
+    model = copy.deepcopy(reference)
+    fastlm.accelerate(model)
+    batches = [inputs_of(name) for _ in range(2)]
+
+    def losses(model):
+        optimizer, found = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = model(**batches[step % 2]).loss
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    expected, actual = losses(reference), losses(model)
+    assert expected[-2:].sum() < expected[:2].sum()
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_trainer_follows_the_same_curve(name, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    reference = build(name)
+    model = copy.deepcopy(reference)
+    fastlm.accelerate(model)
+    examples = [{k: x[0] for k, x in inputs_of(name, padded=False).items()} for _ in range(8)]
+
+    def losses(model, folder):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / folder), max_steps=6, per_device_train_batch_size=2, learning_rate=3e-3, logging_steps=1,
+            report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=examples)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+    expected, actual = losses(reference, "a"), losses(model, "b")
+    assert len(expected) == 6
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("holes", [False, True], ids=["left-aligned", "holes"])
+def test_unpadded_encoder(name, holes):
+    reference = build(name)
+    model = copy.deepcopy(reference)
+    report = fastlm.accelerate(model, unpad=True)
+    assert any(row.replacement == "the same without its padding" for row in report.rows)
+    reference.set_attn_implementation("eager")
+    inputs = inputs_of(name)
+    if holes:
+        inputs["attention_mask"][0, 2:5] = 0
+        inputs["labels"][0, 2:5] = -100
+    if name == "bert":  # roberta's own positions follow the padding token, not the mask
+        inputs["token_type_ids"] = torch.randint(2, (B, T))
+    assert_parity(model, reference, inputs)
+    with torch.no_grad():
+        states = model.base_model(**{k: x for k, x in inputs.items() if k != "labels"}).last_hidden_state
+        assert not states[inputs["attention_mask"] == 0].any()
+        shown = model(**inputs, output_hidden_states=True)  # what looks at every layer gets padded states
+    assert [x.shape for x in shown.hidden_states] == [(B, T, 32)] * 3
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "t5", "gpt_oss"])
+def test_attention_weights_on_request(name):
+    reference = build(name).eval()
+    model = copy.deepcopy(reference)
+    fastlm.accelerate(model)
+    reference.set_attn_implementation("eager")
+    inputs = inputs_of(name, padded=False)
+    field = "encoder_attentions" if name in SEQ2SEQ else "attentions"
+    with torch.no_grad():
+        actual, expected = (m(**inputs, output_attentions=True)[field] for m in (model, reference))
+    assert len(actual) == len(expected) == 2
+    for mine, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences_attend_to_themselves():
+    model = build("llama").eval()
+    model.set_attn_implementation("fastlm")
+    first, second = torch.randint(3, V, (1, 5)), torch.randint(3, V, (1, 7))
+    packed = model(
+        input_ids=torch.cat((first, second), 1),
+        position_ids=torch.cat((torch.arange(5), torch.arange(7)))[None],
+        cu_seq_lens_q=torch.tensor([0, 5, 12], dtype=torch.int32), use_cache=False,
+        attention_mask=torch.ones(1, 12, dtype=torch.long),
+    ).logits  # fmt: skip
+    expected = torch.cat((model(first).logits, model(second).logits), 1)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_drawn_in_training_only():
+    model = build("llama", dropout=True)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    fastlm.accelerate(model)
+    inputs = inputs_of("llama")
+    torch.manual_seed(1)
+    first = model(**inputs).loss
+    torch.manual_seed(1)
+    assert torch.equal(model(**inputs).loss, first)
+    assert not torch.equal(model(**inputs).loss, first)
+    model.eval()
+    assert torch.equal(model(**inputs).loss, model(**inputs).loss)
+
+
+def test_paged_cache_is_refused():
+    attend = fastlm.integrations.huggingface.attention_forward
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match="it does not read a paged cache"):
+        attend(torch.nn.Module(), q, q, q, None, cache=object())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deferred_logits_are_the_logits(dtype):
+    """What a script may do with the logits of a training step, besides giving them to a loss."""
+    model = build("gpt2").to(dtype)
+    inputs = inputs_of("gpt2", padded=False)
+    expected = model(**inputs)
+    fastlm.accelerate(model, attention=False)
+    output = model(**inputs)
+    logits = output.logits
+    assert logits.shape == expected.logits.shape
+    assert logits.dtype == dtype
+    assert output.loss.dtype == expected.loss.dtype
+    assert logits.requires_grad
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(logits.argmax(-1), expected.logits.argmax(-1)) if dtype == torch.float32 else None
+    torch.testing.assert_close(logits[:, -1], expected.logits[:, -1], **tolerance)
+    torch.testing.assert_close(logits.softmax(-1), expected.logits.softmax(-1), **tolerance)
+    torch.testing.assert_close(
+        logits[..., 1:, :].float().sum(), expected.logits[..., 1:, :].float().sum(), rtol=0.1, atol=3
+    )
+    assert f"{logits:}" is not None
+    assert "tensor" in repr(logits)
+    results = []
+    for output in (model(**inputs), expected):
+        model.zero_grad()
+        (output.loss + output.logits[0, 2, :5].float().sum()).backward()  # a second use of them
+        results.append(model.transformer.wte.weight.grad.clone())
+    torch.testing.assert_close(*results, **tolerance)
+
+
+def test_models_of_a_composite_and_of_a_plain_module():
+    holder = torch.nn.ModuleDict({"text": build("bert"), "norm": torch.nn.LayerNorm(8)})
+    report = fastlm.accelerate(holder)
+    assert type(holder["norm"]) is fastlm.nn.LayerNorm
+    assert holder["text"].config._attn_implementation == "fastlm"
+    assert "LayerNorm" in str(report)
+    fastlm.restore(holder)
+    assert type(holder["norm"]) is torch.nn.LayerNorm
+    assert holder["text"].config._attn_implementation == "sdpa"
