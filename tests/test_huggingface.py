@@ -96,10 +96,11 @@ def run(model, inputs, seen=None):
 
 
 def assert_parity(model, reference, inputs):
-    """`model` against `reference` in fp64: its root-mean-square error is at most three times `reference`'s in fp32.
+    """`model` against `reference` in fp64: its error is at most three times `reference`'s in fp32 or sums' rounding.
 
-    The maximum, which the ops are held to, jumps about after so many layers.
+    The norm of the error is compared: the maximum, which the ops are held to, jumps about after so many layers.
     """
+    rounding = torch.finfo(torch.float32).eps * V**0.5
     exact = copy.deepcopy(reference).double()
     wide = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
     truth, by_torch, actual = run(exact, wide), run(reference, inputs), run(model, inputs)
@@ -110,7 +111,7 @@ def assert_parity(model, reference, inputs):
             assert result.abs().max() <= 1e-5 * max(g.abs().max() for g in actual.values()), name
             continue
         error, other = ((x.double() - truth[name]).norm() for x in (result, by_torch[name]))
-        assert error <= 3 * other + 1e-6 * truth[name].norm(), f"{name}: {error:.2e} against {other:.2e}"
+        assert error <= 3 * other + rounding * truth[name].norm(), f"{name}: {error:.2e} against {other:.2e}"
 
 
 @pytest.mark.parametrize("name", NAMES)

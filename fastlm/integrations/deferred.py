@@ -19,6 +19,9 @@ from ..nn._plain import plain
 from ..ops.linear_cross_entropy import linear_cross_entropy
 
 SMALLEST = 4096  # classes; below, the logits are no burden
+# The share of the logits that may be held at once. Holding less than all costs a fourth matrix product, which a CPU
+# feels and memory seldom asks for: nothing but the logits themselves, instead of them and their gradient, is held.
+HELD = {"cpu": 1.0}
 
 
 class DeferredLogits(Tensor):
@@ -126,8 +129,9 @@ def _cross_entropy(
     autocast = torch.is_autocast_enabled(hidden.device.type)
     with torch.autocast(hidden.device.type, hidden.dtype if wide else None, enabled=wide or autocast):
         return linear_cross_entropy(
-            hidden, input.weight, target, input.bias, ignore_index, reduction, label_smoothing, weight
-        )
+            hidden, input.weight, target, input.bias, ignore_index, reduction, label_smoothing, weight,
+            memory=HELD.get(hidden.device.type, 0.1),
+        )  # fmt: skip
 
 
 # torch's names of the functions that DeferredLogits follows; each gives None for a call that it does not.
