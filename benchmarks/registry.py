@@ -11,12 +11,13 @@ from .case import DTYPES, PASSES, Benchmark, Case
 from .cross_entropy import CROSS_ENTROPY
 from .gelu import BIAS_GELU, GELU
 from .generate import GENERATE
+from .huggingface import HUGGING_FACE
 from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .train import TRAIN
 
 KERNELS = (LAYER_NORM, ADD_LAYER_NORM, GELU, BIAS_GELU, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
-BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*KERNELS, TRAIN, GENERATE)}
+BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*KERNELS, TRAIN, GENERATE, HUGGING_FACE)}
 
 
 def known(names: list[str], valid, what: str) -> list[str]:
