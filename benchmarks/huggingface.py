@@ -131,7 +131,7 @@ class HuggingFaceSession:
         return PROVIDERS
 
     def counts(self, which: str) -> Counts:
-        """2 operations a parameter and token forward, 6 with the backward pass; attention and embeddings are left out."""
+        """2 operations a parameter and token forward, 6 with the backward pass; attention's own are left out."""
         steps = NEW_TOKENS if self.variant.task == "generate" else 1
         flops = (6 if which == "full" else 2) * self.parameters * (self.tokens + (steps - 1) * self.case.shape[0])
         traffic = self.parameters * self.case.torch_dtype.itemsize * steps * (3 if which == "full" else 1)

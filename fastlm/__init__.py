@@ -8,7 +8,14 @@ from . import errors, nn
 from ._dispatch import backend, explain
 from ._native import cpu_isa, cpu_isas, set_cpu_isa
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
-from .integrations import accelerate, restore
+from .integrations import (
+    accelerate,
+    attention_maps,
+    attention_statistics,
+    attention_telemetry,
+    attention_weights,
+    restore,
+)
 from .ops.attention import scaled_dot_product_attention
 from .ops.attention_varlen import attention_varlen
 from .ops.cross_entropy import cross_entropy
@@ -30,7 +37,11 @@ __all__ = [
     "accelerate",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_maps",
+    "attention_statistics",
+    "attention_telemetry",
     "attention_varlen",
+    "attention_weights",
     "backend",
     "bias_gelu",
     "cpu_isa",

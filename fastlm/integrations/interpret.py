@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ..nn.attention import MultiheadAttention
 from ..ops.attention import OBSERVERS
 
 ROWS = 256  # queries whose scores exist at one time
@@ -269,6 +270,9 @@ def _watching(model: nn.Module, record: Callable[[str, Call], None]) -> Iterator
         for name, module in model.named_modules():
             for handle in _follow(watch, name, module):
                 stack.callback(handle.remove)
+            if type(module) is nn.MultiheadAttention:  # what torch's calls is out of sight
+                stack.callback(setattr, module, "__class__", type(module))
+                module.__class__ = MultiheadAttention
         fast_path = torch.backends.mha.get_fastpath_enabled()  # runs attention where nobody sees it
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)

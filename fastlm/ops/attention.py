@@ -7,6 +7,7 @@ form for packed sequences.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -44,6 +45,7 @@ from ._autograd import reference_gradients
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.attention")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 _NAME = "scaled_dot_product_attention"
+OBSERVERS: list[Callable[..., None]] = []  # called with what decides the weights, while somebody watches
 
 
 def _torch_unsupported(request: Request) -> str | None:
@@ -295,6 +297,8 @@ def scaled_dot_product_attention(
     """
     query, key, value = autocast(query, key, value)
     check_tensors(_NAME, query, key, value)
+    for observe in OBSERVERS:
+        observe(query, key, attn_mask, is_causal=is_causal, scale=scale, window=window, softcap=softcap)
     if attn_mask is not None:
         check_mask(_NAME, attn_mask, is_causal, query)
     dropout_p = _dropout.check_probability(_NAME, dropout_p)
