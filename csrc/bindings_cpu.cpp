@@ -41,6 +41,29 @@ AttentionArgs attention_args(const Heads& q, const Heads& k, const Heads& v, con
   return a;
 }
 
+// (grad address, elements, grad type), one a tensor.
+using GradRow = std::array<int64_t, 3>;
+// (param, grad, exp_avg, exp_avg_sq and copy addresses, elements, type, grad type) and
+// (grad_scale, decay, beta1, beta2, step_size, sqrt_factor, eps).
+using AdamWRow = std::pair<std::array<int64_t, 8>, std::array<double, 7>>;
+
+double square_sum_of(const std::vector<GradRow>& rows) {
+  std::vector<AdamWTensor> tensors;
+  for (const auto& [grad, n, type] : rows) {
+    tensors.emplace_back();
+    tensors.back().grad = P(grad), tensors.back().n = n, tensors.back().grad_type = (int)type;
+  }
+  return gradient_square_sum(tensors.data(), (int64_t)tensors.size());
+}
+
+void adamw_update_of(const std::vector<AdamWRow>& rows) {
+  std::vector<AdamWTensor> tensors;
+  for (const auto& [at, of] : rows)
+    tensors.push_back({P(at[0]), P(at[1]), P(at[2]), P(at[3]), P(at[4]), at[5], (int)at[6], (int)at[7], of[0], of[1],
+                       of[2], of[3], of[4], of[5], of[6]});
+  adamw_update(tensors.data(), (int64_t)tensors.size());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
@@ -167,4 +190,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                  interleaved, inverse, type);
         },
         nogil());
+  m.def("gradient_square_sum", &square_sum_of, nogil());
+  m.def("adamw_update", &adamw_update_of, nogil());
 }

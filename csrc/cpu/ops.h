@@ -85,4 +85,18 @@ void swiglu_bwd(const void* dy, const void* gate, const void* up, void* dgate, v
 void rotary(const void* x, const void* cos, const void* sin, void* y, const int64_t* size, const int64_t* x_stride,
             const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse, int type);
 
+// A parameter of an AdamW step. type: of param, exp_avg and exp_avg_sq, fp32 or bf16. grad: n of grad_type, fp32 or
+// bf16. copy: n bf16, optional, with fp32 parameters only: receives the new values rounded.
+struct AdamWTensor {
+  void* param;
+  const void* grad;
+  void *exp_avg, *exp_avg_sq, *copy;
+  int64_t n;
+  int type, grad_type;
+  // decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^t), sqrt_factor = 1 / sqrt(1 - beta2^t)
+  double grad_scale, decay, beta1, beta2, step_size, sqrt_factor, eps;
+};
+double gradient_square_sum(const AdamWTensor* tensors, int64_t count);  // of grad, n and grad_type alone
+void adamw_update(const AdamWTensor* tensors, int64_t count);
+
 }  // namespace fastlm

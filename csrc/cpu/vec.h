@@ -97,6 +97,19 @@ inline VF min(VF a, VF b) {
   return a < b ? a : b;
 #endif
 }
+// Correctly rounded.
+inline VF sqrt(VF x) {
+#if FASTLM_ISA_LEVEL >= 2
+  return (VF)_mm512_sqrt_ps((__m512)x);
+#elif FASTLM_ISA_LEVEL == 1
+  return (VF)_mm256_sqrt_ps((__m256)x);
+#elif FASTLM_X86
+  return (VF)_mm_sqrt_ps((__m128)x);
+#else
+  for (int64_t i = 0; i < lanes<VF>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
 inline VD max(VD a, VD b) { return a > b ? a : b; }
 inline VD min(VD a, VD b) { return a < b ? a : b; }
 
