@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.ops._products import prepare_weights
+from fastlm.training.adamw import AdamW
+
 from . import providers
 from .case import Built, Case, Counts
 from .engine import SIZES, build, plain, transposed, weights
@@ -74,12 +77,23 @@ class TrainSession:
         model = build(provider, self.config, self.state).to(self.device).train()
         results = self._check(model, enabled=True)
         model.zero_grad(set_to_none=True)
+        if provider == "fastlm":
+            ours = self._engine(model)
+            return Built({"full": lambda: self._our_step(model, ours)}, results, "fastlm engine")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         forward = providers.compiled(model) if provider == "compile" else model
-        return Built({"full": lambda: self._step(forward, model, optimizer)}, results, self._label(provider))
+        return Built({"full": lambda: self._step(forward, model, optimizer)}, results, provider)
 
-    def _label(self, provider: str) -> str:
-        return "fastlm engine" if provider == "fastlm" else provider
+    def _engine(self, model: nn.Module) -> AdamW:
+        """The optimizer of `fastlm train`, and the weights as it keeps them."""
+        if self.device == "cpu" and self.case.dtype == "bfloat16":
+            prepare_weights(model.product_weights(), accumulate=False)
+        return AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def _our_step(self, model: nn.Module, optimizer: AdamW) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        self._loss(model, self.tokens, self.targets).backward()
+        optimizer.step(max_norm=CLIP)
 
     def _loss(self, forward: Callable[..., Tensor], tokens: Tensor, targets: Tensor, enabled: bool = True) -> Tensor:
         lower = enabled and self.case.dtype != "float32"

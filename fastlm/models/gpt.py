@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..nn._plain import plain
+from ..ops._products import linear, tied_embedding
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
@@ -103,6 +105,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def project(x: Tensor, layer: nn.Module) -> Tensor:
+    """`layer(x)`, by `linear` where nobody could tell."""
+    return linear(x, layer.weight, layer.bias) if plain(layer, nn.Linear) else layer(x)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -113,7 +120,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size)
+        qkv = project(x, self.c_attn).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D), views of the projection
         mask, is_causal = None, T > 1
         if cache is not None and cache.length:
@@ -122,7 +129,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
         y = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return project(y.transpose(1, 2).reshape(B, T, C), self.c_proj)
 
 
 class MLP(nn.Module):
@@ -133,8 +140,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.c_fc.weight)  # the bias is added inside the GELU
-        return self.c_proj(bias_gelu(hidden, self.c_fc.bias, "tanh"))
+        hidden = linear(x, self.c_fc.weight)  # the bias is added inside the GELU
+        return project(bias_gelu(hidden, self.c_fc.bias, "tanh"), self.c_proj)
 
 
 class Block(nn.Module):
@@ -209,17 +216,27 @@ class GPT(nn.Module):
         """
         if targets is not None:
             self._check_targets(tokens, targets)
-        hidden = self.hidden(tokens, cache)
         if targets is None:
-            return self.logits(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+            return self.logits(self.hidden(tokens, cache))
+        start = 0 if cache is None else cache.length
+        self._check_tokens(tokens, start)
+        if self.config.tie_embeddings:
+            rows, head = tied_embedding(self.wte.weight, tokens)
+        else:
+            rows, head = self.wte(tokens), self.head_weight
+        hidden = self._blocks(rows, start, cache)
+        return linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten())
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Output of the last LayerNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
         start = 0 if cache is None else cache.length
         self._check_tokens(tokens, start)
-        T = tokens.shape[1]
-        x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C)
+        return self._blocks(self.wte(tokens), start, cache)
+
+    def _blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
+        """From the tokens' embeddings (B, T, C), the first at position `start`, to the last LayerNorm's output."""
+        T = rows.shape[1]
+        x = rows + self.wpe.weight[start : start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         norms: list[Any] = [block.ln_1 for block in self.h] + [self.ln_f]
         first = norms[0]
@@ -230,6 +247,11 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
         return normed
+
+    def product_weights(self) -> list[Tensor]:
+        """The matrices of all products, each once."""
+        weights = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)] + [self.head_weight]
+        return list(dict.fromkeys(weights))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import load_manifest, load_tokens
 from ..errors import CheckpointError, ConfigError, DataError, FastlmError
 from ..models.gpt import GPT, GPTConfig
+from ..ops._products import prepare_weights
 from . import checkpoint as ckpt
 from . import rng
 from .config import TrainConfig
@@ -76,6 +77,8 @@ class Trainer:
         self.model = _build_model(config, self.manifest.vocab_size).to(self.device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config)
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and not config.compile:
+            prepare_weights(self.model.product_weights(), accumulate=config.gradient_accumulation > 1)
         # Only float16 needs one: its smallest gradients would round to 0.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.state = State()
@@ -217,12 +220,11 @@ class Trainer:
     def _update(self, loss: float) -> float:
         """Take the optimizer's step unless the loss or the gradient is not finite; the gradient's norm."""
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        norm = self.optimizer.gradient_norm()
         # With a scaler a non-finite gradient only means too large a scale; it skips and lowers it by itself.
         good = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
         if good:
-            self.scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer, max_norm=self.config.grad_clip or math.inf, norm=norm)
             self.state.add_loss(loss)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .adamw import AdamW
 from .config import TrainConfig
 
 FUSED_DEVICES = ("cpu", "cuda")
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameters, in one fused kernel where PyTorch has one for the device.
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW over the model's parameters, in one fused kernel where there is one for the device.
 
     Tensors of two or more dimensions (matrices, embeddings) decay; biases and norms do not.
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
@@ -21,9 +22,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # PyTorch's default on a CPU passes over the parameters once an operation; the fused one passes over them once.
+    # Where our kernel does not serve: PyTorch's default on a CPU passes over the parameters once an operation.
     fused = all(p.device.type in FUSED_DEVICES for p in parameters)
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),

@@ -1,0 +1,164 @@
+"""Matrix products of training in bfloat16 on a CPU: bf16 copies of the weights, and shapes that use every core."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import must_trace, needs_grad
+
+# oneDNN 3.12 gives one of two threads nothing to do where the product has about 1024 rows and at most 1024 columns:
+# 1024 x 768 x 3072 ran at 1.1 TFLOP/s, in halves of the rows at 1.9; below and above, the whole is faster.
+LONE_ROWS, LONE_COLUMNS = range(641, 1536), range(1, 1025)
+
+
+class Copy:
+    """A parameter rounded to bf16, and the version of the parameter that it was made of."""
+
+    def __init__(self, parameter: Tensor):
+        self.tensor = parameter.detach().to(torch.bfloat16)
+        self.version = parameter._version
+
+
+def attach_copy(parameter: Tensor) -> None:
+    """Let an fp32 CPU parameter carry its values in bf16; `fastlm.training.AdamW` refreshes them."""
+    parameter.fastlm_copy = Copy(parameter)  # type: ignore[attr-defined]
+
+
+def copy_of(parameter: Tensor) -> Tensor | None:
+    """The copy that a parameter carries, if it still fits it; its values may be old."""
+    copy = getattr(parameter, "fastlm_copy", None)
+    fits = copy is not None and copy.tensor.shape == parameter.shape and copy.tensor.device == parameter.device
+    return copy.tensor if fits else None
+
+
+def rounded(parameter: Tensor) -> Tensor:
+    """A parameter in bf16, without gradient: its copy where that is up to date, else newly made."""
+    tensor = copy_of(parameter)
+    if tensor is not None and parameter.fastlm_copy.version == parameter._version:  # type: ignore[attr-defined]
+        return tensor
+    return parameter.detach().to(torch.bfloat16)
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether a call under autocast is training in bfloat16 on a CPU, which the functions here are for."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        and needs_grad(*tensors)
+        and not must_trace(*tensors)
+        and all(t is None or t.device.type == "cpu" for t in tensors)
+    )
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return "amx" in _native.cpu_isas()
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (K, N) + bias (N,), in halves where oneDNN would leave a thread idle; no gradients."""
+    rows, columns = a.shape[0], b.shape[1]
+    out = a.new_empty(rows, columns) if out is None else out
+    halves = (
+        rows in LONE_ROWS
+        and columns in LONE_COLUMNS
+        and a.dtype is torch.bfloat16
+        and torch.get_num_threads() == 2
+        and _has_tiles()
+    )
+    step = -(-rows // 2) if halves else max(rows, 1)
+    for i in range(0, rows, step):
+        part = slice(i, i + step)
+        if bias is None:
+            torch.mm(a[part], b, out=out[part])
+        else:
+            torch.addmm(bias, a[part], b, out=out[part])
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """y = x weight^T + bias in bf16, for weights kept in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        w = rounded(weight)
+        ctx.save_for_backward(x, w, weight)
+        ctx.with_bias = bias is not None
+        rows = x.reshape(-1, x.shape[-1])
+        y = multiply(rows, w.t(), None if bias is None else bias.to(x.dtype))
+        return y.view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, weight = ctx.saved_tensors
+        rows, d = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        bias_grad = d.sum(0) if ctx.with_bias and ctx.needs_input_grad[2] else None
+        if torch.is_grad_enabled():  # a graph of the backward pass is wanted
+            return (d @ weight.to(d.dtype)).view_as(x), d.t() @ rows, bias_grad
+        dx = multiply(d, w).view_as(x) if ctx.needs_input_grad[0] else None
+        dw = multiply(d.t(), rows) if ctx.needs_input_grad[1] else None
+        return dx, dw, bias_grad
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, with the weight's bf16 copy under autocast to bfloat16 in training on a CPU."""
+    if x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and serves(x, weight, bias):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """The rows that tokens look up, and the whole table for the output projection, in bf16 where that is wanted.
+
+    The lookup's gradient is added to the projection's in place: a second gradient of the table's size, zero but for
+    those rows, is neither made nor added.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, tokens, low):
+        ctx.save_for_backward(weight, tokens)
+        ctx.set_materialize_grads(False)
+        return F.embedding(tokens, weight), (rounded(weight) if low else weight).detach()
+
+    @staticmethod
+    def backward(ctx, d_rows, d_table):
+        weight, tokens = ctx.saved_tensors
+        if d_rows is None:
+            return d_table, None, None
+        flat, d_rows = tokens.flatten(), d_rows.reshape(-1, weight.shape[1])
+        if d_table is None:
+            return torch.ops.aten.embedding_dense_backward(d_rows, flat, weight.shape[0], -1, False), None, None
+        if weight.grad_dtype not in (None, d_table.dtype):
+            d_table = d_table.to(weight.grad_dtype)
+        # Each row is added once, however often its token occurs: rounded once, and in a fixed order on a GPU too.
+        found, inverse = flat.unique(return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(d_rows, inverse, found.numel(), -1, False)
+        sums = (sums + d_table[found]).to(d_table.dtype)
+        if torch.is_grad_enabled():
+            return d_table.index_copy(0, found, sums), None, None
+        return d_table.index_copy_(0, found, sums), None, None
+
+
+def tied_embedding(weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows that the tokens look up, the table as a projection's weight), with one gradient for both uses."""
+    if not needs_grad(weight) or must_trace(weight, tokens):
+        return F.embedding(tokens, weight), weight
+    return _TiedEmbedding.apply(weight, tokens, serves(weight))
+
+
+def prepare_weights(weights: list[Tensor], accumulate: bool) -> None:
+    """Give fp32 CPU weights bf16 copies, for training under autocast to bfloat16 with `fastlm.training.AdamW`.
+
+    Args:
+        accumulate: whether a step adds up several gradients; they are then kept in fp32. A single one stays in the
+            bf16 in which the product made it.
+    """
+    for weight in weights:
+        attach_copy(weight)
+        if not accumulate:
+            weight.grad_dtype = torch.bfloat16
