@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/attention.h"
+#include "cpu/decode.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -192,4 +193,21 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         nogil());
   m.def("gradient_square_sum", &square_sum_of, nogil());
   m.def("adamw_update", &adamw_update_of, nogil());
+  m.def("linear_fwd",
+        [](ptr x, ptr w, ptr bias, ptr y, int64_t M, int64_t N, int64_t K, int x_type, int w_type, int b_type,
+           int y_type) { linear_fwd(P(x), P(w), P(bias), P(y), M, N, K, x_type, w_type, b_type, y_type); },
+        nogil());
+  m.def("quantized_linear_fwd",
+        [](ptr x, ptr w, ptr scale, ptr bias, ptr y, int64_t M, int64_t N, int64_t K, int64_t padded_K, int64_t group,
+           int x_type, int y_type) {
+          quantized_linear_fwd(P(x), P(w), P(scale), (const float*)bias, P(y), M, N, K, padded_K, group, x_type,
+                               y_type);
+        },
+        nogil());
+  m.def("use_huge_pages", [](ptr start, int64_t size) { use_huge_pages(P(start), size); });
+  m.def("decode_step",
+        [](ptr model, int64_t position, double eps) {
+          decode_step(*static_cast<const DecodeModel*>(P(model)), position, eps);
+        },
+        nogil());
 }

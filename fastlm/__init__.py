@@ -21,6 +21,7 @@ from .ops.attention_varlen import attention_varlen
 from .ops.cross_entropy import cross_entropy
 from .ops.gelu import bias_gelu, gelu
 from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.linear import linear
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rotary import rotary
@@ -51,6 +52,7 @@ __all__ = [
     "explain",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "nn",
     "restore",

@@ -562,3 +562,48 @@ def adamw_update(rows: Sequence[AdamWRow]) -> None:
             for p, g, m, v, copy, scalars in rows
         ]
     )  # fmt: skip
+
+
+LINEAR_ROWS = 8  # at most, in the kernels for decoding
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) of 1 to 8 rows and weight (N, K) of one dtype, bias (N,) -> y (..., N), like x."""
+    N, K = weight.shape
+    type_code = TYPE_CODE[x.dtype]
+    y = x.new_empty(*x.shape[:-1], N)
+    _cpu.linear_fwd(
+        x.data_ptr(), weight.data_ptr(), _ptr(bias), y.data_ptr(), x.numel() // K, N, K,
+        type_code, type_code, _weight_type(bias, None), type_code,
+    )  # fmt: skip
+    return y
+
+
+def quantized_linear_fwd(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, padded_K: int, group_size: int
+) -> Tensor:
+    """x (..., K) of 1 to 8 rows; int8 and scale (N,) fp32 where group_size is 0, else int4 -> y (..., N), like x.
+
+    `fastlm.inference.quantize` has the layouts; bias (N,) is fp32.
+    """
+    N, K = weight.shape[0], x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], N)
+    _cpu.quantized_linear_fwd(
+        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), _ptr(bias), y.data_ptr(),
+        x.numel() // K, N, K, padded_K, group_size, TYPE_CODE[x.dtype], TYPE_CODE[y.dtype],
+    )  # fmt: skip
+    return y
+
+
+def huge_pages(size: int) -> Tensor:
+    """(size,) uint8 of memory that begins at a huge page, and is backed by such pages where the system has them."""
+    page = 2**21
+    memory = torch.empty(size + page, dtype=torch.uint8)
+    start = -memory.data_ptr() % page
+    _cpu.use_huge_pages(memory.data_ptr() + start, size // page * page)
+    return memory[start : start + size]
+
+
+def decode_step(model: int, position: int, eps: float) -> None:
+    """Run the model that the table at this address describes; csrc/cpu/decode.h says how."""
+    _cpu.decode_step(model, position, eps)

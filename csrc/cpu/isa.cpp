@@ -1,4 +1,4 @@
-// Which instruction set the kernels use.
+// Which instruction set the kernels use, and what else belongs to the machine: threads and pages.
 
 #include "cpu/isa.h"
 
@@ -6,6 +6,9 @@
 
 #if FASTLM_X86
 #include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 #if FASTLM_X86 && defined(__linux__)
 #include <sys/syscall.h>
@@ -61,6 +64,14 @@ int omp_threads() {
   return omp_get_max_threads();
 #else
   return 1;
+#endif
+}
+
+void use_huge_pages(void* start, int64_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (size > 0) madvise(start, (size_t)size, MADV_HUGEPAGE);
+#else
+  (void)start, (void)size;
 #endif
 }
 

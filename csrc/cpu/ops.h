@@ -12,6 +12,7 @@ namespace fastlm {
 Isa best_isa();
 bool set_isa(Isa wanted);  // false where the CPU lacks it
 int omp_threads();
+void use_huge_pages(void* start, int64_t size);  // a wish; start and size are multiples of 2 MiB
 
 // Elementwise functions of vec.h on float arrays, for the tests of their error bounds.
 void vec_map(const char* name, const float* x, float* y, int64_t n);
@@ -98,5 +99,14 @@ struct AdamWTensor {
 };
 double gradient_square_sum(const AdamWTensor* tensors, int64_t count);  // of grad, n and grad_type alone
 void adamw_update(const AdamWTensor* tensors, int64_t count);
+
+// Linear layers of 1 to 8 rows. x: (M, K). w: (N, K) of w_type. bias: (N), optional. y: (M, N). x and y have w's type
+// or its compute type.
+void linear_fwd(const void* x, const void* w, const void* bias, void* y, int64_t M, int64_t N, int64_t K, int x_type,
+                int w_type, int b_type, int y_type);
+// The same with a weight of 8 bits and scale: (N) fp32 where group is 0, else of 4 bits in groups and scale:
+// (N, padded_K / group) bf16; quantized_linear.cpp has the layouts. bias: (N) fp32, optional. x and y are not f64.
+void quantized_linear_fwd(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
+                          int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type);
 
 }  // namespace fastlm

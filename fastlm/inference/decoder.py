@@ -1,0 +1,177 @@
+"""Decoding a GPT on the CPU with one native call a token.
+
+The module path costs a dozen Python calls a layer, as long as reading the layer's weights takes. `Decoder` hands the
+addresses of all weights and buffers to csrc/cpu/decode.cpp once, which then runs every layer by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _native
+from .._dispatch import forced_backend
+from .kv_cache import KVCache
+from .quantize import QuantizedLinear
+
+if TYPE_CHECKING:
+    from ..models.gpt import GPT
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Copying the weights into huge pages is repaid by about this many steps.
+STEPS_WORTH_PACKING = 24
+HUGE_PAGE = 2**21
+QUANTIZED = 4  # kQuantized of decode.h, beside the codes of dtypes
+
+
+def unsupported(model: GPT, batch_size: int) -> str | None:
+    """Why this model cannot be decoded by `Decoder`, or None where it can."""
+    from ..models.gpt import GPT
+
+    if type(model) is not GPT:
+        return f"the model is a {type(model).__name__}, not a GPT"
+    if _native.missing_reason:
+        return _native.missing_reason
+    if forced_backend() not in (None, "cpu"):
+        return f"the {forced_backend()} backend is forced"
+    if not 1 <= batch_size <= _native.LINEAR_ROWS:
+        return f"there are {batch_size} rows, its kernels take 1 to {_native.LINEAR_ROWS}"
+    weight = model.wte.weight
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        return f"the weights are {weight.dtype} on {weight.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if model.training:
+        return "the model is in training mode"
+    return _changed(model)
+
+
+def _changed(model: GPT) -> str | None:
+    """Hooks and foreign layers, which only the modules' own calls respect."""
+    from ..models import gpt
+
+    own = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
+    own += (gpt.GPT, gpt.Block, gpt.CausalSelfAttention, gpt.MLP)
+    for name, module in model.named_modules():
+        if type(module) not in own or "forward" in module.__dict__:
+            return f"{name or 'the model'} is a {type(module).__name__} of its own"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has a hook"
+    if any(t.device.type != "cpu" or not t.is_contiguous() for t in model.state_dict().values()):
+        return "a weight is not contiguous, or not on the CPU"
+    return None
+
+
+class Decoder:
+    """Runs single steps of a GPT, for 1 to 8 rows, into the model's own cache.
+
+    Weights are read where they are, or copied once into huge pages of memory, from which they are read up to 1.3
+    times as fast. They must not change while the decoder lives.
+
+    Args:
+        model: a GPT that `unsupported` has no word against.
+        cache: to read and append to; its length may grow by other means between steps.
+        pack: whether to copy the weights.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, pack: bool = True):
+        config = model.config
+        self.model, self.cache = model, cache
+        self._held: list[Tensor] = []  # what the table of addresses points at
+        self._arena = _Arena(sum(weight.nbytes for weight in _weights(model)) if pack else 0)
+        B, C, H = cache.keys.shape[1], config.n_embd, config.n_head
+        hidden = model.h[0].mlp.c_fc.out_features
+        self.x = torch.empty(B, C)
+        self.logits = torch.empty(B, config.vocab_size)
+        layers = self._table([self._layer(block, i) for i, block in enumerate(model.h)])
+        self._model = self._table([[
+            B, C, H, hidden, cache.max_length, _native.TYPE_CODE[cache.keys.dtype], len(model.h), layers,
+            *self._norm(model.ln_f), *self._head(model), self.x.data_ptr(),
+            *(self._buffer(B, width) for width in (C, max(3 * C, hidden))), self.logits.data_ptr(),
+            self._buffer(2 * B, C, cache.keys.dtype),
+        ]])  # fmt: skip
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) fp32 that follow `tokens` (B,), which are valid until the next step."""
+        model, cache = self.model, self.cache
+        position = cache.length
+        if position >= cache.max_length:
+            raise ValueError(f"KVCache: {position} + 1 tokens exceed its max_length of {cache.max_length}")
+        torch.add(model.wte.weight[tokens], model.wpe.weight[position], out=self.x)
+        _native.decode_step(self._model, position, model.ln_f.eps)
+        cache.advance(1)
+        return self.logits
+
+    def _layer(self, block: Any, i: int) -> list[int]:
+        keys, values = self.cache.keys[i], self.cache.values[i]
+        return [
+            *self._norm(block.ln_1), *self._linear(block.attn.c_attn), *self._linear(block.attn.c_proj),
+            *self._norm(block.ln_2), *self._linear(block.mlp.c_fc), *self._linear(block.mlp.c_proj),
+            keys.data_ptr(), values.data_ptr(),
+        ]  # fmt: skip
+
+    def _head(self, model: GPT) -> list[int]:
+        head = None if model.config.tie_embeddings else model.lm_head
+        if head is not None:
+            return self._linear(head)
+        weight = model.wte.weight
+        return [self._weight(weight), 0, 0, *weight.shape, weight.shape[1], _native.TYPE_CODE[weight.dtype], 0]
+
+    def _norm(self, norm: nn.LayerNorm) -> list[int]:
+        return [self._fp32(norm.weight), self._fp32(norm.bias)]
+
+    def _linear(self, layer: nn.Linear | QuantizedLinear) -> list[int]:
+        sizes = [layer.out_features, layer.in_features]
+        if isinstance(layer, QuantizedLinear):
+            data = [self._weight(layer.qweight), self._weight(layer.scale), self._fp32(layer.bias)]
+            return [*data, *sizes, layer.padded, QUANTIZED, layer.group_size]
+        weight = layer.weight
+        return [self._weight(weight), 0, self._fp32(layer.bias), *sizes, sizes[1], _native.TYPE_CODE[weight.dtype], 0]
+
+    def _weight(self, weight: Tensor) -> int:
+        return self._hold(self._arena.copy(weight.detach()))
+
+    def _fp32(self, t: Tensor | None) -> int:
+        return 0 if t is None else self._hold(t.detach().float())
+
+    def _buffer(self, *size: Any) -> int:
+        dtype = size[-1] if isinstance(size[-1], torch.dtype) else torch.float32
+        return self._hold(torch.zeros([n for n in size if isinstance(n, int)], dtype=dtype))
+
+    def _table(self, rows: list[list[int]]) -> int:
+        return self._hold(torch.tensor(rows, dtype=torch.int64))
+
+    def _hold(self, t: Tensor) -> int:
+        self._held.append(t)
+        return t.data_ptr()
+
+
+def _weights(model: GPT) -> list[Tensor]:
+    """The tensors whose reading takes the time."""
+    found = [model.wte.weight] if model.config.tie_embeddings else []
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            found += [module.qweight, module.scale]
+        elif isinstance(module, nn.Linear):
+            found.append(module.weight)
+    return found
+
+
+class _Arena:
+    """One allocation in huge pages that copies of tensors are laid into one after the other."""
+
+    ALIGNMENT = 64
+
+    def __init__(self, size: int):
+        self.memory = _native.huge_pages(size + size // HUGE_PAGE * self.ALIGNMENT + HUGE_PAGE) if size else None
+        self.used = 0
+
+    def copy(self, t: Tensor) -> Tensor:
+        """A copy of `t` where there is memory for it, else `t` itself."""
+        if self.memory is None or self.used + t.nbytes > self.memory.numel():
+            return t
+        place = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape)
+        self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        return place.copy_(t)

@@ -1,0 +1,179 @@
+"""Weight-only quantization: linear layers that hold 8 or 4 bits a weight, so that decoding reads less.
+
+int8 has one scale an output feature. int4 has one scale for each group of inputs of an output feature, in bf16, and
+each scale is the best of a few in the sense of least squares. Activations and sums stay in floating point, as
+csrc/cpu/quantized_linear.cpp says, which also has the layouts in words.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _native
+from .._dispatch import must_trace, needs_grad
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..models.gpt import GPT
+
+Scheme = Literal["int8", "int4"]
+GROUP_SIZES = (32, 64, 128)
+# The largest weight of a group may lie outside the range: clipping it to this fraction often costs less than it saves.
+CLIPPED = tuple(1 - i / 32 for i in range(8))
+WORD_WEIGHTS, RUN = 4, 8  # weights in a word of 16 bits; words that hold neighbouring weights
+
+
+def _padded(K: int, group_size: int) -> int:
+    """K as the kernel's rows hold it, in weights."""
+    unit = 128 if group_size else 32
+    return -(-K // unit) * unit
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> (N, K padded to 32) int8 and scale (N,) fp32, with weight = scale * int8 + rounding."""
+    wide = weight.detach().float()
+    scale = wide.abs().amax(1) / 127
+    q = (wide / torch.where(scale > 0, scale, 1.0)[:, None]).round()
+    return F.pad(q, (0, _padded(wide.shape[1], 0) - wide.shape[1])).to(torch.int8), scale
+
+
+def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> (N, K padded to 128, over 2) uint8 and scale (N, padded K / group_size) bf16."""
+    N, K = weight.shape
+    groups = F.pad(weight.detach().float(), (0, _padded(K, group_size) - K)).view(N, -1, group_size)
+    # The extreme weight maps to -8, the end of the range that has one step more.
+    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8
+    best, scale = None, torch.zeros_like(extreme)
+    for part in CLIPPED:
+        tried = (extreme * part).bfloat16().float()
+        error = (_rounded(groups, tried) * tried - groups).square().sum(2, keepdim=True)
+        better = torch.ones_like(error, dtype=torch.bool) if best is None else error < best
+        scale, best = torch.where(better, tried, scale), error if best is None else torch.where(better, error, best)
+    q = (_rounded(groups, scale) + 8).to(torch.int32).view(N, -1, WORD_WEIGHTS, RUN)
+    words = sum(q[:, :, i] << (4 * i) for i in range(WORD_WEIGHTS))  # (N, padded K / 32, RUN)
+    assert isinstance(words, Tensor)
+    pairs = torch.stack([words & 255, words >> 8], -1)  # low byte first
+    return pairs.to(torch.uint8).view(N, -1), scale.squeeze(2).bfloat16()
+
+
+def _rounded(groups: Tensor, scale: Tensor) -> Tensor:
+    return (groups / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+
+
+def dequantize(weight: Tensor, scale: Tensor, K: int, group_size: int) -> Tensor:
+    """The fp32 weight (N, K) that the quantized one stands for; see `quantize_int8` and `quantize_int4`."""
+    N = weight.shape[0]
+    if not group_size:
+        return (weight.float() * scale[:, None])[:, :K]
+    pairs = weight.view(N, -1, RUN, 2).to(torch.int32)
+    words = pairs[..., 0] | pairs[..., 1] << 8
+    q = torch.stack([words >> (4 * i) & 15 for i in range(WORD_WEIGHTS)], 2).float() - 8
+    return (q.view(N, -1, group_size) * scale.float()[:, :, None]).view(N, -1)[:, :K]
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is held in 8 or 4 bits; it cannot be trained.
+
+    Up to 8 rows on the CPU are multiplied with the quantized weight itself; for more, as in reading a prompt, it is
+    dequantized into the activations' dtype first.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one, kept in fp32.
+        scheme: "int8", one scale an output feature, or "int4", one for each group of inputs.
+        group_size: inputs that share a scale under int4: 32, 64 or 128.
+
+    Raises:
+        ConfigError: for an unknown scheme or group size.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, scheme: Scheme = "int8", group_size: int = 32
+    ):
+        super().__init__()
+        check_scheme(scheme, group_size)
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.group_size = group_size if scheme == "int4" else 0
+        self.padded = _padded(in_features, self.group_size)
+        if self.group_size:
+            qweight = torch.zeros(out_features, self.padded // 2, dtype=torch.uint8)
+            scale = torch.zeros(out_features, self.padded // self.group_size, dtype=torch.bfloat16)
+        else:
+            qweight = torch.zeros(out_features, self.padded, dtype=torch.int8)
+            scale = torch.zeros(out_features)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None = None, scheme: Scheme = "int8", group_size: int = 32
+    ) -> QuantizedLinear:
+        """Quantize weight (N, K) of any floating-point dtype.
+
+        Raises:
+            ConfigError: for an unknown scheme or group size, or a weight that is not finite.
+        """
+        N, K = weight.shape
+        if not weight.isfinite().all():
+            raise ConfigError("quantize: a weight is not finite")
+        layer = cls(K, N, bias is not None, scheme, group_size)
+        layer.qweight, layer.scale = (
+            quantize_int4(weight, layer.group_size) if layer.group_size else quantize_int8(weight)
+        )
+        if bias is not None:
+            layer.bias = bias.detach().float().clone()
+        return layer
+
+    def _apply(self, fn, recurse=True):
+        """Moves between devices; the dtypes are the format's own."""
+        held = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, before in held.items():
+            setattr(self, name, before.to(getattr(self, name).device))
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (N, K) that is meant, in fp32: made anew at each look."""
+        return dequantize(self.qweight, self.scale, self.in_features, self.group_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N), like x.
+
+        Raises:
+            ValueError: if x's last dimension is not in_features.
+        """
+        K = self.in_features
+        if x.shape[-1:] != (K,):
+            raise ValueError(f"QuantizedLinear: x has shape {tuple(x.shape)}, expected (..., {K})")
+        rows = x.numel() // K
+        kernel = x.is_cpu and x.dtype in _KERNEL_DTYPES and _native.missing_reason is None
+        if kernel and 1 <= rows <= _native.LINEAR_ROWS and not must_trace(x) and not needs_grad(x):
+            return _native.quantized_linear_fwd(
+                x.contiguous(), self.qweight, self.scale, self.bias, self.padded, self.group_size
+            )
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.group_size}" if self.group_size else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}{group}"
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_scheme(scheme: str, group_size: int) -> None:
+    """Raise ConfigError for a scheme or group size that there is not."""
+    if scheme not in ("int8", "int4"):
+        raise ConfigError(f"quantize: scheme is {scheme!r}, expected 'int8' or 'int4'")
+    if scheme == "int4" and group_size not in GROUP_SIZES:
+        raise ConfigError(f"quantize: group_size is {group_size}, expected one of {GROUP_SIZES}")

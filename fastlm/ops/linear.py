@@ -1,0 +1,89 @@
+"""The linear layer y = x weight^T + bias.
+
+Training and long prompts belong to the library's matrix product. With the one to eight rows of decoding the time goes
+into reading the weight, and there a kernel of our own reads it at the rate of the memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition, in fp32 or wider."""
+    wide = _native.compute_dtype(x.dtype)
+    y = x.to(wide) @ weight.to(wide).T
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def _unsupported(request: Request) -> str | None:
+    asked = dict(request.features)
+    if not asked["few_rows"]:
+        return f"its kernel takes 1 to {_native.LINEAR_ROWS} rows; more are the library's"
+    if asked["gradient"]:
+        return "its kernel has no backward pass; gradients are the library's"
+    return cpu_unsupported(request)
+
+
+register(
+    "linear",
+    Backend("cpu", _unsupported),
+    Backend("torch", always),
+    Backend("reference", always),
+)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: weight has shape {tuple(weight.shape)}, expected (features, {x.shape[-1] if x.dim() else 1}) "
+            f"to match x of shape {tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) to match weight")
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is None:
+            continue
+        if given.device != x.device:
+            raise ValueError(f"linear: {name} is on {given.device}, x is on {x.device}")
+        if given.dtype != x.dtype:
+            raise TypeError(f"linear: {name} has dtype {given.dtype}, expected {x.dtype} to match x")
+    if not x.is_floating_point():
+        raise TypeError(f"linear: x has dtype {x.dtype}, expected a floating-point dtype")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer, as `torch.nn.functional.linear`: x weight^T + bias.
+
+    Args:
+        x: (..., K), float32, float64, bfloat16 or float16.
+        weight: (N, K), like x.
+        bias: (N,), like x, or None.
+
+    Returns:
+        (..., N), like x. Up to 8 rows without gradients are summed in fp32 or wider by our own kernel, each row to
+        the same bits whatever the others are; all else is the library's product.
+
+    Raises:
+        ValueError: if shapes or devices disagree.
+        TypeError: if a tensor is not floating-point, or the dtypes differ outside autocast.
+        BackendError: if a forced backend cannot serve the call.
+    """
+    device = x.device.type
+    if must_trace(x, weight, bias) or torch.is_autocast_enabled(device):
+        return F.linear(x, weight, bias)
+    _check(x, weight, bias)
+    rows = x.numel() // max(1, weight.shape[1])
+    few = 1 <= rows <= _native.LINEAR_ROWS and weight.numel() > 0
+    features = (("few_rows", few), ("gradient", needs_grad(x, weight, bias)))
+    backend = choose("linear", (device, x.dtype, features))
+    if backend == "torch":
+        return F.linear(x, weight, bias)
+    if backend == "reference":
+        return linear_ref(x, weight, bias)
+    return _native.linear_fwd(x.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous())
