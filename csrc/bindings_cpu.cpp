@@ -204,6 +204,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                                y_type);
         },
         nogil());
+  m.def("dequantize",
+        [](ptr w, ptr scale, ptr out, int64_t N, int64_t K, int64_t padded_K, int64_t group, int type) {
+          dequantize(P(w), P(scale), P(out), N, K, padded_K, group, type);
+        },
+        nogil());
   m.def("use_huge_pages", [](ptr start, int64_t size) { use_huge_pages(P(start), size); });
   m.def("decode_step",
         [](ptr model, int64_t position, double eps) {

@@ -8,6 +8,7 @@ from . import errors, nn
 from ._dispatch import backend, explain
 from ._native import cpu_isa, cpu_isas, set_cpu_isa
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
+from .inference.quantize import quantize
 from .integrations import (
     accelerate,
     attention_maps,
@@ -55,6 +56,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "nn",
+    "quantize",
     "restore",
     "rms_norm",
     "rotary",

@@ -6,6 +6,7 @@
 // Forward reads x and writes y; backward reads dy and x and writes dx. The bias gradient is summed in the same pass,
 // four rows at a time, into partial sums of fixed chunks of rows that are added in order.
 
+#include "cpu/gelu_table.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -51,41 +52,87 @@ inline V clamped(V x, double limit) {
 }
 
 template <bool TANH, bool SHORT, class V>
-inline V value(V x) {
-  if constexpr (TANH) {
-    const V c = clamped(x, 10);
-    return max(set1<V>(-10), x) * reciprocal(V(lane_t<V>(1) + exp_of_minus_2u<SHORT>(c, V(c * c))));
-  } else {
-    V pdf;
-    return max(set1<V>(-40), x) * cdf<SHORT>(x, &pdf);
+struct Formula {
+  explicit Formula(bool) {}
+
+  V value(V x) const {
+    if constexpr (TANH) {
+      const V c = clamped(x, 10);
+      return max(set1<V>(-10), x) * reciprocal(V(lane_t<V>(1) + exp_of_minus_2u<SHORT>(c, V(c * c))));
+    } else {
+      V pdf;
+      return max(set1<V>(-40), x) * cdf<SHORT>(x, &pdf);
+    }
   }
-}
+  V derivative(V x) const {
+    using S = lane_t<V>;
+    if constexpr (TANH) {
+      const V c = clamped(x, 10);
+      const V square = c * c;
+      const V e = exp_of_minus_2u<SHORT>(c, square);
+      const V s = reciprocal(V(S(1) + e));
+      const V slope = fma(square, set1<V>(S(6 * kSqrt2OverPi * kCubic)), set1<V>(S(2 * kSqrt2OverPi)));
+      return fma(c * slope, s * (e * s), s);  // 1 - s = e s: a difference would lose it near 1
+    } else {
+      V pdf;
+      const V phi = cdf<SHORT>(x, &pdf);
+      return fma(clamped(x, 40), pdf, phi);
+    }
+  }
+};
+
+#if FASTLM_ISA_LEVEL >= 2
+template <bool TANH>
+struct Lookup {
+  VF low[GeluTable::kTerms], high[GeluTable::kTerms];  // coefficients of intervals 0 to 15, and 16 to 31
+
+  explicit Lookup(bool of_derivative) {
+    const GeluTable& table = gelu_table(TANH, of_derivative);
+    for (int k = 0; k < GeluTable::kTerms; ++k) {
+      low[k] = load<VF>(table.coefficient[k]);
+      high[k] = load<VF>(table.coefficient[k] + 16);
+    }
+  }
+  VF coefficient(int k, __m512i interval) const {
+    return (VF)_mm512_permutex2var_ps((__m512)low[k], interval, (__m512)high[k]);
+  }
+  // F or the derivative, whichever the table is of; NaN for NaN.
+  VF curve(VF x) const {
+    const VF a = abs(x) * float(GeluTable::kIntervals / GeluTable::kEnd);
+    const VF place = min(set1<VF>(31.999998f), a);
+    const __m512i interval = _mm512_cvttps_epi32((__m512)place);
+    const VF t = place - (VF)_mm512_cvtepi32_ps(interval);
+    VF y = coefficient(GeluTable::kTerms - 1, interval);
+    for (int k = GeluTable::kTerms - 2; k >= 0; --k) y = fma(y, t, coefficient(k, interval));
+    y = a >= float(GeluTable::kIntervals) ? VF{} : y;
+    return x > 0 ? 1.0f - y : y;
+  }
+  VF value(VF x) const { return max(set1<VF>(-40), x) * curve(x); }
+  VF derivative(VF x) const { return curve(x); }
+};
+#endif
+
 template <bool TANH, bool SHORT, class V>
-inline V derivative(V x) {
-  using S = lane_t<V>;
-  if constexpr (TANH) {
-    const V c = clamped(x, 10);
-    const V square = c * c;
-    const V e = exp_of_minus_2u<SHORT>(c, square);
-    const V s = reciprocal(V(S(1) + e));
-    const V slope = fma(square, set1<V>(S(6 * kSqrt2OverPi * kCubic)), set1<V>(S(2 * kSqrt2OverPi)));
-    return fma(c * slope, s * (e * s), s);  // 1 - s = e s: a difference would lose it near 1
-  } else {
-    V pdf;
-    const V phi = cdf<SHORT>(x, &pdf);
-    return fma(clamped(x, 40), pdf, phi);
-  }
-}
+struct form {
+  using type = Formula<TANH, SHORT, V>;
+};
+#if FASTLM_ISA_LEVEL >= 2
+template <bool TANH, bool SHORT>
+struct form<TANH, SHORT, VF> {
+  using type = Lookup<TANH>;
+};
+#endif
 
 template <class T>
 constexpr bool is_short = sizeof(T) == 2;
 
 constexpr int64_t kBlock = 64;  // columns for which dropout factors are made at a time
 
-template <class T, bool TANH>
+template <class T, bool TANH, bool STREAM>
 void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, double p, int64_t seed) {
   using V = vec_of<T>;
   const Dropout dropout(seed, p);
+  const typename form<TANH, is_short<T>, V>::type gelu(false);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
   for (int64_t i = 0; i < M; ++i) {
     const T* in = x + i * N;
@@ -94,7 +141,7 @@ void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, doubl
       for_lanes<V>(N, [&](int64_t j, auto n) {
         V v = load<V>(in + j, n);
         if (bias) v += load<V>(bias + j, n);
-        store(out + j, value<TANH, is_short<T>>(v), n);
+        store_or_stream<STREAM>(out + j, gelu.value(v), n);
       });
       continue;
     }
@@ -105,16 +152,16 @@ void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, doubl
       for_lanes<V>(n_block, [&](int64_t k, auto n) {
         V v = load<V>(in + first + k, n);
         if (bias) v += load<V>(bias + first + k, n);
-        store(out + first + k, V(value<TANH, is_short<T>>(v) * load<V>(factor + k, n)), n);
+        store(out + first + k, V(gelu.value(v) * load<V>(factor + k, n)), n);
       });
     }
   }
 }
 
 // R rows from row i on, columns [first, first + n_block).
-template <int R, class T, bool TANH>
-inline void bwd_tile(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>* sum, int64_t i,
-                     int64_t first, int64_t n_block, int64_t N, const Dropout* dropout) {
+template <int R, bool STREAM, class Form, class T>
+inline void bwd_tile(const Form& gelu, const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>* sum,
+                     int64_t i, int64_t first, int64_t n_block, int64_t N, const Dropout* dropout) {
   using V = vec_of<T>;
   scalar_of<T> factor[R][kBlock];
   if (dropout)
@@ -126,21 +173,22 @@ inline void bwd_tile(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, s
     for (int r = 0; r < R; ++r) {
       V g = load<V>(dy + (i + r) * N + j, n);
       if (dropout) g *= load<V>(factor[r] + k, n);
-      const V d = g * derivative<TANH, is_short<T>>(V(load<V>(x + (i + r) * N + j, n) + b));
+      const V d = g * gelu.derivative(V(load<V>(x + (i + r) * N + j, n) + b));
       total += d;
-      store(dx + (i + r) * N + j, d, n);
+      store_or_stream<STREAM>(dx + (i + r) * N + j, d, n);
     }
     if (sum) store(sum + j, total, n);
   });
 }
 
-template <class T, bool TANH>
+template <class T, bool TANH, bool STREAM>
 void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>* partial, scalar_of<T>* db, int64_t M,
          int64_t N, double p, int64_t seed) {
   using V = vec_of<T>;
   using S = scalar_of<T>;
   const Dropout generator(seed, p);
   const Dropout* dropout = p > 0 ? &generator : nullptr;
+  const typename form<TANH, is_short<T>, V>::type gelu(true);
   const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
   for (int64_t c = 0; c < chunks; ++c) {
@@ -152,9 +200,9 @@ void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>*
       for (int64_t first = 0; first < N; first += kBlock) {
         const int64_t n_block = std::min(kBlock, N - first);
         if (four)
-          bwd_tile<4, T, TANH>(dy, x, bias, dx, sum, i, first, n_block, N, dropout);
+          bwd_tile<4, STREAM>(gelu, dy, x, bias, dx, sum, i, first, n_block, N, dropout);
         else
-          bwd_tile<1, T, TANH>(dy, x, bias, dx, sum, i, first, n_block, N, dropout);
+          bwd_tile<1, STREAM>(gelu, dy, x, bias, dx, sum, i, first, n_block, N, dropout);
       }
       i += four ? 4 : 1;
     }
@@ -169,14 +217,18 @@ void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>*
 
 template <class T>
 void fwd_form(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed) {
-  auto run = tanh ? fwd<T, true> : fwd<T, false>;
+  const bool stream = streams((const T*)y, M, N);
+  auto run = tanh ? (stream ? fwd<T, true, true> : fwd<T, true, false>)
+                  : (stream ? fwd<T, false, true> : fwd<T, false, false>);
   run((const T*)x, (const scalar_of<T>*)bias, (T*)y, M, N, p, seed);
 }
 template <class T>
 void bwd_form(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M, int64_t N,
               bool tanh, double p, int64_t seed) {
   using S = scalar_of<T>;
-  auto run = tanh ? bwd<T, true> : bwd<T, false>;
+  const bool stream = streams((const T*)dx, M, N);
+  auto run = tanh ? (stream ? bwd<T, true, true> : bwd<T, true, false>)
+                  : (stream ? bwd<T, false, true> : bwd<T, false, false>);
   run((const T*)dy, (const T*)x, (const S*)bias, (T*)dx, (S*)partial, (S*)db, M, N, p, seed);
 }
 
@@ -206,6 +258,22 @@ void bwd_dispatch(const void* dy, const void* x, const void* bias, void* dx, voi
 #include "cpu/convert.h"
 
 namespace fastlm {
+
+namespace {
+double normal_tail(double a) { return 0.5 * std::erfc(a * 0.70710678118654752440); }
+double normal_slope(double a) { return normal_tail(a) - a * 0.39894228040143267794 * std::exp(-0.5 * a * a); }
+double tanh_tail(double a) { return 1 / (1 + std::exp(2 * 0.79788456080286535588 * (a + 0.044715 * a * a * a))); }
+double tanh_slope(double a) {
+  const double s = tanh_tail(a);
+  return s - 2 * a * s * (1 - s) * 0.79788456080286535588 * (1 + 3 * 0.044715 * a * a);
+}
+}  // namespace
+
+const GeluTable& gelu_table(bool tanh, bool derivative) {
+  static const GeluTable tables[] = {GeluTable(normal_tail), GeluTable(normal_slope), GeluTable(tanh_tail),
+                                     GeluTable(tanh_slope)};
+  return tables[2 * tanh + derivative];
+}
 
 void gelu_fwd(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
               int type, int b_type) {

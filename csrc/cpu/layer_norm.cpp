@@ -55,7 +55,7 @@ inline void add_row(const TX* x, const TR* residual, TR* z, int64_t row, int64_t
   }
 }
 
-template <class TX, class TR, class TY>
+template <bool STREAM, class TX, class TR, class TY>
 void fwd(const TX* x, const TR* residual, const scalar_of<TR>* w, const scalar_of<TR>* b, TR* z, TY* y,
          scalar_of<TR>* mean_out, scalar_of<TR>* rstd_out, int64_t M, int64_t N, double eps, double p, int64_t seed) {
   using V = vec_of<TR>;
@@ -81,7 +81,7 @@ void fwd(const TX* x, const TR* residual, const scalar_of<TR>* w, const scalar_o
       V v = (load<V>(row + j, n) - mean) * rstd;
       if (w) v *= load<V>(w + j, n);
       if (b) v += load<V>(b + j, n);
-      store(out + j, v, n);
+      store_or_stream<STREAM>(out + j, v, n);
     });
     if (mean_out) {
       mean_out[i] = mean;
@@ -106,7 +106,7 @@ struct Bwd {
   Dropout dropout;
 
   // R rows from row i on; sum_w and sum_b are this chunk's partial sums.
-  template <int R>
+  template <int R, bool STREAM>
   void rows(int64_t i, S* sum_w, S* sum_b) const {
     S c1[R], c2[R];
     for (int r = 0; r < R; ++r) {
@@ -134,7 +134,7 @@ struct Bwd {
         tb += g;
         V d = (g * weight - c1[r] - xhat * c2[r]) * rstd[i + r];
         if (dz_in) d += load<V>(dz_in + at, n);
-        store(dz + at, d, n);
+        store_or_stream<STREAM>(dz + at, d, n);
       }
       if (sum_w) {
         store(sum_w + j, tw, n);
@@ -159,6 +159,7 @@ struct Bwd {
     }
   }
 
+  template <bool STREAM>
   void run() const {
     const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
@@ -168,8 +169,8 @@ struct Bwd {
       if (dw) std::fill(sum_w, sum_w + 2 * N, S(0));
       int64_t i = c * size;
       const int64_t end = std::min(M, i + size);
-      for (; i + 4 <= end; i += 4) rows<4>(i, sum_w, sum_b);
-      for (; i < end; ++i) rows<1>(i, sum_w, sum_b);
+      for (; i + 4 <= end; i += 4) rows<4, STREAM>(i, sum_w, sum_b);
+      for (; i < end; ++i) rows<1, STREAM>(i, sum_w, sum_b);
     }
     if (!dw) return;
     constexpr int64_t kColumns = 256;
@@ -193,17 +194,19 @@ template <class TX, class TR, class TY>
 void bwd(const void* dy, const void* z, const void* w, const void* mean, const void* rstd, const void* dz_in, void* dz,
          void* dx, void* partial, void* dw, void* db, int64_t M, int64_t N, double p, int64_t seed) {
   using S = scalar_of<TR>;
-  Bwd<TX, TR, TY>{(const TY*)dy, (const TR*)z, (const S*)w, (const S*)mean, (const S*)rstd, (const TR*)dz_in,
-                  (TR*)dz, (TX*)dx, (S*)partial, (S*)dw, (S*)db, M, N, p, Dropout(seed, p)}
-      .run();
+  const Bwd<TX, TR, TY> all{(const TY*)dy, (const TR*)z, (const S*)w, (const S*)mean, (const S*)rstd, (const TR*)dz_in,
+                            (TR*)dz, (TX*)dx, (S*)partial, (S*)dw, (S*)db, M, N, p, Dropout(seed, p)};
+  if (!dx && streams((const TR*)dz, M, N))  // dx is made from dz
+    return all.template run<true>();
+  all.template run<false>();
 }
 
 template <class TX, class TR, class TY>
 void fwd_any(const void* x, const void* residual, const void* w, const void* b, void* z, void* y, void* mean,
              void* rstd, int64_t M, int64_t N, double eps, double p, int64_t seed) {
   using S = scalar_of<TR>;
-  fwd<TX, TR, TY>((const TX*)x, (const TR*)residual, (const S*)w, (const S*)b, (TR*)z, (TY*)y, (S*)mean, (S*)rstd, M, N,
-                  eps, p, seed);
+  auto run = streams((const TY*)y, M, N) ? fwd<true, TX, TR, TY> : fwd<false, TX, TR, TY>;
+  run((const TX*)x, (const TR*)residual, (const S*)w, (const S*)b, (TR*)z, (TY*)y, (S*)mean, (S*)rstd, M, N, eps, p, seed);
 }
 
 // The storage types that meet in one call: all alike, or a 16-bit x and y around an fp32 residual stream.

@@ -108,5 +108,8 @@ void linear_fwd(const void* x, const void* w, const void* bias, void* y, int64_t
 // (N, padded_K / group) bf16; quantized_linear.cpp has the layouts. bias: (N) fp32, optional. x and y are not f64.
 void quantized_linear_fwd(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
                           int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type);
+// out: (N, K) of type, the weight that is meant.
+void dequantize(const void* w, const void* scale, void* out, int64_t N, int64_t K, int64_t padded_K, int64_t group,
+                int type);
 
 }  // namespace fastlm

@@ -235,6 +235,42 @@ void fwd(const void* x, const void* w, const void* scale, const float* bias, voi
   grouped<Int4, 1>(call, at_once);
 }
 
+// A whole weight row by row, for the library's product of many rows.
+template <class T>
+void dequantize(const void* w, const void* scale, T* out, int64_t N, int64_t K, int64_t padded_K, int64_t group) {
+  constexpr int64_t kRun = 8, kOf32 = kParts * kRun;
+#pragma omp parallel for schedule(static) if (N * K > kParallelGrain)
+  for (int64_t n = 0; n < N; ++n) {
+    T* row = out + n * K;
+    if (!group) {
+      const int8_t* q = (const int8_t*)w + n * padded_K;
+      const float s = ((const float*)scale)[n];
+      for (int64_t k = 0; k < K; ++k) from_float(s * (float)q[k], row + k);
+      continue;
+    }
+    const uint16_t* words = (const uint16_t*)w + n * padded_K / kParts;
+    const bf16_t* scales = (const bf16_t*)scale + n * (padded_K / group);
+    for (int64_t first = 0; first < K; first += kOf32) {
+      const float s = to_float(scales[first / group]);
+      float value[kOf32];
+      for (int64_t j = 0; j < kParts; ++j)
+        for (int64_t i = 0; i < kRun; ++i)
+          value[j * kRun + i] = s * (float)((words[first / kParts + i] >> (4 * j) & 15) - 8);
+      for_lanes<VF>(std::min(kOf32, K - first),
+                    [&](int64_t i, auto n) { store(row + first + i, load<VF>(value + i, n), n); });
+    }
+  }
+}
+
+void dequantize_any(const void* w, const void* scale, void* out, int64_t N, int64_t K, int64_t padded_K, int64_t group,
+                    int type) {
+  switch ((DType)type) {
+    case DType::bf16: return dequantize(w, scale, (bf16_t*)out, N, K, padded_K, group);
+    case DType::f16: return dequantize(w, scale, (f16_t*)out, N, K, padded_K, group);
+    default: return dequantize(w, scale, (float*)out, N, K, padded_K, group);
+  }
+}
+
 }  // namespace quantized_linear
 }  // namespace fastlm::FASTLM_ISA
 
@@ -245,6 +281,11 @@ namespace fastlm {
 void quantized_linear_fwd(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
                           int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type) {
   FASTLM_DISPATCH(quantized_linear::fwd, x, w, scale, bias, y, M, N, K, padded_K, group, x_type, y_type);
+}
+
+void dequantize(const void* w, const void* scale, void* out, int64_t N, int64_t K, int64_t padded_K, int64_t group,
+                int type) {
+  FASTLM_DISPATCH(quantized_linear::dequantize_any, w, scale, out, N, K, padded_K, group, type);
 }
 
 }  // namespace fastlm

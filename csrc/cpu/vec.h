@@ -314,6 +314,46 @@ inline void store(T* p, V v, int64_t n) {
   store_n(p, v, n);
 }
 
+// Past the caches: a large output that no one reads soon need not be fetched before it is overwritten. `p` is aligned
+// to the whole vector's bytes in memory, as `streams` has found out.
+inline void stream(float* p, VF v) {
+#if FASTLM_ISA_LEVEL >= 2
+  _mm512_stream_ps(p, (__m512)v);
+#elif FASTLM_ISA_LEVEL == 1
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream(double* p, VD v) { store(p, v); }
+template <class T>
+inline void stream(T* p, VF v) {
+#if FASTLM_ISA_LEVEL >= 2
+  alignas(32) T a[lanes<VF>];
+  store(a, v);
+  _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)a));
+#else
+  store(p, v);
+#endif
+}
+template <bool STREAM, class V, class T>
+inline void store_or_stream(T* p, V v, std::integral_constant<int64_t, lanes<V>>) {
+  if constexpr (STREAM)
+    stream(p, v);
+  else
+    store(p, v);
+}
+template <bool STREAM, class V, class T>
+inline void store_or_stream(T* p, V v, int64_t n) {
+  store_n(p, v, n);
+}
+// Whether an output of M rows of N is large, and its rows are aligned.
+template <class T>
+inline bool streams(const T* p, int64_t M, int64_t N) {
+  constexpr int64_t kLarge = 16 << 20;  // bytes
+  return M * N * (int64_t)sizeof(T) >= kLarge && (uintptr_t)p % 64 == 0 && N * sizeof(T) % 64 == 0;
+}
+
 // ---- transcendental functions ------------------------------------------------------------------------------
 // Polynomials fitted for this file: Lawson-weighted least squares toward the minimax relative error, whose value
 // is given beside each.

@@ -1,7 +1,8 @@
-"""Generating text: the key/value cache, sampling, and the loop over them."""
+"""Generating text: the key/value cache, sampling, the loop over them, and quantized weights."""
 
 from .generate import generate
 from .kv_cache import KVCache
+from .quantize import QuantizedLinear, load_quantized, quantize, save_quantized
 from .sampling import sample
 
-__all__ = ["KVCache", "generate", "sample"]
+__all__ = ["KVCache", "QuantizedLinear", "generate", "load_quantized", "quantize", "sample", "save_quantized"]

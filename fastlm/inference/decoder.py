@@ -7,6 +7,7 @@ addresses of all weights and buffers to csrc/cpu/decode.cpp once, which then run
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Copying the weights into huge pages is repaid by about this many steps.
 STEPS_WORTH_PACKING = 24
-HUGE_PAGE = 2**21
+ALIGNMENT = 64
 QUANTIZED = 4  # kQuantized of decode.h, beside the codes of dtypes
 
 
@@ -67,8 +68,9 @@ def _changed(model: GPT) -> str | None:
 class Decoder:
     """Runs single steps of a GPT, for 1 to 8 rows, into the model's own cache.
 
-    Weights are read where they are, or copied once into huge pages of memory, from which they are read up to 1.3
-    times as fast. They must not change while the decoder lives.
+    Weights are read where they are, or copied into huge pages of memory, from which a GPT-2 124M in bf16 was decoded
+    1.5 times as fast. They must not change while the decoder lives. The memory of the copy stays with the model for
+    its next decoder; a decoder made after the weights have changed thus changes an older one's too.
 
     Args:
         model: a GPT that `unsupported` has no word against.
@@ -80,7 +82,7 @@ class Decoder:
         config = model.config
         self.model, self.cache = model, cache
         self._held: list[Tensor] = []  # what the table of addresses points at
-        self._arena = _Arena(sum(weight.nbytes for weight in _weights(model)) if pack else 0)
+        self._arena = _Arena(_memory_for(model) if pack else None)
         B, C, H = cache.keys.shape[1], config.n_embd, config.n_head
         hidden = model.h[0].mlp.c_fc.out_features
         self.x = torch.empty(B, C)
@@ -159,19 +161,30 @@ def _weights(model: GPT) -> list[Tensor]:
     return found
 
 
+def _memory_for(model: GPT) -> Tensor:
+    """Memory for copies of a model's weights: the same one as long as the model lives, since new pages cost more
+    than the copying."""
+    size = sum(-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in _weights(model))
+    memory = _MEMORY.get(model)
+    if memory is None or memory.numel() < size:
+        with torch.inference_mode(False):  # it outlives the mode of this call
+            memory = _MEMORY[model] = _native.huge_pages(size)
+    return memory
+
+
+_MEMORY: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+
 class _Arena:
-    """One allocation in huge pages that copies of tensors are laid into one after the other."""
+    """Copies of tensors, laid into one piece of memory one after the other."""
 
-    ALIGNMENT = 64
-
-    def __init__(self, size: int):
-        self.memory = _native.huge_pages(size + size // HUGE_PAGE * self.ALIGNMENT + HUGE_PAGE) if size else None
-        self.used = 0
+    def __init__(self, memory: Tensor | None):
+        self.memory, self.used = memory, 0
 
     def copy(self, t: Tensor) -> Tensor:
-        """A copy of `t` where there is memory for it, else `t` itself."""
-        if self.memory is None or self.used + t.nbytes > self.memory.numel():
+        """A copy of `t`, or `t` itself where there is no memory."""
+        if self.memory is None:
             return t
         place = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape)
-        self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        self.used += -(-t.nbytes // ALIGNMENT) * ALIGNMENT
         return place.copy_(t)

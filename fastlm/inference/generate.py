@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from . import decoder
 from .kv_cache import KVCache
 from .sampling import check_sampling, sample
 
@@ -34,7 +35,8 @@ def generate(
     that length for every half context of new tokens. A prompt longer than the context is read from its
     last `context_length` tokens on.
 
-    The model is in evaluation mode until the iterator is exhausted or closed, then as it was.
+    The model is in evaluation mode until the iterator is exhausted or closed, then as it was. A plain GPT on the CPU
+    takes single tokens through `Decoder`, whose copy of the weights is made after the first token.
 
     Args:
         model: a GPT, on any device.
@@ -85,6 +87,7 @@ def _steps(
     context = model.config.context_length
     window = tokens[:, -context:]  # what the model may look at: never longer than the context
     cache = _make_cache(model, tokens.shape[0], min(context, window.shape[1] + max_new_tokens))
+    one_token: decoder.Decoder | None = None
     unread = window
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for step in range(max_new_tokens):
@@ -92,7 +95,12 @@ def _steps(
             if cache.length + unread.shape[1] > context:
                 cache.clear()
                 unread = window = window[:, -max(1, context // 2) :]
-            logits = model.logits(model.hidden(unread, cache)[:, -1])
+            if step == 1 and decoder.unsupported(model, tokens.shape[0]) is None:
+                one_token = decoder.Decoder(model, cache, max_new_tokens >= decoder.STEPS_WORTH_PACKING)
+            if one_token is not None and unread.shape[1] == 1:
+                logits = one_token.step(unread[:, 0])
+            else:
+                logits = model.logits(model.hidden(unread, cache)[:, -1])
             if step == 0:
                 _check_finite(logits)
             new = draw(logits)

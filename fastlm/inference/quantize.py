@@ -7,6 +7,9 @@ csrc/cpu/quantized_linear.cpp says, which also has the layouts in words.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from os import PathLike
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,12 +18,13 @@ from torch import Tensor, nn
 
 from .. import _native
 from .._dispatch import must_trace, needs_grad
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from ..models.gpt import GPT
 
 Scheme = Literal["int8", "int4"]
+FORMAT = "fastlm-quantized-1"
 GROUP_SIZES = (32, 64, 128)
 # The largest weight of a group may lie outside the range: clipping it to this fraction often costs less than it saves.
 CLIPPED = tuple(1 - i / 32 for i in range(8))
@@ -102,6 +106,7 @@ class QuantizedLinear(nn.Module):
         check_scheme(scheme, group_size)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.group_size = group_size if scheme == "int4" else 0
+        self.dtype = torch.float32  # what `weight` is made in
         self.padded = _padded(in_features, self.group_size)
         if self.group_size:
             qweight = torch.zeros(out_features, self.padded // 2, dtype=torch.uint8)
@@ -131,20 +136,32 @@ class QuantizedLinear(nn.Module):
         )
         if bias is not None:
             layer.bias = bias.detach().float().clone()
+        layer.dtype = weight.dtype
         return layer
 
     def _apply(self, fn, recurse=True):
-        """Moves between devices; the dtypes are the format's own."""
+        """As of a layer in `dtype`; the buffers follow to a device, but keep the dtypes of their format."""
         held = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, before in held.items():
             setattr(self, name, before.to(getattr(self, name).device))
         return self
 
     @property
     def weight(self) -> Tensor:
-        """The weight (N, K) that is meant, in fp32: made anew at each look."""
-        return dequantize(self.qweight, self.scale, self.in_features, self.group_size)
+        """The weight (N, K) that is meant, rounded to `dtype`: made anew at each look."""
+        return self._dequantized(self.dtype)
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+        K = self.in_features
+        if self._has_kernel(self.qweight, dtype):
+            return _native.dequantize(self.qweight, self.scale, K, self.padded, self.group_size, dtype)
+        return dequantize(self.qweight, self.scale, K, self.group_size).to(dtype)
+
+    @staticmethod
+    def _has_kernel(t: Tensor, dtype: torch.dtype) -> bool:
+        return t.is_cpu and dtype in _KERNEL_DTYPES and _native.missing_reason is None and not must_trace(t)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), like x.
@@ -156,12 +173,11 @@ class QuantizedLinear(nn.Module):
         if x.shape[-1:] != (K,):
             raise ValueError(f"QuantizedLinear: x has shape {tuple(x.shape)}, expected (..., {K})")
         rows = x.numel() // K
-        kernel = x.is_cpu and x.dtype in _KERNEL_DTYPES and _native.missing_reason is None
-        if kernel and 1 <= rows <= _native.LINEAR_ROWS and not must_trace(x) and not needs_grad(x):
+        if 1 <= rows <= _native.LINEAR_ROWS and self._has_kernel(x, x.dtype) and not needs_grad(x):
             return _native.quantized_linear_fwd(
                 x.contiguous(), self.qweight, self.scale, self.bias, self.padded, self.group_size
             )
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self._dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""
@@ -177,3 +193,97 @@ def check_scheme(scheme: str, group_size: int) -> None:
         raise ConfigError(f"quantize: scheme is {scheme!r}, expected 'int8' or 'int4'")
     if scheme == "int4" and group_size not in GROUP_SIZES:
         raise ConfigError(f"quantize: group_size is {group_size}, expected one of {GROUP_SIZES}")
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, scheme: Scheme = "int8", group_size: int = 32) -> nn.Module:
+    """Replace a model's linear layers by quantized ones, for decoding with less to read.
+
+    A GPT's output head, which is a third of what GPT-2 reads for a token, is quantized too. Where it was tied to the
+    token embedding, the model is untied: tokens are still looked up in the embedding as it was.
+
+    Args:
+        model: any module; changed in place. Embeddings, norms and biases keep their dtypes.
+        scheme: "int8", one scale an output feature, or "int4", one for each group of inputs.
+        group_size: inputs that share a scale under int4: 32, 64 or 128. Smaller is more accurate, and larger.
+
+    Returns:
+        The model itself; its quantized layers cannot be trained.
+
+    Raises:
+        ConfigError: for an unknown scheme or group size, or a weight that is not finite; the model is then as it was.
+    """
+    from ..models.gpt import GPT
+
+    check_scheme(scheme, group_size)
+    found = [(parent, name, layer) for parent in model.modules()
+             for name, layer in parent.named_children() if type(layer) is nn.Linear]  # fmt: skip
+    made = [QuantizedLinear.from_weight(layer.weight, layer.bias, scheme, group_size) for _, _, layer in found]
+    if isinstance(model, GPT) and model.config.tie_embeddings:
+        model.lm_head = QuantizedLinear.from_weight(model.wte.weight, None, scheme, group_size)
+        model.config = dataclasses.replace(model.config, tie_embeddings=False)
+    for (parent, name, _), layer in zip(found, made, strict=True):
+        setattr(parent, name, layer.train(parent.training))
+    return model
+
+
+def save_quantized(model: GPT, path: str | PathLike[str]) -> None:
+    """Write a quantized GPT to one safetensors file, with its sizes in the file's header.
+
+    Raises:
+        CheckpointError: if the file cannot be written; an older one is then untouched.
+        ConfigError: if the model is not quantized.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from ..training.storage import replacing
+
+    head = model.lm_head if not model.config.tie_embeddings else None
+    if not isinstance(head, QuantizedLinear):
+        raise ConfigError("save_quantized: the model is not quantized; call fastlm.quantize first")
+    about = {"format": FORMAT, "config": json.dumps(model.config.to_dict()), "scheme": head.scheme}
+    about["group_size"] = str(head.group_size)
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(state, temporary, about)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
+def load_quantized(path: str | PathLike[str]) -> GPT:
+    """Read what `save_quantized` wrote: a GPT in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or none of these.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from ..models.gpt import GPT, GPTConfig
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a quantized model of fastlm")
+    try:
+        config = GPTConfig.from_dict(json.loads(about["config"]))
+        group_size = int(about["group_size"])
+        with torch.device("meta"):
+            model = GPT(config)
+        for parent in list(model.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is nn.Linear:
+                    empty = QuantizedLinear(
+                        layer.in_features, layer.out_features, layer.bias is not None, about["scheme"], group_size
+                    )
+                    empty.dtype = state["wte.weight"].dtype
+                    setattr(parent, name, empty)
+        model.load_state_dict(state, assign=True)
+    except (KeyError, ValueError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: its tensors are not those of a quantized model: {error}") from error
+    return model.eval()

@@ -255,7 +255,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return F.linear(hidden, self.head_weight)
+        return F.linear(hidden, self.wte.weight) if self.config.tie_embeddings else self.lm_head(hidden)
 
     def _check_tokens(self, tokens: Tensor, start: int) -> None:
         if tokens.dim() != 2:

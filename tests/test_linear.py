@@ -1,0 +1,99 @@
+"""fastlm.linear on few rows: parity with fp64, rows on their own, threads, dispatch, errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES
+from tolerances import assert_as_close_as_torch
+
+import fastlm
+
+# K below a vector, with a tail, of two vectors at a time; N of one and of several threads' shares.
+SIZES = [(1, 1), (5, 3), (37, 50), (64, 128), (300, 193)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+def test_parity(isa, poisoned, rows, size, dtype):
+    N, K = size
+    x, weight, bias = torch.randn(rows, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+    with fastlm.backend("cpu"):
+        y = fastlm.linear(x, weight, bias)
+        plain = fastlm.linear(x[0], weight)
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    assert y.dtype == dtype
+    assert_as_close_as_torch(y, truth, F.linear(x, weight, bias), K)
+    assert_as_close_as_torch(plain, x[0].double() @ weight.double().T, x[0] @ weight.T, K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(isa, threads, dtype):
+    x, weight = torch.randn(8, 96).to(dtype), torch.randn(500, 96).to(dtype)
+    threads(2)
+    with fastlm.backend("cpu"):
+        together = fastlm.linear(x, weight)
+        threads(1)
+        assert torch.equal(fastlm.linear(x, weight), together)
+        for rows in (1, 2, 3, 5):
+            assert torch.equal(fastlm.linear(x[:rows], weight), together[:rows])
+
+
+def test_views_of_any_layout():
+    x, weight = torch.randn(2, 7, 3).mT[:, :, ::2], torch.randn(4, 9).T
+    with fastlm.backend("cpu"):
+        torch.testing.assert_close(fastlm.linear(x, weight), F.linear(x, weight))
+
+
+def test_special_values_stay_in_their_row(isa):
+    x = torch.randn(3, 40)
+    x[1, 7], x[2, 9] = math.nan, math.inf
+    y = fastlm.linear(x, torch.ones(5, 40))
+    assert y[0].isfinite().all() and y[1].isnan().all() and (y[2] == math.inf).all()
+
+
+def test_many_rows_and_gradients_are_the_librarys():
+    x, weight = torch.randn(9, 16), torch.randn(4, 16, requires_grad=True)
+    assert fastlm.explain(fastlm.linear, x, weight.detach()).selected == "torch"
+    assert fastlm.explain(fastlm.linear, x[:8], weight.detach()).selected == "cpu"
+    assert fastlm.explain(fastlm.linear, x[:8], weight).selected == "torch"
+    with fastlm.backend("cpu"), pytest.raises(fastlm.BackendError, match="1 to 8 rows"):
+        fastlm.linear(x, weight.detach())
+    with fastlm.backend("cpu"), pytest.raises(fastlm.BackendError, match="no backward pass"):
+        fastlm.linear(x[:1], weight)
+    assert torch.autograd.grad(fastlm.linear(x[:1], weight).sum(), weight)[0].shape == weight.shape
+
+
+def test_empty():
+    assert fastlm.linear(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)
+    assert torch.equal(fastlm.linear(torch.zeros(2, 0), torch.zeros(3, 0), torch.ones(3)), torch.ones(2, 3))
+    assert fastlm.linear(torch.zeros(2, 4), torch.zeros(0, 4)).shape == (2, 0)
+
+
+def test_autocast_decides_the_dtype():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fastlm.linear(torch.randn(1, 8), torch.randn(3, 8)).dtype == torch.bfloat16
+
+
+def test_compiles_without_a_break():
+    x, weight = torch.randn(2, 8), torch.randn(3, 8)
+    compiled = torch.compile(fastlm.linear, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda x: fastlm.linear(x, torch.ones(3, 4)), ValueError, r"weight has shape \(3, 4\), expected"),
+        (lambda x: fastlm.linear(x, torch.ones(5)), ValueError, r"weight has shape \(5,\), expected"),
+        (lambda x: fastlm.linear(x, torch.ones(3, 5), torch.ones(5)), ValueError, r"bias has shape \(5,\)"),
+        (lambda x: fastlm.linear(x, torch.ones(3, 5).double()), TypeError, "weight has dtype torch.float64"),
+        (lambda x: fastlm.linear(x, torch.ones(3, 5, device="meta")), ValueError, "weight is on meta"),
+        (lambda x: fastlm.linear(x.int(), torch.ones(3, 5).int()), TypeError, "x has dtype torch.int32"),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make(torch.ones(2, 5))
