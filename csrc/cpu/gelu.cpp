@@ -82,13 +82,14 @@ struct Formula {
 };
 
 #if FASTLM_ISA_LEVEL >= 2
-template <bool TANH>
+template <bool TANH, bool SHORT>
 struct Lookup {
-  VF low[GeluTable::kTerms], high[GeluTable::kTerms];  // coefficients of intervals 0 to 15, and 16 to 31
+  static constexpr int kTerms = SHORT ? 4 : 6;
+  VF low[kTerms], high[kTerms];  // coefficients of intervals 0 to 15, and 16 to 31
 
   explicit Lookup(bool of_derivative) {
-    const GeluTable& table = gelu_table(TANH, of_derivative);
-    for (int k = 0; k < GeluTable::kTerms; ++k) {
+    const auto& table = gelu_table<kTerms>(TANH, of_derivative);
+    for (int k = 0; k < kTerms; ++k) {
       low[k] = load<VF>(table.coefficient[k]);
       high[k] = load<VF>(table.coefficient[k] + 16);
     }
@@ -96,19 +97,27 @@ struct Lookup {
   VF coefficient(int k, __m512i interval) const {
     return (VF)_mm512_permutex2var_ps((__m512)low[k], interval, (__m512)high[k]);
   }
-  // F or the derivative, whichever the table is of; NaN for NaN.
-  VF curve(VF x) const {
-    const VF a = abs(x) * float(GeluTable::kIntervals / GeluTable::kEnd);
-    const VF place = min(set1<VF>(31.999998f), a);
+  // The curve at -|x|, for |x| = place intervals; 0 beyond the last one.
+  VF left(VF place) const {
     const __m512i interval = _mm512_cvttps_epi32((__m512)place);
-    const VF t = place - (VF)_mm512_cvtepi32_ps(interval);
-    VF y = coefficient(GeluTable::kTerms - 1, interval);
-    for (int k = GeluTable::kTerms - 2; k >= 0; --k) y = fma(y, t, coefficient(k, interval));
-    y = a >= float(GeluTable::kIntervals) ? VF{} : y;
+    const __m512 t = (__m512)place - _mm512_cvtepi32_ps(interval);
+    VF y = coefficient(kTerms - 1, interval);
+    for (int k = kTerms - 2; k > 0; --k) y = fma(y, (VF)t, coefficient(k, interval));
+    const __mmask16 inside = _mm512_cmp_ps_mask((__m512)place, _mm512_set1_ps(kGeluIntervals), _CMP_NEQ_UQ);
+    return (VF)_mm512_maskz_fmadd_ps(inside, (__m512)y, t, (__m512)coefficient(0, interval));
+  }
+  // |x| in intervals, at most all of them; NaN for NaN.
+  static VF place_of(VF x) {
+    return min(set1<VF>(kGeluIntervals), abs(x) * float(1 / kGeluWidth));
+  }
+  VF value(VF x) const {
+    const VF place = place_of(x);
+    return fma(-place, left(place), max(VF{}, x));
+  }
+  VF derivative(VF x) const {
+    const VF y = left(place_of(x));
     return x > 0 ? 1.0f - y : y;
   }
-  VF value(VF x) const { return max(set1<VF>(-40), x) * curve(x); }
-  VF derivative(VF x) const { return curve(x); }
 };
 #endif
 
@@ -119,7 +128,7 @@ struct form {
 #if FASTLM_ISA_LEVEL >= 2
 template <bool TANH, bool SHORT>
 struct form<TANH, SHORT, VF> {
-  using type = Lookup<TANH>;
+  using type = Lookup<TANH, SHORT>;
 };
 #endif
 
@@ -269,11 +278,14 @@ double tanh_slope(double a) {
 }
 }  // namespace
 
-const GeluTable& gelu_table(bool tanh, bool derivative) {
-  static const GeluTable tables[] = {GeluTable(normal_tail), GeluTable(normal_slope), GeluTable(tanh_tail),
-                                     GeluTable(tanh_slope)};
+template <int TERMS>
+const GeluTable<TERMS>& gelu_table(bool tanh, bool derivative) {
+  static const GeluTable<TERMS> tables[] = {{normal_tail, kGeluWidth}, {normal_slope, 1.0}, {tanh_tail, kGeluWidth},
+                                            {tanh_slope, 1.0}};
   return tables[2 * tanh + derivative];
 }
+template const GeluTable<4>& gelu_table<4>(bool, bool);
+template const GeluTable<6>& gelu_table<6>(bool, bool);
 
 void gelu_fwd(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
               int type, int b_type) {

@@ -132,6 +132,9 @@ inline VF round(VF x) {
 // Lanes added pairwise, so the order is fixed and the error small.
 template <class V>
 inline lane_t<V> reduce_add(V v) {
+#if FASTLM_ISA_LEVEL >= 2
+  if constexpr (std::is_same_v<V, VF>) return _mm512_reduce_add_ps((__m512)v);  // in this very order
+#endif
   lane_t<V> a[lanes<V>];
   std::memcpy(a, &v, sizeof v);
   for (int64_t half = lanes<V> / 2; half > 0; half /= 2)
@@ -329,9 +332,11 @@ inline void stream(double* p, VD v) { store(p, v); }
 template <class T>
 inline void stream(T* p, VF v) {
 #if FASTLM_ISA_LEVEL >= 2
-  alignas(32) T a[lanes<VF>];
+  T a[lanes<VF>];
   store(a, v);
-  _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)a));
+  __m256i bits;
+  std::memcpy(&bits, a, sizeof bits);
+  _mm256_stream_si256((__m256i*)p, bits);
 #else
   store(p, v);
 #endif

@@ -21,6 +21,7 @@ from .checks import Errors, check, device_of, threads
 from .cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
 from .gelu import BIAS_GELU, GELU
 from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from .linear import LINEAR
 from .op import FLOATS, Sample, Spec
 from .rms_norm import ADD_RMS_NORM, RMS_NORM
 from .rotary import ROTARY
@@ -40,6 +41,7 @@ SPECS = {
         ATTENTION,
         ATTENTION_VARLEN,
         CROSS_ENTROPY,
+        LINEAR,
         LINEAR_CROSS_ENTROPY,
     )
 }
