@@ -13,10 +13,11 @@ from .gelu import BIAS_GELU, GELU
 from .generate import GENERATE
 from .huggingface import HUGGING_FACE
 from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from .linear import LINEAR
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .train import TRAIN
 
-KERNELS = (LAYER_NORM, ADD_LAYER_NORM, GELU, BIAS_GELU, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
+KERNELS = (LAYER_NORM, ADD_LAYER_NORM, GELU, BIAS_GELU, ATTENTION, CROSS_ENTROPY, LINEAR, LINEAR_CROSS_ENTROPY)
 BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*KERNELS, TRAIN, GENERATE, HUGGING_FACE)}
 
 

@@ -595,15 +595,11 @@ def quantized_linear_fwd(
     return y
 
 
-def dequantize(
-    weight: Tensor, scale: Tensor, K: int, padded_K: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor, K: int, padded_K: int, group_size: int, dtype: torch.dtype) -> Tensor:
     """The weight (N, K) in fp32, bf16 or fp16 that a quantized one stands for."""
     N = weight.shape[0]
     out = torch.empty(N, K, dtype=dtype)
-    _cpu.dequantize(
-        weight.data_ptr(), scale.data_ptr(), out.data_ptr(), N, K, padded_K, group_size, TYPE_CODE[dtype]
-    )
+    _cpu.dequantize(weight.data_ptr(), scale.data_ptr(), out.data_ptr(), N, K, padded_K, group_size, TYPE_CODE[dtype])
     return out
 
 

@@ -33,7 +33,7 @@ def _rows(case, against=("torch",), **kwargs):
 
 
 SHAPES = {"attention": (1, 3, 17, 8), "cross_entropy": (5, 33), "linear_cross_entropy": (5, 8, 33)}
-SHAPES |= {"train": (1, 32), "generate": (1, 5, 4)}
+SHAPES |= {"train": (1, 32), "generate": (1, 5, 4), "linear": (2, 40, 96)}
 
 
 @pytest.mark.parametrize("name", registry.BENCHMARKS)
@@ -45,7 +45,7 @@ def test_every_benchmark_is_right_and_timed(name):
     assert set(stock) == set(case.passes)
     assert all(row.status == "ok" and row.ratio_to_torch == 1.0 for row in stock.values())
     served = [row for row in rows if row.provider in ("fastlm", "fastlm-cpu") and row.status != "unsupported"]
-    if _native.missing_reason is None and name in ("layer_norm", "gelu", "train", "generate"):
+    if _native.missing_reason is None and name in ("layer_norm", "gelu", "train", "generate", "linear"):
         assert served
     for row in served:
         assert row.status == "ok", row.reason
@@ -58,7 +58,7 @@ def test_every_benchmark_is_right_and_timed(name):
 def _gemm(row):
     if row.op in ("attention", "linear_cross_entropy", "train", "generate"):
         return "float32", row.op == "generate"
-    return (None,)
+    return None, row.op == "linear"
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch):

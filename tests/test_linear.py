@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES
-from tolerances import assert_as_close_as_torch
 
 import fastlm
+from conftest import DTYPES
+from tolerances import assert_as_close_as_torch
 
 # K below a vector, with a tail, of two vectors at a time; N of one and of several threads' shares.
 SIZES = [(1, 1), (5, 3), (37, 50), (64, 128), (300, 193)]
@@ -51,7 +51,9 @@ def test_special_values_stay_in_their_row(isa):
     x = torch.randn(3, 40)
     x[1, 7], x[2, 9] = math.nan, math.inf
     y = fastlm.linear(x, torch.ones(5, 40))
-    assert y[0].isfinite().all() and y[1].isnan().all() and (y[2] == math.inf).all()
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+    assert (y[2] == math.inf).all()
 
 
 def test_many_rows_and_gradients_are_the_librarys():

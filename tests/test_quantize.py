@@ -62,7 +62,9 @@ def test_special_values_stay_in_their_row(isa):
         x = torch.randn(4, 64)
         x[1, 7], x[2, 9], x[3] = math.nan, math.inf, 0
         y = layer(x)
-        assert y[0].isfinite().all() and not y[1:3].isfinite().any() and (y[3] == 0).all()
+        assert y[0].isfinite().all()
+        assert not y[1:3].isfinite().any()
+        assert (y[3] == 0).all()
 
 
 @pytest.mark.parametrize(("scheme", "group_size"), FORMATS, ids=IDS)
@@ -77,9 +79,7 @@ def test_the_native_dequantizer_gives_the_reference_bits(isa, scheme, group_size
     layer = QuantizedLinear.from_weight(torch.randn(17, 150), None, scheme, group_size)
     assert torch.equal(layer.weight, dequantize(layer.qweight, layer.scale, 150, layer.group_size))
     layer = layer.bfloat16()
-    assert torch.equal(
-        layer.weight, dequantize(layer.qweight, layer.scale, 150, layer.group_size).bfloat16()
-    )
+    assert torch.equal(layer.weight, dequantize(layer.qweight, layer.scale, 150, layer.group_size).bfloat16())
 
 
 def test_int8_is_half_a_step_off():
@@ -100,7 +100,9 @@ def test_int4_is_exact_on_its_own_grid():
 
 def test_a_smaller_group_is_more_accurate():
     weight = torch.randn(64, 256)
-    error = [(QuantizedLinear.from_weight(weight, None, "int4", group).weight - weight).norm() for group in (32, 64, 128)]
+    error = [
+        (QuantizedLinear.from_weight(weight, None, "int4", group).weight - weight).norm() for group in (32, 64, 128)
+    ]
     assert error[0] < error[1] < error[2]
     # A normal variable rounded to 16 levels, with the best uniform step, has an error of 0.107 of its deviation.
     assert error[0] / weight.norm() < 0.107

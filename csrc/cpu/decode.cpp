@@ -95,6 +95,7 @@ void attend(const DecodeModel& m, const DecodeLayer& layer, int64_t position) {
   a.v = {layer.values, m.H * head, head, D};
   a.B = m.B, a.H = m.H, a.Hkv = m.H, a.T = 1, a.S = position + 1, a.D = D, a.Dv = D;
   a.scale = 1.0 / std::sqrt((double)D), a.type = (int)m.cache_type;
+  a.left = a.right = kUnlimited, a.row_stride = 1;
   attention_fwd(a);
   FASTLM_DISPATCH(decode::widen_any, out, m.cache_type, m.product, m.B * m.C);
 }
