@@ -16,24 +16,25 @@ struct AsCompute {
     if (!p || type == (int)(wide ? DType::f64 : DType::f32)) return;
     copy_.reset(new double[(size_t)n]);  // room for either type
     data = copy_.get();
-    for (int64_t i = 0; i < n; ++i) {
-      const double v = value(p, i, (DType)type);
-      if (wide)
-        copy_[i] = v;
-      else
-        reinterpret_cast<float*>(copy_.get())[i] = (float)v;
-    }
+    if (wide)
+      copy(p, n, (DType)type, copy_.get());
+    else
+      copy(p, n, (DType)type, reinterpret_cast<float*>(copy_.get()));
   }
 
  private:
-  static double value(const void* p, int64_t i, DType type) {
+  template <class S>
+  static void copy(const void* p, int64_t n, DType type, S* out) {
     switch (type) {
-      case DType::f32: return static_cast<const float*>(p)[i];
-      case DType::f64: return static_cast<const double*>(p)[i];
-      case DType::bf16: return baseline::to_float(static_cast<const bf16_t*>(p)[i]);
-      case DType::f16: return baseline::to_float(static_cast<const f16_t*>(p)[i]);
+      case DType::f32: return each(static_cast<const float*>(p), n, out);
+      case DType::f64: return each(static_cast<const double*>(p), n, out);
+      case DType::bf16: return each(static_cast<const bf16_t*>(p), n, out);
+      case DType::f16: return each(static_cast<const f16_t*>(p), n, out);
     }
-    return 0;
+  }
+  template <class T, class S>
+  static void each(const T* p, int64_t n, S* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = (S)baseline::to_float(p[i]);
   }
   std::unique_ptr<double[]> copy_;
 };
