@@ -1,4 +1,7 @@
-"""scaled_dot_product_attention over B sequences of T tokens with H heads of size D; "decode" has one query."""
+"""scaled_dot_product_attention over B sequences of T tokens with H heads of size D; "decode" has one query.
+
+"varlen" is attention_varlen over B packed sequences of T / B, 2 T / B, ... T tokens; PyTorch takes one after the other.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from .kernel import Inputs, KernelBenchmark, each_dtype
 from .peers import attribute
 from .providers import need_cuda
 
-VARIANTS = ("causal", "full", "padding", "bias", "dropout", "gqa", "decode")
+VARIANTS = ("causal", "full", "padding", "bias", "dropout", "gqa", "window", "softcap", "varlen", "decode")
+CAUSAL = ("causal", "dropout", "gqa", "window", "softcap", "varlen")
+WINDOW = 128  # keys before each query
+SOFTCAP = 30.0
 GQA_GROUP = 3  # query heads that share a key
 DROPOUT = 0.1
 PADDED = 0.75  # of the keys are real
@@ -37,11 +43,28 @@ def _table(quick: bool, device: str) -> list[Case]:
     cases = [case(max(1, 1024 // T), 12, T, 64, headline=T == 1024) for T in (256, 512, 1024, 2048)]
     cases += [case(max(1, 1024 // T), 6, T, 128) for T in (256, 2048)]
     cases += [case(1, 12, 1024, 64, "full")]
-    cases += [case(2, 12, 512, 64, variant, ("fwd",)) for variant in ("padding", "bias", "dropout", "gqa")]
+    masked = ("padding", "bias", "dropout", "gqa", "window", "softcap")
+    cases += [case(2, 12, 512, 64, variant, ("fwd",)) for variant in masked]
+    cases += [case(8, 12, 512, 64, "varlen")]
     return each_dtype([*cases, case(1, 12, 1024, 64, "decode", ("fwd",)), case(1, 12, 1, 64, "full", ("fwd",))])
 
 
+def _lengths(case: Case) -> list[int]:
+    B, _, T, _ = case.shape
+    return [T * (b + 1) // B for b in range(B)]
+
+
+def _packed_inputs(case: Case, device: str) -> Inputs:
+    _, H, _, D = case.shape
+    lengths = _lengths(case)
+    drawn = [torch.randn(sum(lengths), H, D, device=device).to(case.torch_dtype) for _ in range(3)]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    return Inputs((*drawn, offsets), (0, 1, 2))
+
+
 def _inputs(case: Case, device: str) -> Inputs:
+    if case.variant == "varlen":
+        return _packed_inputs(case, device)
     B, H, T, D = case.shape
     queries = 1 if case.variant == "decode" else T
     kv_heads = H // GQA_GROUP if case.variant == "gqa" else H
@@ -51,6 +74,8 @@ def _inputs(case: Case, device: str) -> Inputs:
         mask = (torch.arange(T, device=device) < int(T * PADDED)).expand(B, 1, 1, T)
     elif case.variant == "bias":
         mask = torch.randn(H, T, T, device=device).to(case.torch_dtype)
+    elif case.variant == "window":  # for those who have no other way to say it
+        mask = torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(-WINDOW)
     else:
         mask = None
     return Inputs((*drawn, mask), (0, 1, 2))
@@ -58,7 +83,7 @@ def _inputs(case: Case, device: str) -> Inputs:
 
 def _options(case: Case) -> dict:
     return {
-        "is_causal": case.variant in ("causal", "dropout", "gqa"),
+        "is_causal": case.variant in CAUSAL,
         "enable_gqa": case.variant == "gqa",
         "dropout_p": DROPOUT if case.variant == "dropout" else 0.0,
     }
@@ -70,22 +95,64 @@ def _call(function, case: Case):
 
 
 def _ours(case: Case):
+    if case.variant == "varlen":
+        return lambda q, k, v, offsets: fastlm.attention_varlen(q, k, v, offsets, is_causal=True)
+    if case.variant == "window":
+        return lambda q, k, v, mask: fastlm.scaled_dot_product_attention(
+            q, k, v, is_causal=True, window=(WINDOW, 0)
+        )
+    if case.variant == "softcap":
+        return lambda q, k, v, mask: fastlm.scaled_dot_product_attention(q, k, v, is_causal=True, softcap=SOFTCAP)
     return _call(fastlm.scaled_dot_product_attention, case)
 
 
+def _stock_softcap(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    T = q.shape[-2]
+    scores = SOFTCAP * torch.tanh(q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 / SOFTCAP))
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, float("-inf")).softmax(-1) @ v
+
+
+def _stock_varlen(case: Case):
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+        parts = (x.split(_lengths(case)) for x in (q, k, v))
+        each = zip(*([x.transpose(0, 1)[None] for x in part] for part in parts), strict=True)
+        outs = [F.scaled_dot_product_attention(*sequence, is_causal=True) for sequence in each]
+        return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+    return run
+
+
 def _stock(case: Case):
+    if case.variant == "varlen":
+        return _stock_varlen(case)
+    if case.variant == "softcap":
+        return _stock_softcap
+    if case.variant == "window":
+        return F.scaled_dot_product_attention
     return _call(F.scaled_dot_product_attention, case)
+
+
+def _pairs(case: Case) -> int:
+    """Pairs of query and key in one head, over the batch."""
+    B, _, T, _ = case.shape
+    if case.variant == "varlen":
+        return sum(n * (n + 1) // 2 for n in _lengths(case))
+    if case.variant == "window":
+        return B * sum(min(i, WINDOW) + 1 for i in range(T))
+    if _options(case)["is_causal"]:
+        return B * T * (T + 1) // 2
+    return B * T * (1 if case.variant == "decode" else T)
 
 
 def _counts(case: Case, which: str) -> Counts:
     """Two products forward and five backward (the scores once more), over the pairs that a causal mask leaves."""
     B, H, T, D = case.shape
-    queries = 1 if case.variant == "decode" else T
-    pairs = T * (T + 1) // 2 if _options(case)["is_causal"] else queries * T
     kv_heads = H // GQA_GROUP if case.variant == "gqa" else H
     size = case.torch_dtype.itemsize
-    q, kv = B * H * queries * D * size, B * kv_heads * T * D * size
-    product = 2 * B * H * pairs * D
+    tokens = sum(_lengths(case)) if case.variant == "varlen" else B * T
+    q, kv = (B if case.variant == "decode" else tokens) * H * D * size, tokens * kv_heads * D * size
+    product = 2 * H * _pairs(case) * D
     mask = {"padding": B * T, "bias": H * T * T * size}.get(case.variant, 0)
     forward = Counts(2 * q + 2 * kv + mask, 2 * product, case.dtype, reads_only=case.variant == "decode")
     backward = Counts(4 * q + 4 * kv + mask, 5 * product, case.dtype)
@@ -122,8 +189,8 @@ def _flex(case: Case, device: str):
 
 def _flash(case: Case, device: str):
     need_cuda(device, "flash-attn")
-    if case.variant in ("padding", "bias"):
-        raise Unavailable("it takes no mask")
+    if case.variant in ("padding", "bias", "window", "softcap", "varlen"):
+        raise Unavailable("benchmarked without masks only")
     if case.dtype == "float32":
         raise Unavailable("it takes float16 and bfloat16")
     function, options = attribute("flash_attn", "flash_attn_func"), _options(case)

@@ -120,6 +120,16 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
   });
+  m.def("attention_plain_fwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs,
+                                  ptr out, int64_t B, int64_t H, int64_t T, int64_t S, int64_t D, double scale,
+                                  bool causal, int type) {
+    AttentionArgs a{};
+    a.q = heads(q, qs), a.k = heads(k, ks), a.v = heads(v, vs), a.out = {P(out), T * H * D, D, H * D};
+    a.B = B, a.H = a.Hkv = H, a.T = a.row_stride = T, a.S = S, a.D = a.Dv = D;
+    a.left = kUnlimited, a.right = causal ? 0 : kUnlimited, a.scale = scale, a.type = type;
+    const py::gil_scoped_release nogil_here;
+    attention_fwd(a);
+  });
   m.def("attention_bwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
                             const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr cu_q,
                             ptr cu_k, ptr dout, const py::tuple& dos, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk, const py::tuple& dks,

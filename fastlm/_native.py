@@ -431,6 +431,18 @@ def attention_fwd(
     return out, sums
 
 
+def attention_plain_fwd(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """attention_fwd of q (B, H, T, D), k and v (B, H, S, D) without anything else, at the least cost of a call."""
+    B, H, T, D = q.shape
+    row = H * D
+    out = torch.empty_strided((B, H, T, D), (T * row, D, row, 1), dtype=q.dtype)
+    _cpu.attention_plain_fwd(
+        q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), out.data_ptr(),
+        B, H, T, k.shape[2], D, scale, is_causal, TYPE_CODE[q.dtype],
+    )  # fmt: skip
+    return out
+
+
 def _packed(x: Tensor) -> tuple[int, tuple[int, ...]]:
     """Address and (B, H, T) strides of (tokens, heads, size)."""
     return x.data_ptr(), (0, x.stride(1), x.stride(0))

@@ -521,3 +521,21 @@ BAD = [
 def test_bad_input(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         fastlm.scaled_dot_product_attention(*args, **kwargs)
+
+
+def test_the_short_way_is_the_long_one(every_isa, poisoned):
+    """Plain calls without gradients skip what others need; asking for lse takes them through it."""
+    for dtype in DTYPES:
+        for T, is_causal in ((1, False), (40, True)):
+            q, k, v = (x.detach() for x in _inputs(2, 3, 3, T, 70, 40, 40, dtype))
+            long, _ = fastlm.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3, return_lse=True)
+            short = fastlm.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3)
+            assert torch.equal(long, short)
+            assert short.stride() == long.stride()
+
+
+@pytest.mark.parametrize("swap", [lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT])
+def test_the_short_way_takes_any_strides(swap):
+    q, k, v = (x.detach() for x in _inputs(2, 3, 3, 5, 70, 40, 40))
+    plain = fastlm.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(plain, fastlm.scaled_dot_product_attention(swap(q), swap(k), swap(v)))

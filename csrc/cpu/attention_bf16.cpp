@@ -11,7 +11,7 @@
 // - At 256 keys: maxima for sixteen rows at once 1.3 times; before it, the exp2 without underflow together with
 //   prefetching the rows of a fused projection 1.5 times.
 // - Dot products of pairs reach only 95 GFLOP/s on that core, whose fp32 kernel is faster; their place is a CPU that
-//   issues them at full rate.
+//   issues them at full rate. So an Intel CPU without tiles takes the fp32 kernels unless FASTLM_CPU_ISA says otherwise.
 
 #include "cpu/attention.h"
 
@@ -39,7 +39,9 @@ namespace fastlm {
 
 #if FASTLM_X86
 bool attention_has_bf16(const AttentionArgs& args) {
-  return args.type == (int)DType::bf16 && isa() >= Isa::avx512_bf16;
+  if (args.type != (int)DType::bf16 || isa() < Isa::avx512_bf16) return false;
+  // Intel's cores issue dot products of pairs at less than half the rate that would pay: see above.
+  return isa() == Isa::amx || isa_chosen() || !__builtin_cpu_is("intel");
 }
 void attention_bf16_fwd(const AttentionArgs& args) {
   isa() == Isa::amx ? amx::attention::fwd_bf16(args) : avx512_bf16::attention::fwd_bf16(args);

@@ -103,7 +103,7 @@ struct Bwd16 {
       __m512 p[2], ds[2];
       for (int i = 0; i < 2; ++i) {
         VF x = (VF)_mm512_mul_ps(_mm512_loadu_ps(s.scores + (r + i) * kSpan + j), scale), slope;
-        if (cap > 0) x = soft_cap(x, cap, &slope);
+        if (cap > 0) x = soft_cap_short(x, cap, &slope);
         if (additive) x = masked<VF>(x, load<VF>(additive + (r + i) * mask_stride + j));
         p[i] = exp2_short(_mm512_sub_ps((__m512)x, lse[i]), columns16(open[i], j));
         __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kSpan + j);

@@ -96,7 +96,7 @@ struct Fwd16 {
       const int64_t end = within(s.rows[first + r].keys, j0, n).end;
       for (int64_t j = columns.from; j < end; j += 16) {
         VF y = load<VF>(x + j) * scale, slope;
-        if (a.softcap > 0) y = soft_cap(y, cap, &slope);
+        if (a.softcap > 0) y = soft_cap_short(y, cap, &slope);
         if (additive) y = masked<VF>(y, load<VF>(additive + r * mask_stride + j));
         store(x + j, y);
       }

@@ -13,9 +13,52 @@ inline void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
 }
 
+// Two vectors of 2 * lanes elements, those beyond n as zeros. Of bf16 the first gets the elements at even places and the
+// second the others, since a shift and a mask cost half of what widening in order does; queries and outputs are kept in
+// that order too.
+template <class V>
+struct Two {
+  V first, second;
+};
 template <class V, class T>
-inline V load_part(const T* p, int64_t n) {
-  return n >= lanes<V> ? load<V>(p) : load_n<V>(p, n);
+inline Two<V> load_two(const T* p) {
+  if constexpr (std::is_same_v<T, bf16_t>) {
+    VU u;
+    std::memcpy(&u, p, sizeof u);
+    return {(VF)(u << 16), (VF)(u & 0xffff0000u)};
+  } else {
+    return {load<V>(p), load<V>(p + lanes<V>)};
+  }
+}
+template <class V, class T>
+inline Two<V> load_two(const T* p, int64_t n) {
+  if (n >= 2 * lanes<V>) return load_two<V>(p);
+  T part[2 * lanes<V>] = {};
+  std::memcpy((void*)part, p, (size_t)n * sizeof(T));
+  return load_two<V>(part);
+}
+
+// dst (D padded to pairs of vectors) = factor * src (D), in the order of load_two.
+template <class V, class T>
+inline void pack_twos(const T* src, int64_t D, lane_t<V> factor, lane_t<V>* dst) {
+  for (int64_t d = 0; d < D; d += 2 * lanes<V>) {
+    const Two<V> x = load_two<V>(src + d, D - d);
+    store(dst + d, V(x.first * factor));
+    store(dst + d + lanes<V>, V(x.second * factor));
+  }
+}
+
+// Back from the order of load_two, in place.
+template <class V, class T>
+inline void unpack_twos(lane_t<V>* x, int64_t D) {
+  if constexpr (std::is_same_v<T, bf16_t>) {
+    constexpr int64_t L = lanes<V>;
+    for (int64_t d = 0; d < D; d += 2 * L) {
+      float part[2 * L];
+      for (int64_t i = 0; i < L; ++i) part[2 * i] = x[d + i], part[2 * i + 1] = x[d + L + i];
+      std::memcpy(x + d, part, sizeof part);
+    }
+  }
 }
 
 // p (R, kKeys) = q (R, Dp) times n keys.
@@ -27,12 +70,13 @@ void scores_of(const lane_t<V>* q, int64_t Dp, const T* keys, int64_t stride, in
     for (int64_t i = 0; i < L; ++i) {
       const T* key = keys + std::min(j + i, n - 1) * stride;
       prefetch(key + kAheadKeys * stride, D);
-      V s[R]{};
-      for (int64_t d = 0; d < D; d += L) {
-        const V x = load_part<V>(key + d, D - d);
-        for (int r = 0; r < R; ++r) s[r] = fma(load<V>(q + r * Dp + d), x, s[r]);
+      V s[R]{}, t[R]{};
+      for (int64_t d = 0; d < D; d += 2 * L) {
+        const Two<V> x = load_two<V>(key + d, D - d);
+        for (int r = 0; r < R; ++r) s[r] = fma(load<V>(q + r * Dp + d), x.first, s[r]);
+        for (int r = 0; r < R; ++r) t[r] = fma(load<V>(q + r * Dp + d + L), x.second, t[r]);
       }
-      for (int r = 0; r < R; ++r) sum[r][i] = s[r];
+      for (int r = 0; r < R; ++r) sum[r][i] = s[r] + t[r];
     }
     for (int r = 0; r < R; ++r) {
       add_rows<L / 2>(sum[r]);
@@ -41,33 +85,40 @@ void scores_of(const lane_t<V>* q, int64_t Dp, const T* keys, int64_t stride, in
   }
 }
 
-// out (R, Dvp) = factor * out + p (R, kKeys) times n values; a weight of 0 adds nothing, not even times NaN.
+// out (R, Dvp) = factor * out + p (R, kKeys) times n values; a weight of 0 adds nothing, not even times NaN. Every other
+// value goes to a second sum, or one row alone would wait for each addition to finish.
 template <int R, class V, class T>
 void add_values(const lane_t<V>* p, const T* values, int64_t stride, int64_t n, int64_t Dv, lane_t<V>* out, int64_t Dvp,
                 const lane_t<V>* factor) {
-  constexpr int64_t L = lanes<V>, kPart = 4;  // vectors of a value at a time
-  for (int64_t first = 0; first < Dv; first += kPart * L) {
-    V sum[R][kPart];
-    for (int r = 0; r < R; ++r)
-      for (int64_t c = 0; c < kPart; ++c)
-        sum[r][c] = first + c * L < Dv ? load<V>(out + r * Dvp + first + c * L) * factor[r] : V{};
-    for (int64_t j = 0; j < n; ++j) {
-      const T* value = values + j * stride + first;
-      prefetch(value + kAheadKeys * stride, std::min(Dv - first, kPart * L));
-      V x[kPart];
-      for (int64_t c = 0; c < kPart; ++c) {
-        const int64_t left = Dv - first - c * L;
-        x[c] = left > 0 ? load_part<V>(value + c * L, left) : V{};
+  constexpr int64_t L = lanes<V>, kPart = 2, kSums = R == 1 ? 2 : 1;  // pairs of vectors of a value at a time
+  for (int64_t first = 0; first < Dv; first += 2 * kPart * L) {
+    const int64_t parts = std::min(kPart, ceil_div(Dv - first, 2 * L));
+    V sum[kSums][R][2 * kPart] = {};
+    for (int r = 0; r < R; ++r)  // bounds known to the compiler, or the sums would not stay in registers
+      for (int64_t c = 0; c < 2 * kPart; ++c)
+        if (c < 2 * parts) sum[0][r][c] = load<V>(out + r * Dvp + first + c * L) * factor[r];
+    for (int64_t j = 0; j < n; j += kSums)
+      for (int64_t k = 0; k < kSums; ++k) {
+        const T* value = values + std::min(j + k, n - 1) * stride + first;
+        prefetch(value + kAheadKeys * stride, std::min(Dv - first, 2 * kPart * L));
+        Two<V> x[kPart] = {};
+        for (int64_t c = 0; c < kPart; ++c)
+          if (c < parts) x[c] = load_two<V>(value + 2 * c * L, Dv - first - 2 * c * L);
+        for (int r = 0; r < R; ++r) {
+          if (j + k >= n || p[r * kKeys + j + k] == 0) continue;
+          const V weight = set1<V>(p[r * kKeys + j + k]);
+          for (int64_t c = 0; c < kPart; ++c) {
+            sum[k][r][2 * c] = fma(weight, x[c].first, sum[k][r][2 * c]);
+            sum[k][r][2 * c + 1] = fma(weight, x[c].second, sum[k][r][2 * c + 1]);
+          }
+        }
       }
-      for (int r = 0; r < R; ++r) {
-        if (p[r * kKeys + j] == 0) continue;
-        const V weight = set1<V>(p[r * kKeys + j]);
-        for (int64_t c = 0; c < kPart; ++c) sum[r][c] = fma(weight, x[c], sum[r][c]);
-      }
-    }
     for (int r = 0; r < R; ++r)
-      for (int64_t c = 0; c < kPart; ++c)
-        if (first + c * L < Dv) store(out + r * Dvp + first + c * L, sum[r][c]);
+      for (int64_t c = 0; c < 2 * kPart; ++c) {
+        V total = sum[0][r][c];
+        if constexpr (kSums == 2) total += sum[1][r][c];
+        if (c < 2 * parts) store(out + r * Dvp + first + c * L, total);
+      }
   }
 }
 

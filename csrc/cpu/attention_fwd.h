@@ -22,7 +22,9 @@ struct Fwd {
 
   Fwd(const AttentionArgs& all, int64_t b)
       : a(attention_sequence(all, b)), dropout(a.seed, a.dropout_p), Dp(padded<V>(a.D)), Dvp(padded<V>(a.Dv)),
-        cap(S(a.softcap * 1.4426950408889634)), few(attention_few(a)) {}
+        cap(S(a.softcap * 1.4426950408889634)), few(attention_few(a)) {
+    if (few) Dp = ceil_div(Dp, 2 * L) * 2 * L, Dvp = ceil_div(Dvp, 2 * L) * 2 * L;
+  }
 
   // Scratch of one task.
   struct Scratch {
@@ -135,7 +137,8 @@ struct Fwd {
     list_rows(a, part.kv_head, part.first, part.count, s.rows);
     for (int64_t r = 0; r < part.count; ++r) {
       const Row& row = s.rows[r];
-      pack_row<V>((const T*)a.q.data + row.head * a.q.h + row.index * a.q.t, a.D, scale, s.q + r * Dp);
+      const T* q = (const T*)a.q.data + row.head * a.q.h + row.index * a.q.t;
+      few ? pack_twos<V>(q, a.D, scale, s.q + r * Dp) : pack_row<V>(q, a.D, scale, s.q + r * Dp);
       s.maximum[r] = minus_infinity<S>;
       s.sum[r] = V{};
     }
@@ -158,6 +161,7 @@ struct Fwd {
     const Row& row = s.rows[r];
     const S sum = reduce_add(s.sum[r]), inverse = sum == S(0) ? S(0) : S(1) / sum;
     T* out = (T*)a.out.data + row.head * a.out.h + row.index * a.out.t;
+    if (few) unpack_twos<V, T>(s.out + r * Dvp, a.Dv);
     for_lanes<V>(a.Dv, [&](int64_t d, auto n) { store(out + d, V(load<V>(s.out + r * Dvp + d) * inverse), n); });
     if (a.lse)
       ((S*)a.lse)[row.id] = sum == S(0) ? minus_infinity<S> : S((s.maximum[r] + std::log2(sum)) * S(0.6931471805599453));
@@ -166,8 +170,14 @@ struct Fwd {
 
 template <class T>
 void fwd(const AttentionArgs& a) {
+  const auto run = [&](int64_t i) { Fwd<T>(a, a.tasks[i].b).task(a.tasks[i]); };
+  if (attention_few(a) && !a.cu_q) {  // equal tasks: decoding, where each thread finds its heads' keys in its own cache
+#pragma omp parallel for schedule(static) if (a.parallel && a.task_count > 1)
+    for (int64_t i = 0; i < a.task_count; ++i) run(i);
+  } else {
 #pragma omp parallel for schedule(dynamic) if (a.parallel && a.task_count > 1)
-  for (int64_t i = 0; i < a.task_count; ++i) Fwd<T>(a, a.tasks[i].b).task(a.tasks[i]);
+    for (int64_t i = 0; i < a.task_count; ++i) run(i);
+  }
 }
 
 }  // namespace fastlm::FASTLM_ISA::attention

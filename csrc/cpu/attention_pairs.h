@@ -111,6 +111,14 @@ inline __m512 exp2_short(__m512 x, __mmask16 open = 0xffff) {
       _mm512_maskz_add_epi32(live, _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
 
+// As soft_cap, to an absolute 1e-7 of the cap: t = (1 - e) / (1 + e) with e = 2^(-2 log2e |x / cap|).
+inline VF soft_cap_short(VF x, float cap, VF* slope) {
+  const VF e = exp2(abs(x) * (-2.885390082f / cap));
+  const VF bounded = copysign((1.0f - e) * reciprocal(1.0f + e), x);
+  *slope = 1.0f - bounded * bounded;
+  return bounded * cap;
+}
+
 // ---- packing -----------------------------------------------------------------------------------------------------
 
 inline __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
@@ -148,21 +156,32 @@ inline void pack_columns(const bf16_t* src, int64_t stride, int64_t n, int64_t D
     }
 }
 
+// Two rows of 32 as 32 pairs: columns 0 to 15 in `low`, the others in `high`.
+inline void interleave(__m512i first, __m512i second, __m512i* low, __m512i* high) {
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  *low = _mm512_permutex2var_epi16(first, order, second);
+  *high = _mm512_permutex2var_epi16(first, _mm512_add_epi16(order, _mm512_set1_epi16(16)), second);
+}
+
 // A right operand whose k are the n rows of src and whose columns are D. Returns whether all are finite.
 inline bool pack_rows(const bf16_t* src, int64_t stride, int64_t n, int64_t D, bf16_t* dst) {
-  __mmask16 odd = 0;
-  const __m512i exponent = _mm512_set1_epi32(0x7f80);
-  for (int64_t d = 0; d < up32(D); d += 16)
-    for (int64_t j = 0; j < up32(n); j += 2) {
-      const __mmask16 width = first16(D - d);
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(j < n ? width : 0, src + j * stride + d));
-      const __m512i high =
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(j + 1 < n ? width : 0, src + (j + 1) * stride + d));
-      odd |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(low, exponent), exponent) |
-             _mm512_cmpeq_epi32_mask(_mm512_and_si512(high, exponent), exponent);
-      _mm512_storeu_si512(dst + d * up32(n) + j * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  const int64_t rows = up32(n);
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __m512i largest = _mm512_setzero_si512();  // exponent
+  for (int64_t j = 0; j < rows; j += 2)
+    for (int64_t d = 0; d < D; d += 32) {
+      const __mmask32 width = first32(D - d);
+      const __m512i first = _mm512_maskz_loadu_epi16(j < n ? width : 0, src + j * stride + d);
+      const __m512i second = _mm512_maskz_loadu_epi16(j + 1 < n ? width : 0, src + (j + 1) * stride + d);
+      largest = _mm512_max_epu16(largest, _mm512_max_epu16(_mm512_and_si512(first, exponent),
+                                                           _mm512_and_si512(second, exponent)));
+      __m512i low, high;
+      interleave(first, second, &low, &high);
+      _mm512_storeu_si512(dst + d * rows + j * 16, low);
+      _mm512_storeu_si512(dst + (d + 16) * rows + j * 16, high);
     }
-  return odd == 0;
+  return _mm512_cmpeq_epi16_mask(largest, exponent) == 0;
 }
 
 // A left operand that is the transpose of `count` (up to 32) packed rows: dst[d * stride + i] = rows[i * Dp + d].

@@ -248,19 +248,20 @@ enum class Cover { closed, mixed, open };
 // out[j] = mask[j * stride] in the exp2 domain, for n keys; returns whether any of them is open.
 template <class V, class M>
 inline bool mask_row(const M* mask, int64_t stride, int64_t n, lane_t<V>* out) {
-  const lane_t<V> log2e = lane_t<V>(1.4426950408889634);
-  if (stride != 1) {
-    for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j * stride])) * log2e;
-  } else if constexpr (std::is_same_v<vec_of<M>, V>) {
-    for_lanes<V>(n, [&](int64_t j, auto k) { store(out + j, V(load<V>(mask + j, k) * log2e), k); });
-  } else {
-    for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j])) * log2e;
-  }
-  const V closed = set1<V>(minus_infinity<lane_t<V>>);
+  const lane_t<V> log2e = lane_t<V>(1.4426950408889634), lowest = minus_infinity<lane_t<V>>;
+  const V closed = set1<V>(lowest);
   V open{};
-  for_lanes<V>(n, [&](int64_t j, auto k) {
-    open = load<V>(out + j, k, minus_infinity<lane_t<V>>) == closed ? open : set1<V>(1);
-  });
+  const auto keep = [&](int64_t j, V x, auto k) {
+    store(out + j, x, k);
+    open = x == closed ? open : set1<V>(1);
+  };
+  if (stride == 1 && std::is_same_v<vec_of<M>, V>) {
+    if constexpr (std::is_same_v<vec_of<M>, V>)
+      for_lanes<V>(n, [&](int64_t j, auto k) { keep(j, load<V>(mask + j, k, lowest) * log2e, k); });
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j * stride])) * log2e;
+    for_lanes<V>(n, [&](int64_t j, auto k) { keep(j, load<V>(out + j, k, lowest), k); });
+  }
   return reduce_add(open) != 0;
 }
 

@@ -48,14 +48,17 @@ Isa detect() {
 
 const Isa g_best = detect();
 Isa g_isa = g_best;
+bool g_chosen = false;
 
 }  // namespace
 
 Isa isa() { return g_isa; }
+bool isa_chosen() { return g_chosen; }
 Isa best_isa() { return g_best; }
 bool set_isa(Isa wanted) {
   if (wanted > g_best) return false;
   g_isa = wanted;
+  g_chosen = true;
   return true;
 }
 

@@ -30,6 +30,7 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx 
 
 // The instruction set in force: the best one this CPU has, unless set_isa chose a lesser one.
 Isa isa();
+bool isa_chosen();  // whether by set_isa
 
 // The same numbers as in fastlm/_native.py.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
