@@ -98,9 +98,7 @@ def _ours(case: Case):
     if case.variant == "varlen":
         return lambda q, k, v, offsets: fastlm.attention_varlen(q, k, v, offsets, is_causal=True)
     if case.variant == "window":
-        return lambda q, k, v, mask: fastlm.scaled_dot_product_attention(
-            q, k, v, is_causal=True, window=(WINDOW, 0)
-        )
+        return lambda q, k, v, mask: fastlm.scaled_dot_product_attention(q, k, v, is_causal=True, window=(WINDOW, 0))
     if case.variant == "softcap":
         return lambda q, k, v, mask: fastlm.scaled_dot_product_attention(q, k, v, is_causal=True, softcap=SOFTCAP)
     return _call(fastlm.scaled_dot_product_attention, case)

@@ -534,8 +534,21 @@ def test_the_short_way_is_the_long_one(every_isa, poisoned):
             assert short.stride() == long.stride()
 
 
-@pytest.mark.parametrize("swap", [lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT])
-def test_the_short_way_takes_any_strides(swap):
+def test_the_short_way_takes_any_strides():
     q, k, v = (x.detach() for x in _inputs(2, 3, 3, 5, 70, 40, 40))
     plain = fastlm.scaled_dot_product_attention(q, k, v)
-    assert torch.equal(plain, fastlm.scaled_dot_product_attention(swap(q), swap(k), swap(v)))
+    for order in ((0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0)):  # each its own inverse
+        swapped = [x.permute(order).contiguous().permute(order) for x in (q, k, v)]
+        assert torch.equal(plain, fastlm.scaled_dot_product_attention(*swapped))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_behind_padding_stays_there(every_isa, dtype):
+    """Keys that a row's mask closes for all queries count for nothing, whatever they hold."""
+    q, k, v = (x.detach() for x in _inputs(2, 2, 2, 40, 300, 32, 32, dtype))
+    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    mask[0, ..., 135:], mask[1, ..., :70] = False, False
+    clean = fastlm.scaled_dot_product_attention(q, k, v, mask)
+    for x in (k, v):
+        x[0, :, 135:], x[1, :, :70] = math.nan, math.inf
+    assert torch.equal(clean, fastlm.scaled_dot_product_attention(q, k, v, mask))

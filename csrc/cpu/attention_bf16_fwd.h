@@ -53,47 +53,48 @@ struct Fwd16 {
     const Reach reach = s.reaches[first / kGroup];
     const int64_t panel = up32(n) * 16;
     if (!reach.touches(j0, n)) return;
-    const Columns columns{std::max<int64_t>(0, reach.any.begin - j0) / 32 * 32, up32(std::min(n, reach.any.end - j0))};
-    const int64_t from = columns.from, width = columns.to - from;
-    n = std::min(n, reach.any.end - j0);  // what lies beyond depends on the task
+    KeyRange part{0, std::min(n, reach.any.end - j0)};  // not n: that depends on the task
     int64_t mask_stride = 0;
     const Cover cover =
-        a.mask.data ? mask_tile<VF, kWide>(a.mask, rows, count, j0, n, s.additive, &mask_stride) : Cover::open;
+        a.mask.data ? mask_tile<VF, kWide>(a.mask, rows, count, j0, part.end, s.additive, &mask_stride, &part) : Cover::open;
     if (cover == Cover::closed) return;
+    const Columns columns{std::max(part.begin, reach.any.begin - j0) / 32 * 32, up32(part.end)};
+    const int64_t from = columns.from, width = columns.to - from;
+    if (width <= 0) return;
     product(s.q + first * Dp, Dp, s.keys + from * Dp, Dp * 16, s.scores + from, kWide, kGroup, width, Dp, false);
     const float* additive = cover == Cover::mixed ? s.additive : nullptr;
-    const bool ready = prepare(s, first, count, j0, n, columns, additive, mask_stride);
+    const bool ready = prepare(s, first, count, j0, part, columns, additive, mask_stride);
     alignas(64) float factor[kGroup], shift[kGroup];
-    const uint32_t moved = maxima(s, first, count, j0, n, ready ? 1.0f : scale, factor, shift);
+    const uint32_t moved = maxima(s, first, count, j0, part, ready ? 1.0f : scale, factor, shift);
     for (int64_t r = 0; r < count; ++r) {
       if (moved >> r & 1) {
         float* out = s.out + (first + r) * Dvp;
         for (int64_t d = 0; d < Dvp; d += 16) store(out + d, VF(load<VF>(out + d) * factor[r]));
       }
-      const KeyRange open = within(rows[r].keys, j0, n);
+      const KeyRange open = within(rows[r].keys, j0, part);
       if (open.begin <= from && open.end >= columns.to)
         weights<true>(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
       else
         weights<false>(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
     }
-    if (open_values && (additive || !reach.covers(j0, n)))
-      add_open_values(s, first, count, j0, n, open_values);
+    if (open_values && (additive || part.begin > 0 || part.end < n || !reach.covers(j0, n)))
+      add_open_values(s, first, count, j0, part, open_values);
     else
       product(s.p + from, kWide, s.values + from * 16, panel, s.out + first * Dvp, Dvp, kGroup, Dvp, width, true);
   }
 
-  // The columns of n keys from j0 on that a row attends by its position.
-  static KeyRange within(KeyRange keys, int64_t j0, int64_t n) {
-    return {std::max<int64_t>(0, keys.begin - j0), std::min(n, keys.end - j0)};
+  // The columns of a part of the keys from j0 on that a row attends by its position.
+  static KeyRange within(KeyRange keys, int64_t j0, KeyRange part) {
+    return {std::max(part.begin, keys.begin - j0), std::min(part.end, keys.end - j0)};
   }
 
   // Scores with soft cap and mask, where there is either: scaled then, so that maxima and weights need not.
-  bool prepare(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, Columns columns,
+  bool prepare(const Scratch& s, int64_t first, int64_t count, int64_t j0, KeyRange part, Columns columns,
                const float* additive, int64_t mask_stride) const {
     if (!additive && a.softcap == 0) return false;
     for (int64_t r = 0; r < count; ++r) {
       float* x = s.scores + r * kWide;
-      const int64_t end = within(s.rows[first + r].keys, j0, n).end;
+      const int64_t end = within(s.rows[first + r].keys, j0, part).end;
       for (int64_t j = columns.from; j < end; j += 16) {
         VF y = load<VF>(x + j) * scale, slope;
         if (a.softcap > 0) y = soft_cap_short(y, cap, &slope);
@@ -106,14 +107,14 @@ struct Fwd16 {
 
   // The running maxima of a group with these scores; shift: minus the maxima, and factor: what earlier sums shrink by.
   // Returns the rows whose maximum moved. Sixteen rows share one reduction.
-  uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, float scale, float* factor,
+  uint32_t maxima(const Scratch& s, int64_t first, int64_t count, int64_t j0, KeyRange part, float scale, float* factor,
                   float* shift) const {
     uint32_t moved = 0;
-    for (int64_t part = 0; part < count; part += 16) {
+    for (int64_t half = 0; half < count; half += 16) {
       VF largest[16];
       for (int64_t i = 0; i < 16; ++i) {
-        const int64_t r = part + i;
-        const KeyRange open = r < count ? within(s.rows[first + r].keys, j0, n) : KeyRange{0, 0};
+        const int64_t r = half + i;
+        const KeyRange open = r < count ? within(s.rows[first + r].keys, j0, part) : KeyRange{0, 0};
         const float* x = s.scores + r * kWide;
         __m512 m = _mm512_set1_ps(minus_infinity<float>);
         int64_t j = open.begin / 16 * 16;
@@ -126,13 +127,13 @@ struct Fwd16 {
         largest[i] = (VF)m;
       }
       reduce_rows<8>(largest);
-      const VF old = load<VF>(s.maximum + first + part);
+      const VF old = load<VF>(s.maximum + first + half);
       const VF now = max(largest[0] * scale, old);
       const VF closed = set1<VF>(minus_infinity<float>), pivot = now == closed ? VF{} : now;
-      store(s.maximum + first + part, now);
-      store(factor + part, exp2(old - pivot));
-      store(shift + part, -pivot);
-      moved |= (uint32_t)_mm512_cmp_ps_mask((__m512)old, (__m512)now, _CMP_NEQ_UQ) << part;
+      store(s.maximum + first + half, now);
+      store(factor + half, exp2(old - pivot));
+      store(shift + half, -pivot);
+      moved |= (uint32_t)_mm512_cmp_ps_mask((__m512)old, (__m512)now, _CMP_NEQ_UQ) << half;
     }
     return moved;
   }
@@ -162,10 +163,10 @@ struct Fwd16 {
   }
 
   // For keys that are partly closed with an infinity or NaN among their values, which times 0 would be NaN.
-  void add_open_values(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n,
+  void add_open_values(const Scratch& s, int64_t first, int64_t count, int64_t j0, KeyRange part,
                        const bf16_t* values) const {
     for (int64_t r = 0; r < count; ++r) {
-      const KeyRange open = within(s.rows[first + r].keys, j0, n);
+      const KeyRange open = within(s.rows[first + r].keys, j0, part);
       for (int64_t j = open.begin; j < open.end; ++j) {
         const float p = to_float(s.p[r * kWide + j]);
         for (int64_t d = 0; p != 0 && d < a.Dv; ++d)

@@ -294,17 +294,30 @@ inline void expand(const uint8_t* mask, int64_t stride, int64_t n, S* out) {
     for (int64_t j = 0; j < n; ++j) out[j] = mask[j * stride] ? S(0) : minus_infinity<S>;
 }
 
+// The first to the last of n keys that a boolean mask opens.
+inline KeyRange open_keys(const uint8_t* mask, int64_t stride, int64_t n) {
+  KeyRange open{0, n};
+  while (open.begin < n && !mask[open.begin * stride]) ++open.begin;
+  while (open.end > open.begin && !mask[(open.end - 1) * stride]) --open.end;
+  return open;
+}
+
 // The additive mask of `count` rows and the n keys from j0 on, into out (count x kWidth, or one row where all share
-// it, told by *stride = 0); written only for a mixed tile.
+// it, told by *stride = 0); written only for a mixed tile. `part`: where a caller can leave out the other keys, those
+// that a row shared by all, such as padding's, has open; it is the whole tile's cover for the others.
 template <class V, int64_t kWidth = kKeys>
-Cover mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64_t n, lane_t<V>* out, int64_t* stride) {
+Cover mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64_t n, lane_t<V>* out, int64_t* stride,
+                KeyRange* part = nullptr) {
   const bool shared = m.t == 0 && (m.h == 0 || rows[0].head == rows[count - 1].head);
   if (shared) count = 1;
   *stride = shared ? 0 : kWidth;
   if (m.type == kBool) {
     const uint8_t* mask = (const uint8_t*)m.data + j0 * m.s;
+    KeyRange kept{0, n};
+    if (part && shared) kept = *part = open_keys(mask + rows[0].mask, m.s, n);
     uint8_t any = 0, all = 1;
-    for (int64_t r = 0; r < count; ++r) scan(mask + rows[r].mask, m.s, n, &any, &all);
+    for (int64_t r = 0; r < count; ++r)
+      scan(mask + rows[r].mask + kept.begin * m.s, m.s, kept.end - kept.begin, &any, &all);
     if (!any) return Cover::closed;
     if (all) return Cover::open;
     for (int64_t r = 0; r < count; ++r) expand(mask + rows[r].mask, m.s, n, out + r * kWidth);

@@ -334,10 +334,13 @@ def _quick(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
     """
     if not (q.is_cpu and q.dim() == 4) or must_trace(q, k, v) or needs_grad(q, k, v):
         return None
-    (B, H, T, D), keys, values, dtype = q.shape, k.shape, v.shape, q.dtype
+    dtype, keys, values = q.dtype, k.shape, v.shape
+    B, H, _, D = q.shape
     if keys != values or len(keys) != 4 or keys[0] != B or keys[1] != H or keys[3] != D or D == 0:
         return None
-    if dtype not in _native.TYPE_CODE or not (k.dtype is dtype and v.dtype is dtype and k.is_cpu and v.is_cpu) or torch.is_autocast_enabled("cpu"):
+    if k.dtype is not dtype or v.dtype is not dtype or dtype not in _native.TYPE_CODE:
+        return None
+    if not (k.is_cpu and v.is_cpu) or torch.is_autocast_enabled("cpu"):
         return None
     request = _PLAIN_REQUESTS.get((dtype, D))
     if request is None:

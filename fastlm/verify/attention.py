@@ -129,7 +129,7 @@ def _weights(t: Tensors, sample: Sample) -> Tensor:
     softcap = sample.settings.get("softcap")
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    allowed = visible(*scores.shape[-2:], sample.settings)
+    allowed = visible(scores.shape[-2], scores.shape[-1], sample.settings)
     if mask is not None and mask.dtype == torch.bool:
         allowed = mask if allowed is None else mask & allowed
     elif mask is not None:

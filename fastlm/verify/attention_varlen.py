@@ -52,8 +52,8 @@ def _call(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
     return (out,)
 
 
-def _sequences(t: Tensors, grad: Tensor | None = None) -> list[tuple[Tensors, Tensor | None]]:
-    """What scaled_dot_product_attention would be given for each sequence, and its output's gradient."""
+def _sequences(t: Tensors, rows: Tensor) -> list[tuple[Tensors, Tensor]]:
+    """What scaled_dot_product_attention would be given for each sequence, and its part of `rows` (Tq, H, ...)."""
     first_q = t["cu_seqlens_q"].tolist()
     first_k = first_q if t["cu_seqlens_k"] is None else t["cu_seqlens_k"].tolist()
 
@@ -68,7 +68,7 @@ def _sequences(t: Tensors, grad: Tensor | None = None) -> list[tuple[Tensors, Te
                 "value": part(t["value"], first_k, b),
                 "attn_mask": None,
             },
-            None if grad is None else part(grad, first_q, b),
+            part(rows, first_q, b),
         )
         for b in range(len(first_q) - 1)
     ]
@@ -83,7 +83,7 @@ def _stock(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
     if s["dropout_p"] or s.get("softcap"):
         return ()  # as for scaled_dot_product_attention
     return _packed(
-        [stock_attention(p["query"], p["key"], p["value"], None, s, True) for p, _ in _sequences(t)],
+        [stock_attention(p["query"], p["key"], p["value"], None, s, True) for p, _ in _sequences(t, t["query"])],
     )
 
 
@@ -91,7 +91,7 @@ def _truth(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
     if sample.settings["dropout_p"]:  # only the reference knows the mask
         with fastlm.backend("reference"):
             return _call(t, sample)
-    return _packed([attend(p, sample) for p, _ in _sequences(t)])
+    return _packed([attend(p, sample) for p, _ in _sequences(t, t["query"])])
 
 
 def _rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str, Rounding]:
@@ -99,7 +99,10 @@ def _rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str
     found: dict[str, Rounding] = {}
     for tensors, grad in _sequences(t, grads[0]):
         for name, extra in attention_rounding(sample, tensors, (grad,)).items():
-            found[name] = Rounding(*map(max, found.get(name, Rounding()), extra))
+            before = found.get(name, Rounding())
+            found[name] = Rounding(
+                max(before.stored, extra.stored), max(before.summed, extra.summed), max(before.size, extra.size)
+            )
     return found
 
 
