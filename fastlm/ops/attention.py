@@ -330,7 +330,7 @@ _PLAIN_REQUESTS: dict[tuple, tuple] = {}
 def _quick(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
     """The result for plain 4-d CPU tensors without gradients; None where a call has to be looked at more closely.
 
-    What the general way checks and builds took 14 us for a call of 3.
+    What the general way checks and builds takes 15 us, for a kernel of 3 us where there is one row.
     """
     if not (q.is_cpu and q.dim() == 4) or must_trace(q, k, v) or needs_grad(q, k, v):
         return None
