@@ -126,7 +126,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     AttentionArgs a{};
     a.q = heads(q, qs), a.k = heads(k, ks), a.v = heads(v, vs), a.out = {P(out), T * H * D, D, H * D};
     a.B = B, a.H = a.Hkv = H, a.T = a.row_stride = T, a.S = S, a.D = a.Dv = D;
-    a.left = kUnlimited, a.right = causal ? 0 : kUnlimited, a.scale = scale, a.type = type;
+    a.scale = scale, a.type = type;
+    if (causal) a.right = 0;
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
   });

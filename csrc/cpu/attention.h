@@ -28,6 +28,8 @@ struct AttentionTask {
   bool dq, dkv;
 };
 
+constexpr int64_t kUnlimited = int64_t(1) << 40;
+
 struct AttentionArgs {
   Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; dq, dk and dv only where `inputs`
   Mask mask, dmask;                      // dmask: contiguous, compute type, sizes in dmask_sizes; may be null
@@ -37,7 +39,7 @@ struct AttentionArgs {
   int64_t B, H, Hkv, T, S, D, Dv;
   double scale, dropout_p;
   int64_t seed;
-  int64_t left, right;                   // query i attends keys i - left to i + right; kUnlimited where that is all
+  int64_t left = kUnlimited, right = kUnlimited;  // query i attends keys i - left to i + right
   double softcap;                        // scores become softcap tanh(score / softcap); 0: they stay
   bool inputs;
   int type;
@@ -47,7 +49,6 @@ struct AttentionArgs {
   int64_t task_count;
   bool parallel;
 };
-constexpr int64_t kUnlimited = int64_t(1) << 40;
 
 // Keys [begin, end) that query i attends, by its position alone.
 struct KeyRange {

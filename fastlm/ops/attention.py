@@ -295,7 +295,7 @@ def scaled_dot_product_attention(
         TypeError: if dtypes disagree or are not floating-point.
         BackendError: if a forced backend cannot serve the call.
     """
-    if attn_mask is None and dropout_p == 0 and window is None and softcap is None and not return_lse:
+    if attn_mask is None and dropout_p == 0 and window is softcap is None and not (return_lse or OBSERVERS):
         quick = _quick(query, key, value, is_causal, scale)
         if quick is not None:
             return quick
