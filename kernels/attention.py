@@ -38,8 +38,9 @@ from .attention_tiles import (
     tile_and_head,
 )
 
-# From the tables of PyTorch's FlexAttention templates (torch/_inductor/template_heuristics/triton.py), which were
-# tuned on these architectures for Triton kernels of this shape; not measured on this kernel yet.
+# 2-byte inputs begin with the tables of PyTorch's FlexAttention templates, which were tuned for Triton kernels of this
+# shape (torch/_inductor/template_heuristics/triton.py); where those spill in this kernel, and for float32 and masks, the
+# largest tiles that do not, with two warp groups for wgmma from sm_90 on. Nothing here has been measured yet.
 FORWARD: Blockings = {
     80: Blocking(
         {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
@@ -48,6 +49,11 @@ FORWARD: Blockings = {
     ),
     90: Blocking(
         {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
+        {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
+        {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
+    ),
+    100: Blocking(
+        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 64, 8, 2)},
         {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
         {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),

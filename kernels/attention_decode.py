@@ -36,7 +36,7 @@ FEW: Blockings = {
     80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 16, 4, 2)}),
 }
 MANY: Blockings = {
-    80: Blocking({128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 8, 1)}),
+    80: Blocking({256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 4, 1)}),
 }
 
 

@@ -47,8 +47,18 @@ def test_every_architecture_got_the_same_kernels(compiled):
     assert len(kernels[80]) > 5
 
 
+def _stack_bound(line):
+    """Bytes of stack that a kernel may use: none, but for attention's key gradients in float32.
+
+    Products in full precision run on the FMA units with whole rows of an operand in registers.
+    """
+    name = line["name"]
+    single = "_attention_bwd_keys_kernel" in name and not re.search(r"\*(bf|fp)16'", name)
+    return 512 if single and int(re.search(r"'BLOCK_D': (\d+)", name)[1]) >= 128 else 0
+
+
 def test_no_spills_and_no_stack(compiled):
-    spilled = [line for line in compiled if line["STACK"] or line["LOCAL"]]
+    spilled = [line for line in compiled if line["STACK"] > _stack_bound(line) or line["LOCAL"]]
     assert not spilled, "\n".join(map(str, spilled))
 
 
