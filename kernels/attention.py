@@ -39,8 +39,8 @@ from .attention_tiles import (
 )
 
 # 2-byte inputs begin with the tables of PyTorch's FlexAttention templates, which were tuned for Triton kernels of this
-# shape (torch/_inductor/template_heuristics/triton.py); where those spill in this kernel, and for float32 and masks, the
-# largest tiles that do not, with two warp groups for wgmma from sm_90 on. Nothing here has been measured yet.
+# shape (torch/_inductor/template_heuristics/triton.py); where those spill in this kernel, and for float32 and masks,
+# the largest tiles that do not, with two warp groups for wgmma from sm_90 on. Nothing here has been measured yet.
 FORWARD: Blockings = {
     80: Blocking(
         {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
