@@ -18,18 +18,20 @@ from fastlm._native import heads_like
 from ._common import architecture, dropout_arguments, on_device_of
 from .attention_backward import backward
 from .attention_decode import decode, splits_keys
-from .attention_tiles import (
-    LN2,
+from .attention_tables import (
     Blocking,
     Blockings,
     Blocks,
-    attend,
     blocks_for,
     broadcast_strides,
     describable,
     described,
     geometry,
     heads_together,
+)
+from .attention_tiles import (
+    LN2,
+    attend,
     load_rows,
     owned,
     place,
@@ -53,7 +55,7 @@ FORWARD: Blockings = {
         {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     100: Blocking(
-        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 64, 8, 2)},
+        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 32, 8, 3), 256: Blocks(64, 64, 8, 2)},
         {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
         {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),

@@ -13,15 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import architecture, dropout_arguments, on_device_of
-from .attention_tiles import (
-    LN2,
+from .attention_tables import (
     Blocking,
     Blockings,
     Blocks,
     Geometry,
-    attend,
     blocks_for,
     broadcast_strides,
+)
+from .attention_tiles import (
+    LN2,
+    attend,
     load_at,
     store_at,
 )

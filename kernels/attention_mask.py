@@ -13,12 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import architecture, dropout_factors, sum_partials
-from .attention_tiles import (
+from .attention_tables import (
     Blocking,
     Blockings,
     Blocks,
     Geometry,
     blocks_for,
+)
+from .attention_tiles import (
     dot,
     load_rows,
     row_statistics,

@@ -1,4 +1,4 @@
-"""What the attention kernels share: configuration tables, the order of programs, sequences, masks and scores.
+"""What the attention kernels share: the order of programs, sequences, masks and scores.
 
 Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the scale. A tile of scores is [M, N]
 (queries, keys) or its transpose: `row` and `col` are index tensors that broadcast to it either way.
@@ -6,102 +6,14 @@ Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the 
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._common import INTERPRETING, dropout_factors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 WIDEN = tl.constexpr(INTERPRETING)  # the interpreter's dot of bf16 tiles is wrong
-
-
-class Blocks(NamedTuple):
-    """A row of a configuration table: M queries by N keys a tile, `stages` tiles of the loop in flight.
-
-    `descriptors` reads keys and values through tensor descriptors (the TMA unit of sm_90 and newer) where strides
-    allow. No table turns it on yet: a descriptor costs the host a few microseconds a launch, and what it saves on the
-    device has not been measured.
-    """
-
-    M: int
-    N: int
-    warps: int
-    stages: int
-    descriptors: bool = False
-
-
-class Blocking(NamedTuple):
-    """Configurations by the padded head size up to which they serve, for 2-byte and for 4-byte inputs.
-
-    `half_masked` is for 2-byte inputs with a mask or dropout, whose factors need registers of their own.
-    """
-
-    half: dict[int, Blocks]
-    single: dict[int, Blocks]
-    half_masked: dict[int, Blocks] | None = None
-
-
-Blockings = dict[int, Blocking]
-
-
-def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int, masked: bool) -> Blocks:
-    """The row for the newest architecture no newer than `arch` and the least head size that holds `head`."""
-    if INTERPRETING:  # which spends its time on programs, not on elements
-        return Blocks(64, 128, 4, 1)
-    rows = table[max(key for key in table if key <= arch)]
-    if dtype == torch.float32:
-        sizes = rows.single
-    else:
-        sizes = rows.half_masked if masked and rows.half_masked else rows.half
-    return sizes[min(size for size in sizes if size >= head)]
-
-
-def padded_head(D: int) -> int:
-    """Columns of a tile: dots take powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(D))
-
-
-class Geometry(NamedTuple):
-    """What every kernel of a call gets: sizes as run-time arguments, features as compile-time ones."""
-
-    B: int
-    H: int
-    T: int
-    S: int
-    group: int  # query heads a key head
-    window_left: int
-    window_right: int
-    features: tuple[bool, bool]  # whether there is a bound to the left, to the right
-    head: tuple[int, int, int, int]  # D, Dv, and both padded
-
-
-def geometry(q: Tensor, k: Tensor, v: Tensor, B: int, window_left: int, window_right: int) -> Geometry:
-    """For q (B, H, T, D), or (1, H, Tq, D) with B packed sequences in it."""
-    H, T, D = q.shape[1:]
-    S, Dv = v.shape[2:]
-    limit = T + S  # a wider window is none, and 32 bits hold it
-    left = window_left if 0 <= window_left < limit else -1
-    right = window_right if 0 <= window_right < limit else -1
-    return Geometry(
-        B, H, T, S, H // max(k.shape[1], 1), left, right, (left >= 0, right >= 0),
-        (D, Dv, padded_head(D), padded_head(Dv)),
-    )  # fmt: skip
-
-
-L2_BYTES = 24 * 2**20  # half of an H100's: what the keys and values of the heads in progress may take
-
-
-@functools.lru_cache(4096)
-def heads_together(S: int, head_bytes: int, group: int) -> int:
-    """How many query heads go through their tiles together, so that their keys and values stay in L2."""
-    return max(1, L2_BYTES // max(S * head_bytes, 1)) * group
 
 
 @triton.jit
@@ -148,8 +60,8 @@ def place(tile, head, tiles_cu_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, BLOCK: tl.co
         b, tile = find_sequence(tiles_cu_ptr, tile, B, BLOCK)
         q_start = tl.load(cu_q_ptr + b)
         k_start = tl.load(cu_k_ptr + b)
-        T = tl.load(cu_q_ptr + b + 1) - q_start
-        S = tl.load(cu_k_ptr + b + 1) - k_start
+        T = tl.minimum(tl.load(cu_q_ptr + b + 1), T) - q_start  # offsets are not checked on a GPU
+        S = tl.minimum(tl.load(cu_k_ptr + b + 1), S) - k_start
         return tile, b, head, q_start.to(tl.int64), k_start.to(tl.int64), T, S
 
 
@@ -369,24 +281,6 @@ def attend(
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         peak = new_peak
     return acc, total, peak
-
-
-def describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can stand for these (B, H, S, D) tensors: steps of 16 bytes, nothing broadcast."""
-    return all(
-        x.numel() > 0 and x.data_ptr() % 16 == 0 and all(n > 0 and n * x.itemsize % 16 == 0 for n in x.stride()[:3])
-        for x in tensors
-    )
-
-
-def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """x (B, H, S, D) in blocks of rows by columns; what is outside of x reads as 0."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
-
-
-def broadcast_strides(mask: Tensor) -> list[int]:
-    """A mask's strides, 0 where one element serves a whole dimension."""
-    return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
 
 
 @triton.jit

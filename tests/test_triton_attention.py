@@ -18,6 +18,7 @@ from tolerances import assert_as_close_as_torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 attention = pytest.importorskip("fastlm.kernels.attention")
+tables = pytest.importorskip("fastlm.kernels.attention_tables")
 tiles = pytest.importorskip("fastlm.kernels.attention_tiles")
 
 pytestmark = pytest.mark.parametrize("kernels", [TRITON], indirect=True)
@@ -95,7 +96,7 @@ def test_tensor_descriptors_change_no_bit(poisoned, monkeypatch, sizes):
     plain = attention.attention_fwd(q, k, v, None, *options)
     blocks, made = attention.blocks_for, []
     monkeypatch.setattr(attention, "blocks_for", lambda *args: blocks(*args)._replace(descriptors=True))
-    monkeypatch.setattr(attention, "described", lambda *args: made.append(args) or tiles.described(*args))
+    monkeypatch.setattr(attention, "described", lambda *args: made.append(args) or tables.described(*args))
     for ours, theirs in zip(attention.attention_fwd(q, k, v, None, *options), plain, strict=True):
         assert torch.equal(ours, theirs)
     assert len(made) == 2

@@ -1,0 +1,224 @@
+"""The pass of attention's backward that goes over the queries for each tile of keys: dk and dv."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._common import dropout_factors
+from .attention_tables import Blocking, Blockings, Blocks
+from .attention_tiles import (
+    dot,
+    load_rows,
+    owned,
+    place,
+    row_statistics,
+    scores,
+    span,
+    store_rows,
+    tile_and_head,
+    weights,
+)
+
+# M queries by N keys: of the pass over queries, and of the pass over keys. From the same source as the forward pass's
+# table where that does not spill (Hopper to head size 64 and the pass over keys to 128), else by registers alone: the
+# largest that do not spill. Nothing here has been measured yet.
+KEYS: Blockings = {
+    80: Blocking(
+        {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(16, 32, 8, 1)},
+    ),
+    90: Blocking(
+        {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        {64: Blocks(32, 64, 8, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(16, 32, 8, 1)},
+    ),
+    100: Blocking(
+        {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 32, 8, 1)},
+        {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        {64: Blocks(32, 64, 4, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(16, 32, 8, 1)},
+    ),
+}
+
+
+@triton.jit
+def _over_queries(
+    dk,  # [N, BLOCK_D] fp32
+    dv,  # [N, BLOCK_DV] fp32
+    k,  # [N, BLOCK_D]
+    v,  # [N, BLOCK_DV]
+    q_ptr,  # this and what follows at the tile's batch and first query head
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    first_numbered,  # number of the first head's first row in the dropout mask
+    first_key,
+    start,
+    end,
+    group,
+    all_rows,  # of a head in lse and delta
+    stride_qh,
+    stride_qt,
+    stride_gh,
+    stride_gt,
+    stride_mh,
+    stride_mt,
+    stride_ms,
+    T,
+    S,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    seed,
+    threshold,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """Add what the queries from `start` to `end` of each head of the group give; tiles are [keys, queries]."""
+    col = first_key + tl.arange(0, N)
+    count = tl.maximum(tl.cdiv(end - start, M), 0)
+    for i in tl.range(0, group * count):  # one loop, since registers spill in a loop inside a loop over heads
+        h = (i // count).to(tl.int64)
+        row = start + i % count * M + tl.arange(0, M)
+        q = load_rows(q_ptr + h * stride_qh, row, T, stride_qt, D, BLOCK_D)
+        lse, delta = row_statistics(lse_ptr + h * all_rows, delta_ptr + h * all_rows, row, T)
+        mask = mask_ptr
+        if mask_ptr is not None:
+            mask = mask_ptr + h * stride_mh
+        s, capped = scores(
+            dot(k, tl.trans(q), tl.zeros((N, M), tl.float32)), row[None, :], col[:, None],
+            mask, row.to(tl.int64)[None, :] * stride_mt, stride_ms, T, S, scale, softcap,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
+        )  # fmt: skip
+        p = weights(s, lse[None, :], mask_ptr)
+        dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
+        dp = dot(v, tl.trans(dout), tl.zeros((N, M), tl.float32))
+        if DROPOUT:
+            numbered = first_numbered + h * all_rows + row
+            factors = tl.trans(dropout_factors(numbered, first_key, seed, threshold, dropout_scale, N))
+            dv = dot((p * factors).to(dout.dtype), dout, dv)
+            dp *= factors
+        else:
+            dv = dot(p.to(dout.dtype), dout, dv)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds *= 1 - capped * capped
+        dk = dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=[
+        "B", "H", "T", "S", "group", "tiles", "heads", "together", "scale", "softcap", "window_left", "window_right",
+        "seed", "threshold", "dropout_scale",
+    ]
+)  # fmt: skip
+def attention_bwd_keys_kernel(
+    q_ptr,  # (B, H, T, D), or packed: (1, H, Tq, D)
+    k_ptr,  # (B, Hkv, S, D)
+    v_ptr,  # (B, Hkv, S, DV)
+    mask_ptr,  # broadcast over (B, H, T, S) by strides, or None
+    cu_q_ptr,  # (B + 1) int32 where sequences are packed, or None
+    cu_k_ptr,
+    dout_ptr,  # (B, H, T, DV)
+    lse_ptr,  # (B, H, T) fp32
+    delta_ptr,  # (B, H, T) fp32
+    dk_ptr,  # like k
+    dv_ptr,  # like v
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qt: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vs: tl.int64,
+    stride_mb: tl.int64,
+    stride_mh: tl.int64,
+    stride_mt: tl.int64,
+    stride_ms: tl.int64,
+    stride_gb: tl.int64,
+    stride_gh: tl.int64,
+    stride_gt: tl.int64,
+    stride_dkb: tl.int64,
+    stride_dkh: tl.int64,
+    stride_dks: tl.int64,
+    stride_dvb: tl.int64,
+    stride_dvh: tl.int64,
+    stride_dvs: tl.int64,
+    B,
+    H,
+    T,
+    S,
+    group,
+    tiles,
+    heads,  # of keys, in all batches
+    together,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    seed: tl.int64,
+    threshold: tl.uint32,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    # under a causal mask the first keys have the most queries
+    tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, False)
+    all_rows, all_keys = T, S
+    tile, b, kv_head, q_start, k_start, T, S = place(tile, head, cu_k_ptr, cu_q_ptr, cu_k_ptr, B, H // group, T, S, N)
+    batch = b if cu_q_ptr is None else b * 0
+    key = tile * N + tl.arange(0, N)
+    k_ptr += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
+    k = load_rows(k_ptr, key, S, stride_ks, D, BLOCK_D)
+    v_ptr += batch * stride_vb + kv_head * stride_vh + k_start * stride_vs
+    v = load_rows(v_ptr, key, S, stride_vs, DV, BLOCK_DV)
+    dk = tl.zeros((N, BLOCK_D), tl.float32)
+    dv = tl.zeros((N, BLOCK_DV), tl.float32)
+    start, whole, whole_end, end = span(tile * N, T, window_right, window_left, N, M, RIGHT, LEFT, False)
+    end = tl.where(tile * N < S, end, start)
+    h = kv_head * group
+    q_ptr += batch * stride_qb + h * stride_qh + q_start * stride_qt
+    dout_ptr += batch * stride_gb + h * stride_gh + q_start * stride_gt
+    numbered = (batch * H + h).to(tl.int64) * all_rows + q_start
+    mask = mask_ptr
+    if mask_ptr is not None:
+        mask = mask_ptr + b * stride_mb + h * stride_mh
+    for phase in tl.static_range(3):
+        if phase == 1 or (RIGHT if phase == 0 else LEFT):
+            dk, dv = _over_queries(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
+                start if phase == 0 else whole if phase == 1 else whole_end,
+                tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
+                group, all_rows, stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
+                T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
+                D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
+            )  # fmt: skip
+    limit = owned(cu_k_ptr, b, B, S, all_keys)
+    dk_ptr += batch * stride_dkb + kv_head * stride_dkh + k_start * stride_dks
+    store_rows(dk_ptr, dk * scale, key, limit, stride_dks, D, BLOCK_D)
+    dv_ptr += batch * stride_dvb + kv_head * stride_dvh + k_start * stride_dvs
+    store_rows(dv_ptr, dv, key, limit, stride_dvs, DV, BLOCK_DV)

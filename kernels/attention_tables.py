@@ -1,0 +1,113 @@
+"""What the launchers of the attention kernels share: configuration tables, sizes and windows, masks' strides."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._common import INTERPRETING
+
+
+class Blocks(NamedTuple):
+    """A row of a configuration table: M queries by N keys a tile, `stages` tiles of the loop in flight.
+
+    `descriptors` reads keys and values through tensor descriptors (the TMA unit of sm_90 and newer) where strides
+    allow. No table turns it on yet: a descriptor costs the host a few microseconds a launch, and what it saves on the
+    device has not been measured.
+    """
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+class Blocking(NamedTuple):
+    """Configurations by the padded head size up to which they serve, for 2-byte and for 4-byte inputs.
+
+    `half_masked` is for 2-byte inputs with a mask or dropout, whose factors need registers of their own.
+    """
+
+    half: dict[int, Blocks]
+    single: dict[int, Blocks]
+    half_masked: dict[int, Blocks] | None = None
+
+
+Blockings = dict[int, Blocking]
+
+
+def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int, masked: bool) -> Blocks:
+    """The row for the newest architecture no newer than `arch` and the least head size that holds `head`."""
+    if INTERPRETING:  # which spends its time on programs, not on elements
+        return Blocks(64, 128, 4, 1)
+    rows = table[max(key for key in table if key <= arch)]
+    if dtype == torch.float32:
+        sizes = rows.single
+    else:
+        sizes = rows.half_masked if masked and rows.half_masked else rows.half
+    return sizes[min(size for size in sizes if size >= head)]
+
+
+def padded_head(D: int) -> int:
+    """Columns of a tile: dots take powers of two from 16 on."""
+    return max(16, triton.next_power_of_2(D))
+
+
+class Geometry(NamedTuple):
+    """What every kernel of a call gets: sizes as run-time arguments, features as compile-time ones."""
+
+    B: int
+    H: int
+    T: int
+    S: int
+    group: int  # query heads a key head
+    window_left: int
+    window_right: int
+    features: tuple[bool, bool]  # whether there is a bound to the left, to the right
+    head: tuple[int, int, int, int]  # D, Dv, and both padded
+
+
+def geometry(q: Tensor, k: Tensor, v: Tensor, B: int, window_left: int, window_right: int) -> Geometry:
+    """For q (B, H, T, D), or (1, H, Tq, D) with B packed sequences in it."""
+    H, T, D = q.shape[1:]
+    S, Dv = v.shape[2:]
+    limit = T + S  # a wider window is none, and 32 bits hold it
+    left = window_left if 0 <= window_left < limit else -1
+    right = window_right if 0 <= window_right < limit else -1
+    return Geometry(
+        B, H, T, S, H // max(k.shape[1], 1), left, right, (left >= 0, right >= 0),
+        (D, Dv, padded_head(D), padded_head(Dv)),
+    )  # fmt: skip
+
+
+L2_BYTES = 24 * 2**20  # half of an H100's: what the keys and values of the heads in progress may take
+
+
+@functools.lru_cache(4096)
+def heads_together(S: int, head_bytes: int, group: int) -> int:
+    """How many query heads go through their tiles together, so that their keys and values stay in L2."""
+    return max(1, L2_BYTES // max(S * head_bytes, 1)) * group
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can stand for these (B, H, S, D) tensors: steps of 16 bytes, nothing broadcast."""
+    return all(
+        x.numel() > 0 and x.data_ptr() % 16 == 0 and all(n > 0 and n * x.itemsize % 16 == 0 for n in x.stride()[:3])
+        for x in tensors
+    )
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x (B, H, S, D) in blocks of rows by columns; what is outside of x reads as 0."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
+
+
+def broadcast_strides(mask: Tensor) -> list[int]:
+    """A mask's strides, 0 where one element serves a whole dimension."""
+    return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
