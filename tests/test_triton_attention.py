@@ -100,9 +100,8 @@ def test_tensor_descriptors_change_no_bit(poisoned, monkeypatch, sizes):
     for ours, theirs in zip(attention.attention_fwd(q, k, v, None, *options), plain, strict=True):
         assert torch.equal(ours, theirs)
     assert len(made) == 2
-    for ours, theirs in zip(attention.attention_fwd(q, k[..., 1:], v, None, *options)[:1], plain, strict=False):
-        assert ours.shape == theirs.shape  # rows that do not begin on 16 bytes are read as ever
-    assert len(made) == 2
+    attention.attention_fwd(q[..., 1:], k[..., 1:], v, None, *options)
+    assert len(made) == 2  # rows that do not begin on 16 bytes are read as ever
 
 
 def test_capacity_after_the_last_sequence_is_zero(poisoned):
@@ -169,10 +168,13 @@ def test_backward_passes_have_the_same_bits(poisoned):
     assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+tanh = tiles.tanh
+
+
 @triton.jit
 def _tanh_kernel(x_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(out_ptr + i, tiles.tanh(tl.load(x_ptr + i)))
+    tl.store(out_ptr + i, tanh(tl.load(x_ptr + i)))
 
 
 def test_tanh():
