@@ -17,8 +17,8 @@ class Blocks(NamedTuple):
     """A row of a configuration table: M queries by N keys a tile, `stages` tiles of the loop in flight.
 
     `descriptors` reads keys and values through tensor descriptors (the TMA unit of sm_90 and newer) where strides
-    allow. No table turns it on yet: a descriptor costs the host a few microseconds a launch, and what it saves on the
-    device has not been measured.
+    allow. No table turns it on yet: the host encodes a descriptor at every launch, and what it saves on the device has
+    not been measured.
     """
 
     M: int
