@@ -126,14 +126,37 @@ def test_never_holds_the_logits(reduction):
     assert C * H <= seen.largest <= M * C / 10  # at least the weight's gradient
 
 
+def _projection(M, H, C, memory, hold):
+    from fastlm.ops._projection import Projection
+    from fastlm.ops.cross_entropy import Options
+
+    options = Options(-100, "mean", 0.0, torch.float32)
+    args = (torch.randn(M, H), torch.randn(C, H), None, torch.zeros(M, dtype=torch.long), None)
+    return Projection(_native, args, options, memory, hold)
+
+
+@pytest.mark.parametrize(("M", "H", "memory"), [(64, 48, 0.1), (64, 4, 0.3), (8, 20, 0.1), (8, 6, 1.0), (40, 4, 0.9)])
+def test_waiting_logits_lie_behind_the_gradients_written_before_them(M, H, memory):
+    """In the weight's gradient, windows neither overlap nor start before earlier classes end; beside it, little."""
+    C = 30000
+    projection = _projection(M, H, C, memory, hold=True)
+    start = projection.dweight.data_ptr()
+    inside = {first: (place.data_ptr() - start) // 4 for first, place in projection.places.items()}
+    inside = {first: at for first, at in inside.items() if 0 <= at < C * H}
+    ends = {first: inside[first] + place.numel() for first, place in projection.places.items() if first in inside}
+    longest = max(n for _, n in projection.windows)
+    assert sum(n for first, n in projection.windows if first in inside) >= min(1, H / M) * C - 2 * longest
+    assert all(at >= first * H for first, at in inside.items())
+    assert all(ends[a] <= inside[b] for a, b in zip(sorted(inside), sorted(inside)[1:], strict=False))
+    assert max(ends.values(), default=0) <= C * H
+    beside = sum(place.numel() for first, place in projection.places.items() if first not in inside)
+    assert beside + projection.scratch.numel() <= max(memory * M * (C + 2048), M * 2048)
+
+
 @pytest.mark.parametrize(("M", "C", "memory"), [(64, 50257, 0.1), (64, 50257, 0.3), (8, 100, 0.1), (8, 6145, 1.0)])
 def test_windows(M, C, memory):
     """Whole blocks, no gap, no more than allowed; the first one is the short one."""
-    from fastlm.ops.linear_cross_entropy import Options, _Projection
-
-    options = Options(-100, "mean", 0.0, torch.float32)
-    args = (torch.randn(M, 2), torch.randn(C, 2), None, torch.zeros(M, dtype=torch.long), None)
-    windows = _Projection(_native, args, options, memory).windows
+    windows = _projection(M, 2, C, memory, hold=False).windows
     block = _native.CROSS_ENTROPY_BLOCK
     assert [a for a, _ in windows] == [0, *(a + n for a, n in windows[:-1])]
     assert sum(n for _, n in windows) == C

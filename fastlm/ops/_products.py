@@ -68,6 +68,7 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | Non
         rows in LONE_ROWS
         and columns in LONE_COLUMNS
         and a.dtype is torch.bfloat16
+        and a.device.type == "cpu"
         and torch.get_num_threads() == 2
         and _has_tiles()
     )

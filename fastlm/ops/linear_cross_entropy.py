@@ -1,15 +1,6 @@
-"""Linear projection and softmax cross-entropy in one op that never holds the full logits.
-
-The logits are made in windows of classes, each (rows, window), so that the weight's gradient is one product a
-window, complete and rounded once. A first sweep folds the windows into every row's maximum and sum; a second one
-makes them again, last window first (that one is still there), turns each into its gradient in place and multiplies
-it out. With a share f of the logits held, the cost is 4 - f products of rows x classes x width instead of 3.
-"""
+"""Linear projection and softmax cross-entropy in one op that never holds the full logits; see _projection.py."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +9,7 @@ from torch import Tensor
 from .. import _native
 from .._dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
 from ._autograd import reference_gradients
+from ._projection import Grads, Projection
 from .cross_entropy import (
     KERNELS,
     PROVED,
@@ -63,117 +55,6 @@ register(
 )
 
 
-class Grads(NamedTuple):
-    """Gradients of hidden, weight and bias; None where one is not wanted."""
-
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class _Projection:
-    """The projection of counted rows onto the classes, window by window, in one buffer."""
-
-    def __init__(self, kernels, tensors, options: Options, memory: float):
-        hidden, weight, bias, target, class_weight = tensors
-        self.kernels, self.options = kernels, options
-        self.weight, self.bias, self.class_weight = weight, bias, class_weight
-        self.M, self.C = hidden.shape[0], weight.shape[0]
-        self.count = kernels.cross_entropy_targets(target, class_weight, self.C, options.ignore_index)
-        self.kept = self._counted(target)
-        self.hidden, self.target = self._gather(hidden), self._gather(target)
-        self.windows = self._windows(memory)
-        self.buffer = hidden.new_empty(self.hidden.shape[0] * max(n for _, n in self.windows))
-        self.held: int | None = None
-
-    def _counted(self, target: Tensor) -> Tensor | None:
-        """The counted rows where gathering them pays for the copies; a GPU would have to be waited for."""
-        if isinstance(self.count, Tensor):
-            return None
-        kept = (target != self.options.ignore_index).nonzero().squeeze(1)
-        return kept if kept.numel() < 0.9 * self.M else None
-
-    def _windows(self, memory: float) -> list[tuple[int, int]]:
-        """(first class, number): whole blocks of the kernels, within `memory` times the full logits' size.
-
-        The first window is the short one, since the last one is not made twice.
-        """
-        block = self.kernels.CROSS_ENTROPY_BLOCK
-        blocks = -(-self.C // block)
-        rows = max(self.hidden.shape[0], 1)
-        share = min(memory * self.M / rows, 1.0)
-        size = blocks if share == 1 else max(1, int(share * self.C) // block)
-        starts = sorted(max(0, b) * block for b in range(blocks - size, -size, -size))
-        return [(a, b - a) for a, b in zip(starts, [*starts[1:], self.C], strict=True)]
-
-    def _logits(self, first: int, n: int) -> Tensor:
-        """(rows, n): the window that begins at class `first`."""
-        out = self.buffer[: self.hidden.shape[0] * n].view(-1, n)
-        if self.held != first:
-            part = self.weight[first : first + n].t()
-            if self.bias is None:
-                torch.mm(self.hidden, part, out=out)
-            else:
-                torch.addmm(self.bias[first : first + n], self.hidden, part, out=out)
-        self.held = first
-        return out
-
-    def loss(self) -> tuple[Tensor, Tensor]:
-        """(loss (M,), stats (M, 3)), zeros where ignored."""
-        smoothing = self.options.label_smoothing
-        compute = _native.compute_dtype(self.hidden.dtype)
-        states = self.hidden.new_empty(self.hidden.shape[0], 5, dtype=compute)
-        for first, n in self.windows:
-            self.kernels.cross_entropy_update(
-                self._logits(first, n), self.target, self.class_weight, states, first, self.C,
-                self.options.ignore_index, smoothing,
-            )  # fmt: skip
-        loss, stats = self.kernels.cross_entropy_finish(
-            states, self.target, self.class_weight, self.C, self.options.ignore_index, smoothing
-        )
-        return self._spread(loss), self._spread(stats)
-
-    def gradients(self, stats: Tensor, scale: Scalar, wanted: Sequence[bool]) -> Grads:
-        """Gradients of the inputs where row i of the loss receives `scale`, or scale[i]."""
-        stats = self._gather(stats)
-        scale = self._gather(scale) if isinstance(scale, Tensor) else scale
-        dhidden = torch.zeros_like(self.hidden, dtype=stats.dtype) if wanted[0] else None
-        dweight = torch.empty_like(self.weight) if wanted[1] else None
-        dbias = torch.empty_like(self.bias) if wanted[2] and self.bias is not None else None
-        for first, n in reversed(self.windows):
-            d = self._logits(first, n)
-            self.held = None
-            self.kernels.cross_entropy_bwd(
-                d, self.target, self.class_weight, stats, scale,
-                self.options.ignore_index, self.options.label_smoothing, d, first, self.C,
-            )  # fmt: skip
-            window = slice(first, first + n)
-            if dhidden is not None:
-                _add_product(dhidden, d, self.weight[window])
-            if dweight is not None:
-                torch.mm(d.t(), self.hidden, out=dweight[window])
-            if dbias is not None:
-                torch.sum(d, 0, out=dbias[window])
-        return Grads(None if dhidden is None else self._spread(dhidden.to(self.hidden.dtype)), dweight, dbias)
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        return rows if self.kept is None else rows.index_select(0, self.kept)
-
-    def _spread(self, rows: Tensor) -> Tensor:
-        """Rows that are held -> all M, zeros where ignored."""
-        if self.kept is None:
-            return rows
-        return rows.new_zeros(self.M, *rows.shape[1:]).index_copy_(0, self.kept, rows)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype, which may be wider."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)
-    else:
-        total += torch.mm(a, b)
-
-
 def _scaled(grads: Grads, factor: Tensor) -> Grads:
     """The gradients times the scalar that the loss received, in place."""
     if factor.device.type == "cpu" and factor.item() == 1:
@@ -186,12 +67,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, class_weight, options, memory, backend):
-        projection = _Projection(KERNELS[backend], (hidden, weight, bias, target, class_weight), options, memory)
-        loss, stats = projection.loss()
-        ctx.grads = None
         # fp16 has too little range to be scaled afterwards: what a loss scale would have saved is lost already. On
         # a GPU nobody looks whether there is one.
-        if options.reduction != "none" and not (hidden.dtype == torch.float16 and hidden.device.type != "cpu"):
+        now = options.reduction != "none" and not (hidden.dtype == torch.float16 and hidden.device.type != "cpu")
+        tensors = (hidden, weight, bias, target, class_weight)
+        projection = Projection(KERNELS[backend], tensors, options, memory, hold=now and ctx.needs_input_grad[1])
+        loss, stats = projection.loss()
+        ctx.grads = None
+        if now:
             scale = row_scale(1.0, projection.count, options)
             ctx.grads = projection.gradients(stats, scale, ctx.needs_input_grad[:3])
         ctx.save_for_backward(hidden, weight, bias, target, class_weight, stats)
@@ -223,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return *_scaled(grads, grad), *rest
         del grads
         tensors = (hidden, weight, bias, target, class_weight)
-        projection = _Projection(KERNELS[ctx.backend], tensors, options, ctx.memory)
+        projection = Projection(KERNELS[ctx.backend], tensors, options, ctx.memory)
         return *projection.gradients(stats, _scale(grad, stats, projection.count, options), need), *rest
 
 
@@ -262,10 +145,11 @@ def _linear_cross_entropy_op(
     if backend not in KERNELS:
         return _op_by_reference(hidden, weight, bias, target, class_weight, options, wanted)
     tensors = _contiguous(hidden, weight, bias, target, class_weight)
-    projection = _Projection(KERNELS[backend], tensors, options, memory)
+    now = reduction != "none"
+    projection = Projection(KERNELS[backend], tensors, options, memory, hold=now and wanted[1])
     loss, stats = projection.loss()
     grads = Grads()
-    if reduction != "none":
+    if now:
         grads = projection.gradients(stats, row_scale(1.0, projection.count, options), tuple(wanted))
     return reduced(loss, projection.count, options).clone(), stats, *_or_empty(grads, hidden)
 
@@ -325,7 +209,7 @@ def _linear_cross_entropy_backward_op(
     backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype))
     if backend in KERNELS:
         tensors = _contiguous(hidden, weight, bias, target, class_weight)
-        projection = _Projection(KERNELS[backend], tensors, options, memory)
+        projection = Projection(KERNELS[backend], tensors, options, memory)
         return _or_empty(projection.gradients(stats, grad.to(stats.dtype).contiguous(), wanted), hidden)
     grads = _grads_by_reference(hidden, weight, bias, target, class_weight, options, grad, wanted)
     return _or_empty(grads, hidden)
@@ -425,8 +309,8 @@ def linear_cross_entropy(
         ignore_index, reduction, label_smoothing: as for `cross_entropy`. Ignored rows are left out of the
             products where they are more than a tenth.
         class_weight: (C,) weights of the classes; no gradient reaches them.
-        memory: share of the full logits that may be held at once, above 0; no less than 2048 classes are held.
-            The products cost 4 - memory instead of 3 of full size; 1 holds everything once.
+        memory: share of the full logits that may be held at once beside the gradients, above 0; no less than 2048
+            classes are held. The products cost up to 4 instead of 3 of full size; 1 holds everything once.
 
     Returns:
         The loss in hidden's dtype (float32 under autocast), a scalar or shaped like the class indices.
@@ -485,5 +369,5 @@ def _eager(hidden, weight, target, bias, class_weight, options: Options, memory:
     tensors = _contiguous(hidden, weight, bias, target, class_weight)
     if needs_grad(hidden, weight, bias):
         return _LinearCrossEntropy.apply(*tensors, options, memory, backend)
-    projection = _Projection(KERNELS[backend], tensors, options, memory)
+    projection = Projection(KERNELS[backend], tensors, options, memory)
     return reduced(projection.loss()[0], projection.count, options)

@@ -1,6 +1,7 @@
 """Training: configuration, data order, schedules, optimizer, checkpoints and the loop."""
 
+from .adamw import AdamW
 from .config import TrainConfig
 from .loop import DivergenceError, TrainResult, train
 
-__all__ = ["DivergenceError", "TrainConfig", "TrainResult", "train"]
+__all__ = ["AdamW", "DivergenceError", "TrainConfig", "TrainResult", "train"]

@@ -1,0 +1,202 @@
+"""AdamW: torch.optim.AdamW's results and state, clipped in the same pass, on every instruction set."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from fastlm import _native
+from fastlm.ops._products import attach_copy, copy_of
+from fastlm.training import AdamW
+
+SHAPES = [(7,), (1,), (33, 5), (40_000,), (0,), (70_001,)]
+OPTIONS = [
+    {},
+    {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.3},
+    {"maximize": True, "weight_decay": 0.0},
+]
+
+
+def make(dtype=torch.float32, shapes=SHAPES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def doubles(parameters):
+    return [torch.nn.Parameter(p.detach().double()) for p in parameters]
+
+
+def give_gradients(parameters, seed, grad_dtype=None):
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        if grad_dtype is not None:
+            p.grad_dtype = grad_dtype
+        p.grad = torch.randn(p.shape, generator=generator).to(grad_dtype or p.dtype)
+
+
+def gradients_like(parameters, others):
+    for p, q in zip(parameters, others, strict=True):
+        p.grad = q.grad.double()
+
+
+def groups(parameters):
+    return [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.0, "lr": 0.01}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_torch_in_double_precision(isa, options, grad_dtype):
+    ours = make()
+    truth = doubles(ours)
+    optimizer, expected = AdamW(groups(ours), **options), torch.optim.AdamW(groups(truth), **options)
+    for step in range(4):
+        give_gradients(ours, step, grad_dtype)
+        gradients_like(truth, ours)
+        norm = torch.nn.utils.clip_grad_norm_(truth, 0.5).item()
+        assert optimizer.gradient_norm() == pytest.approx(norm, rel=1e-6)
+        before = [p.grad.clone() for p in ours]
+        optimizer.step(max_norm=0.5)
+        expected.step()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(ours, before, strict=True))
+    for p, q in zip(ours, truth, strict=True):
+        # Four steps of a few roundings each, and an update that divides by a root.
+        torch.testing.assert_close(p.double(), q, rtol=2e-6, atol=2e-6)
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(optimizer.state[p][name].double(), expected.state[q][name], rtol=5e-6, atol=1e-8)
+
+
+def test_bfloat16_parameters_are_as_close_as_torchs(isa):
+    ours, theirs = make(torch.bfloat16), make(torch.bfloat16)
+    truth = doubles(ours)
+    optimizers = [AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1, fused=True), torch.optim.AdamW(truth, lr=0.1)]
+    give_gradients(ours, 0)
+    give_gradients(theirs, 0)
+    gradients_like(truth, ours)
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q, t in zip(ours, theirs, truth, strict=True):
+        assert p.dtype == optimizers[0].state[p]["exp_avg"].dtype == torch.bfloat16
+        if t.numel():
+            assert (p - t).abs().max() <= 1.01 * (q - t).abs().max() + 1e-3
+
+
+def test_state_dicts_interchange_with_torch():
+    ours = make()
+    theirs = copy.deepcopy(ours)
+    optimizer, other = AdamW(groups(ours)), torch.optim.AdamW(groups(theirs), fused=True)
+    give_gradients(ours, 0)
+    optimizer.step()
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            q.copy_(p)
+    state = optimizer.state_dict()
+    other.load_state_dict(copy.deepcopy(state))
+    assert other.state_dict()["param_groups"][0].keys() == state["param_groups"][0].keys()
+    give_gradients(ours, 1)
+    give_gradients(theirs, 1)
+    optimizer.step()
+    other.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    fresh = AdamW(groups(theirs))
+    fresh.load_state_dict(other.state_dict())
+    give_gradients(theirs, 2)
+    fresh.step()
+    assert all(int(fresh.state[q]["step"]) == 3 for q in theirs)
+
+
+def test_norm_and_update_have_the_same_bits_for_any_number_of_threads(isa, threads):
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        parameters = make()
+        optimizer = AdamW(parameters)
+        give_gradients(parameters, 0)
+        norm = optimizer.gradient_norm()
+        optimizer.step(max_norm=1.0, norm=norm)
+        found.append((norm, parameters))
+    for norm, parameters in found[1:]:
+        assert norm == found[0][0]
+        assert all(torch.equal(p, q) for p, q in zip(parameters, found[0][1], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(31,), (64,), (40_000,), (100, 33)], ids=str)
+def test_copies_follow_the_parameters(isa, shape):
+    (parameter,) = make(shapes=[shape])
+    attach_copy(parameter)
+    optimizer = AdamW([parameter], lr=0.1)
+    for step in range(2):
+        give_gradients([parameter], step)
+        optimizer.step()
+        assert torch.equal(copy_of(parameter), parameter.detach().bfloat16())
+        assert parameter.fastlm_copy.version == parameter._version
+
+
+def test_a_graph_over_old_values_is_refused():
+    (parameter,) = make(shapes=[(5,)])
+    loss = parameter.square().sum()
+    parameter.grad = torch.ones(5)
+    AdamW([parameter]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_norm_of_gradients_that_are_not_finite(isa, bad):
+    parameters = make()
+    give_gradients(parameters, 0)
+    parameters[3].grad[123] = bad
+    norm = AdamW(parameters).gradient_norm()
+    assert math.isnan(norm) if math.isnan(bad) else norm == math.inf
+
+
+@pytest.mark.parametrize("kind", ["float64", "amsgrad", "strided", "missing"])
+def test_what_the_kernel_does_not_take_runs_on_torch(kind, monkeypatch):
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    parameters = make(dtype, [(6, 4), (9,)])
+    if kind == "strided":
+        parameters[0] = torch.nn.Parameter(parameters[0].detach().t())
+    if kind == "missing":
+        monkeypatch.setattr(_native, "missing_reason", "not built")
+    truth = doubles(parameters)
+    options = {"amsgrad": kind == "amsgrad"}
+    optimizer, expected = AdamW(parameters, **options), torch.optim.AdamW(truth, **options)
+    give_gradients(parameters, 0)
+    gradients_like(truth, parameters)
+    torch.nn.utils.clip_grad_norm_(truth, 0.5)
+    optimizer.step(max_norm=0.5)
+    expected.step()
+    for p, q in zip(parameters, truth, strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-6, atol=1e-6)
+
+
+def test_closure_and_parameters_without_gradient():
+    first, second = make(shapes=[(3,), (4,)])
+    untouched = second.detach().clone()
+    optimizer = AdamW([first, second])
+
+    def closure():
+        loss = first.square().sum()
+        loss.backward()
+        return loss
+
+    expected = first.detach().square().sum()
+    assert torch.equal(optimizer.step(closure), expected)
+    assert torch.equal(second, untouched)
+    assert second not in optimizer.state
+    optimizer.zero_grad()
+    assert optimizer.gradient_norm() == 0
+    optimizer.step(max_norm=1.0)
+
+
+def test_schedulers_drive_it():
+    (parameter,) = make(shapes=[(3,)])
+    optimizer = AdamW([parameter], lr=1.0, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    scheduler.step()
+    before = parameter.detach().clone()
+    optimizer.step()
+    assert torch.equal(parameter, before)
