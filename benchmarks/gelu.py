@@ -24,7 +24,7 @@ def _table(quick: bool, device: str, name: str) -> list[Case]:
         for i, shape in enumerate(shapes)
         for form in FORMS
     ]
-    return each_dtype([*cases, Case(name, (1, 3072), "", "tanh", ("fwd",))])
+    return each_dtype([*cases, *(Case(name, (rows, 3072), "", "tanh", ("fwd",)) for rows in (1, 64, 512))])
 
 
 def _inputs(case: Case, device: str) -> Inputs:

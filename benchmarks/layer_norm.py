@@ -24,7 +24,7 @@ def _table(quick: bool, device: str, name: str) -> list[Case]:
     if device != "cpu":
         shapes = [(16384, N) for N in (768, 1024, 2048, 4096, 8192)]
     cases = [Case(name, s, "", passes=("fwd", "bwd"), headline=i == 0, slow=i == 0) for i, s in enumerate(shapes)]
-    return each_dtype([*cases, Case(name, (1, 768), "", passes=("fwd",))])
+    return each_dtype([*cases, *(Case(name, (rows, 768), "", passes=("fwd",)) for rows in (1, 64, 512))])
 
 
 def _inputs(case: Case, device: str) -> Inputs:

@@ -1,4 +1,4 @@
-"""PNG plots: bars of speed relative to PyTorch, and throughput against size under the roof."""
+"""PNG plots: bars of speed relative to PyTorch, throughput against size under the roof, and how cost grows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .results import Results, Row
 
 
 def write(results: Results, folder: str | Path) -> list[Path]:
-    """Write two plots for each benchmark with times; returns their paths."""
+    """Write the plots of each benchmark with times; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -23,7 +23,42 @@ def write(results: Results, folder: str | Path) -> list[Path]:
         rows = [row for row in results.rows if row.op == op and row.status == "ok"]
         if rows:
             written += [_ratios(op, rows, folder), _throughput(op, rows, results, folder)]
+            growth = _growth(rows)
+            if growth:
+                written.append(_cost(op, growth, folder))
     return written
+
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+def _growth(rows: list[Row]) -> Series:
+    """Our times over the extent that grows, the others fixed, where there are three sizes: T in attention, else rows.
+
+    Attention's cases keep B T constant, so its time is that of one sequence.
+    """
+    series: Series = {}
+    for row in rows:
+        if not row.provider.startswith("fastlm") or row.provider == "fastlm-reference" or not row.median:
+            continue
+        extents = [int(n) for n in row.shape.split("x")]
+        at, per = (2, extents[0]) if row.op == "attention" else (0, 1)
+        fixed = [str(n) for i, n in enumerate(extents) if i != at and not (row.op == "attention" and i == 0)]
+        conditions = (row.variant, row.which, row.dtype, "x".join(fixed), row.allocator, f"{row.threads} threads")
+        series.setdefault(" ".join(filter(None, conditions)), []).append((extents[at], row.median / per))
+    return {name: sorted(points) for name, points in series.items() if len(dict(points)) >= 3}
+
+
+def _cost(op: str, series: Series, folder: Path) -> Path:
+    """Time against size on logarithmic axes; the legend gives the slope between the ends."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, points in series.items():
+        (first, least), (last, most) = points[0], points[-1]
+        slope = math.log(most / least) / math.log(last / first)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=f"{name}: slope {slope:.2f}")
+    axes.set(xscale="log", yscale="log", xlabel="T" if op == "attention" else "rows", ylabel="seconds", title=op)
+    axes.legend(fontsize=5)
+    return _save(figure, folder / f"{op}_cost.png")
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:

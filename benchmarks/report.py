@@ -36,7 +36,8 @@ def _number(value: float | None, form: str = ".3g") -> str:
 
 def case_name(row: Row) -> str:
     parts = [row.op, row.variant, row.shape, row.dtype]
-    return " ".join(part for part in parts if part) + (" (default malloc)" if row.allocator == "default" else "")
+    conditions = [" (default malloc)"] * (row.allocator == "default") + [" (1 thread)"] * (row.threads == 1)
+    return " ".join(part for part in parts if part) + "".join(conditions)
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -88,12 +88,12 @@ class Row:
     @property
     def case(self) -> tuple[str, ...]:
         """What rows of different providers share."""
-        return self.op, self.variant, self.which, self.dtype, self.shape, self.allocator
+        return self.op, self.variant, self.which, self.dtype, self.shape, self.allocator, str(self.threads)
 
     @property
     def key(self) -> tuple[str, ...]:
         """What rows of different files share."""
-        return (*self.case, self.provider, str(self.threads))
+        return (*self.case, self.provider)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .case import Case
 from .results import Results, Row
 
 ALLOCATORS = ("kept", "default")
+COMPUTE_BOUND = ("attention", "gelu", "bias_gelu", "cross_entropy", "linear_cross_entropy")  # timed on one thread too
 KILLED = -9  # what the kernel does to a process when memory runs out
 
 
@@ -29,6 +30,7 @@ class Plan:
         device, threads, against, seconds: see `worker.run`.
         allocators: the settings to measure under; with the second and later ones, headline cases only, fastlm
             and PyTorch only.
+        scaling: whether headline cases bound by arithmetic run once more on one thread, for the gain of the others.
     """
 
     cases: list[Case]
@@ -37,19 +39,23 @@ class Plan:
     against: list[str] = field(default_factory=list)
     seconds: float = 1.0
     allocators: tuple[str, ...] = ALLOCATORS
+    scaling: bool = False
 
-    def parts(self) -> list[tuple[str, list[Case], list[str]]]:
-        """(allocator, cases, providers) of each worker."""
+    def parts(self) -> list[tuple[str, int, list[Case], list[str]]]:
+        """(allocator, threads, cases, providers) of each worker."""
         first, *others = self.allocators
         headline = [case for case in self.cases if case.headline]
-        found = [(first, self.cases, self.against)]
+        found = [(first, self.threads, self.cases, self.against)]
         if headline:
-            found += [(allocator, headline, ["torch"]) for allocator in others]
+            found += [(allocator, self.threads, headline, ["torch"]) for allocator in others]
+        scaled = [case for case in headline if case.op in COMPUTE_BOUND]
+        if self.scaling and scaled and self.threads > 1:
+            found.append((first, 1, scaled, ["torch"]))
         return found
 
     @property
     def total(self) -> int:
-        return sum(len(cases) for _, cases, _ in self.parts())
+        return sum(len(cases) for _, _, cases, _ in self.parts())
 
 
 def run(plan: Plan, results: Results, started: Callable[[Case, str], None], measured: Callable[[Row], None]) -> None:
@@ -62,29 +68,30 @@ def run(plan: Plan, results: Results, started: Callable[[Case, str], None], meas
     Raises:
         ConfigError: if a worker cannot start.
     """
-    for allocator, cases, against in plan.parts():
+    for allocator, threads, cases, against in plan.parts():
+        conditions = allocator if threads == plan.threads else f"{allocator}, {threads} thread"
         waiting = list(enumerate(cases))
         roof: dict[str, Any] | None = None
         while waiting:
             order = {
-                "device": plan.device, "allocator": allocator, "threads": plan.threads, "seconds": plan.seconds,
+                "device": plan.device, "allocator": allocator, "threads": threads, "seconds": plan.seconds,
                 "against": against, "roof": roof,
                 "cases": [(index, dataclasses.asdict(case)) for index, case in waiting],
             }  # fmt: skip
             current: int | None = None
             for kind, payload in _events(order):
                 if kind == "roof":
-                    roof = results.roofs[allocator] = payload
+                    roof = results.roofs[conditions] = payload
                 elif kind == "case":
                     current = payload
-                    started(cases[current], allocator)
+                    started(cases[current], conditions)
                 elif kind == "row":
                     results.rows.append(Row(**payload))
                     measured(results.rows[-1])
                 elif kind == "exit" and payload:
                     if current is None:
                         raise ConfigError(f"the benchmark's worker did not start (status {payload}); see above")
-                    row = _dead(cases[current], allocator, plan.threads, payload)
+                    row = _dead(cases[current], allocator, threads, payload)
                     results.rows.append(row)
                     measured(row)
             waiting = [] if current is None else [(i, case) for i, case in waiting if i > current]

@@ -320,6 +320,39 @@ def test_plots(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
+def test_plot_of_growth_gives_the_slope(tmp_path):
+    rows = [_result(median=1e-3 * rows, shape=f"{rows}x8") for rows in (1, 64, 512)]
+    assert plots._growth(rows) == {"tanh fwd float32 8 kept 2 threads": [(1, 1e-3), (64, 0.064), (512, 0.512)]}
+    assert plots._growth(rows[:2]) == {}
+    assert (tmp_path / "gelu_cost.png") in plots.write(_results(*rows), tmp_path)
+    attention = [_result(op="attention", variant="causal", shape=f"{2048 // T}x12x{T}x64") for T in (256, 512, 1024)]
+    (series,) = plots._growth(attention).values()
+    assert series == [(256, 1 / 8), (512, 1 / 4), (1024, 1 / 2)]
+
+
+def test_compute_bound_headlines_run_on_one_thread_too():
+    cases = [
+        Case("gelu", (4, 8), "float32", "tanh", headline=True),
+        Case("layer_norm", (4, 8), "float32", headline=True),
+    ]
+    parts = runner.Plan(cases, threads=2, allocators=("kept",), scaling=True).parts()
+    assert parts == [("kept", 2, cases, []), ("kept", 1, cases[:1], ["torch"])]
+    assert len(runner.Plan(cases, threads=1, allocators=("kept",), scaling=True).parts()) == 1
+    one, two = _result(threads=1), _result()
+    assert one.case != two.case
+    assert report.case_name(one) == "gelu tanh 4x8 float32 (1 thread)"
+
+
+def test_optimizer_case_agrees_with_pytorch():
+    for dtype in ("float32", "bfloat16"):
+        session = registry.BENCHMARKS["adamw"].session(Case("adamw", (1, 16, 50), dtype, passes=("full",)), "cpu")
+        yardstick = {}
+        for provider in ("torch", "fastlm"):
+            made = session.build(provider)
+            assert worker.judge(session, provider, made, yardstick)[1] == ""
+            made.run["full"]()
+
+
 def test_command_line(tmp_path, capsys):
     """The whole way: workers in their own processes, one for each allocator setting."""
     files = [str(tmp_path / name) for name in ("r.json", "r.csv")]
@@ -364,7 +397,7 @@ def test_plan_covers_the_second_allocator_with_headline_cases_only():
     plan = make_plan(Options(op="layer_norm", device="cpu", threads=1))
     if len(plan.allocators) == 1:
         pytest.skip("another C library than glibc")
-    (first, cases, _), (second, headline, against) = plan.parts()
+    (first, _, cases, _), (second, _, headline, against) = plan.parts()
     assert (first, second) == ("kept", "default")
     assert headline == [case for case in cases if case.headline] != []
     assert against == ["torch"]

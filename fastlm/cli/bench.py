@@ -21,7 +21,7 @@ from ..benchmarks.runner import ALLOCATORS, Plan, run
 from ..errors import ConfigError
 from .tables import print_table
 
-ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.4, 0.1
+ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.2, 0.1
 
 
 @dataclass
@@ -148,7 +148,9 @@ def make_plan(options: Options) -> Plan:
         options.op, device, _names(options.dtype), _names(options.shape), _names(options.passes), options.quick
     )
     allocators = _allocators(options) if kind == "cpu" else ("cuda",)
-    return Plan(cases, device, threads, against, QUICK_ROUND_SECONDS if options.quick else ROUND_SECONDS, allocators)
+    seconds = QUICK_ROUND_SECONDS if options.quick else ROUND_SECONDS
+    scaling = kind == "cpu" and options.op == "all" and not options.quick
+    return Plan(cases, device, threads, against, seconds, allocators, scaling)
 
 
 def _allocators(options: Options) -> tuple[str, ...]:

@@ -134,8 +134,9 @@ class _TiedEmbedding(torch.autograd.Function):
         flat, d_rows = tokens.flatten(), d_rows.reshape(-1, weight.shape[1])
         if d_table is None:
             return torch.ops.aten.embedding_dense_backward(d_rows, flat, weight.shape[0], -1, False), None, None
-        if weight.grad_dtype not in (None, d_table.dtype):
-            d_table = d_table.to(weight.grad_dtype)
+        wanted = getattr(weight, "grad_dtype", weight.dtype) if weight.is_leaf else weight.dtype
+        if wanted not in (None, d_table.dtype):
+            d_table = d_table.to(wanted)
         # Each row is added once, however often its token occurs: rounded once, and in a fixed order on a GPU too.
         found, inverse = flat.unique(return_inverse=True)
         sums = torch.ops.aten.embedding_dense_backward(d_rows, inverse, found.numel(), -1, False)
