@@ -109,6 +109,18 @@ def test_streams_whole_characters_as_they_are_sampled(bytes_tokenizer, monkeypat
     assert re.fullmatch(r"26 tokens in [\d.]+ s, [\d.]+ tokens/s\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_shorter_weights_tell_the_same_clear_story(bytes_tokenizer, monkeypatch, weights):
+    """The likeliest token of this model is far ahead of the others, so that rounding its weights changes nothing."""
+    raw, path = bytes_tokenizer
+    successor_model(raw, "abcdef").save_huggingface(path)
+    args = (path, "--prompt", "ab", "--temperature", 0, "--max-new-tokens", 30)
+    expected = run(monkeypatch, *args)
+    status, writes = run(monkeypatch, *args, "--weights", weights)
+    assert status == 0
+    assert "".join(writes) == "".join(expected[1]) == "ab" + "cdefab" * 5 + "\n"
+
+
 def test_stops_at_the_end_of_text(bytes_tokenizer, monkeypatch, capsys):
     raw, path = bytes_tokenizer
     successor_model(raw, "abcdef", end=True).save_huggingface(path)
@@ -211,6 +223,8 @@ def test_output_that_cannot_show_a_character_replaces_it(bytes_tokenizer, monkey
         (["--prompt", "a", "--prompt-file", "b"], "prompt and prompt_file are both given; choose one"),
         (["--prompt-file", "not/there.txt"], "No such file or directory: 'not/there.txt'"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--weights", "int4", "--group-size", "48"], "group_size is 48, expected one of (32, 64, 128)"),
+        (["--weights", "bf16", "--dtype", "float32"], "weights is 'bf16', but dtype is 'float32'; choose one"),
     ],
 )
 def test_refuses_arguments_in_one_line(model_folder, monkeypatch, capsys, args, message):
