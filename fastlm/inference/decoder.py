@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _hooks
 
 from .. import _native
 from .._dispatch import forced_backend
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..models.gpt import GPT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HELD = (*DTYPES, torch.int8, torch.uint8)
 # Copying the weights into huge pages is repaid by about this many steps.
 STEPS_WORTH_PACKING = 24
 ALIGNMENT = 64
@@ -44,13 +46,11 @@ def unsupported(model: GPT, batch_size: int) -> str | None:
         return f"the weights are {weight.dtype} on {weight.device}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if model.training:
-        return "the model is in training mode"
     return _changed(model)
 
 
 def _changed(model: GPT) -> str | None:
-    """Hooks and foreign layers, which only the modules' own calls respect."""
+    """What only the modules' own calls respect: hooks, foreign layers, dropout, tensors of other kinds."""
     from ..models import gpt
 
     own = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
@@ -58,10 +58,15 @@ def _changed(model: GPT) -> str | None:
     for name, module in model.named_modules():
         if type(module) not in own or "forward" in module.__dict__:
             return f"{name or 'the model'} is a {type(module).__name__} of its own"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or _hooks._has_any_global_hook():
             return f"{name or 'the model'} has a hook"
-    if any(t.device.type != "cpu" or not t.is_contiguous() for t in model.state_dict().values()):
-        return "a weight is not contiguous, or not on the CPU"
+        if module.training:
+            return f"{name or 'the model'} is in training mode"
+        if isinstance(module, nn.LayerNorm) and module.eps != model.ln_f.eps:
+            return f"{name} has an eps of its own"
+    for name, t in model.state_dict().items():
+        if type(t) is not Tensor or t.device.type != "cpu" or not t.is_contiguous() or t.dtype not in HELD:
+            return f"{name} is not a contiguous tensor of the CPU in a dtype of the kernels"
     return None
 
 
