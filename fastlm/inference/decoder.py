@@ -53,8 +53,8 @@ def _changed(model: GPT) -> str | None:
     """What only the modules' own calls respect: hooks, foreign layers, dropout, tensors of other kinds."""
     from ..models import gpt
 
-    own = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
-    own += (gpt.GPT, gpt.Block, gpt.CausalSelfAttention, gpt.MLP)
+    own: tuple[type, ...] = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
+    own = (*own, gpt.GPT, gpt.Block, gpt.CausalSelfAttention, gpt.MLP)
     for name, module in model.named_modules():
         if type(module) not in own or "forward" in module.__dict__:
             return f"{name or 'the model'} is a {type(module).__name__} of its own"
@@ -89,7 +89,7 @@ class Decoder:
         self._held: list[Tensor] = []  # what the table of addresses points at
         self._arena = _Arena(_memory_for(model) if pack else None)
         B, C, H = cache.keys.shape[1], config.n_embd, config.n_head
-        hidden = model.h[0].mlp.c_fc.out_features
+        hidden = config.n_inner or 4 * C
         self.x = torch.empty(B, C)
         self.logits = torch.empty(B, config.vocab_size)
         layers = self._table([self._layer(block, i) for i, block in enumerate(model.h)])

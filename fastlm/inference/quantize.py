@@ -222,8 +222,8 @@ def quantize(model: nn.Module, scheme: Scheme = "int8", group_size: int = 32) ->
     if isinstance(model, GPT) and model.config.tie_embeddings:
         model.lm_head = QuantizedLinear.from_weight(model.wte.weight, None, scheme, group_size)
         model.config = dataclasses.replace(model.config, tie_embeddings=False)
-    for (parent, name, _), layer in zip(found, made, strict=True):
-        setattr(parent, name, layer.train(parent.training))
+    for (parent, name, _), quantized in zip(found, made, strict=True):
+        setattr(parent, name, quantized.train(parent.training))
     return model
 
 
