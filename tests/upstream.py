@@ -1,0 +1,239 @@
+"""PyTorch's own tests, pointed at fastlm.nn.
+
+    python tests/upstream.py                        PyTorch's module database, which its wheel carries
+    python tests/upstream.py --tests test_modules.py    a test file of PyTorch's repository as well
+    python tests/upstream.py --fetch                the same, fetched at run time for the installed version
+
+The database (torch.testing._internal.common_modules.module_db) holds, for every torch.nn class, constructor and
+forward arguments, plain reference functions and wrong arguments. Each entry of a class that fastlm.nn has is run on
+fastlm's class: the forward against PyTorch's reference function and class, gradients, copies, saving and loading,
+inputs that are not contiguous, and errors. A test file is run as PyTorch runs it, with the database's classes, and
+torch.nn's names, replaced by fastlm's. Both print passed, failed, and every failure's reason. Exit status: 0 if
+nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import io
+import pickle
+import sys
+import tempfile
+import unittest
+import urllib.request
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.testing._internal.common_modules import ModuleInfo, module_db
+
+import fastlm.nn
+from fastlm.integrations.rules import CLASSES
+
+RAW = "https://raw.githubusercontent.com/pytorch/pytorch/v{version}/test/{name}"
+FETCHED = ("test_modules.py", "nn/test_multihead_attention.py")
+OURS = {**CLASSES, nn.Embedding: fastlm.nn.Embedding, nn.Transformer: fastlm.nn.Transformer}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7, torch.bfloat16: 2e-2}
+
+
+def inputs_of(info: ModuleInfo, dtype: torch.dtype, training: bool):
+    torch.manual_seed(0)
+    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+
+
+def build(cls: type, given, dtype: torch.dtype, training: bool) -> nn.Module:
+    torch.manual_seed(0)
+    module = cls(*given.constructor_input.args, **given.constructor_input.kwargs)
+    return module.to(dtype).train(training)
+
+
+def call(module: nn.Module, given):
+    torch.manual_seed(0)
+    return module(*given.forward_input.args, **given.forward_input.kwargs)
+
+
+def close(actual, expected, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def gradients(module: nn.Module, given, output) -> list:
+    """Of every input and parameter that the output depends on."""
+    leaves = [x for x in (*given.forward_input.args, *given.forward_input.kwargs.values()) if torch.is_tensor(x)]
+    leaves = [x for x in leaves if x.requires_grad] + list(module.parameters())
+    first = output[0] if isinstance(output, tuple) else output
+    if not leaves or not first.requires_grad:
+        return []
+    torch.manual_seed(1)
+    return list(torch.autograd.grad(first, leaves, torch.randn_like(first), allow_unused=True))
+
+
+def against_torch(cls, theirs, given, dtype, training):
+    """Outputs and gradients are those of torch's class."""
+    if stochastic(theirs, given, training):
+        return
+    ours, other = build(cls, given, dtype, training), build(theirs, given, dtype, training)
+    actual, expected = call(ours, given), call(other, given)
+    close(actual, expected, dtype)
+    close(gradients(ours, given, actual), gradients(other, given, expected), dtype)
+
+
+def against_reference(cls, theirs, given, dtype, training):
+    """Outputs are those of the database's reference function."""
+    if given.reference_fn is None or stochastic(theirs, given, training):
+        return
+    module = build(cls, given, dtype, training)
+    arguments = copy.deepcopy((given.forward_input.args, given.forward_input.kwargs))
+    expected = given.reference_fn(module, list(module.parameters()), *arguments[0], **arguments[1])
+    close(call(module, given), expected, dtype)
+
+
+def copies_and_state(cls, theirs, given, dtype, training):
+    """A pickle, a deep copy and a loaded state give the same output; the state dict is torch's."""
+    module = build(cls, given, dtype, training)
+    expected = call(module, given)
+    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        close(call(clone, given), expected, dtype)
+    other = build(theirs, given, dtype, training)
+    assert list(other.state_dict()) == list(module.state_dict()), "state dict keys differ"
+    buffer = io.BytesIO()
+    torch.save(other.state_dict(), buffer)
+    buffer.seek(0)
+    module.load_state_dict(torch.load(buffer))
+
+
+def strided_inputs(cls, theirs, given, dtype, training):
+    """Inputs that are not contiguous give the same output."""
+    module = build(cls, given, dtype, training)
+    expected = call(module, given)
+    arguments = [strided(x) if torch.is_tensor(x) else x for x in given.forward_input.args]
+    torch.manual_seed(0)
+    close(module(*arguments, **given.forward_input.kwargs), expected, dtype)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    if x.numel() < 2 or x.dim() == 0:
+        return x
+    return torch.stack((x.detach(), x.detach()), -1)[..., 0].requires_grad_(x.requires_grad)
+
+
+def stochastic(theirs: type, given, training: bool) -> bool:
+    """Whether dropout makes the output another each time."""
+    dropouts = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.Transformer)
+    arguments = given.constructor_input
+    layer = next((a for a in arguments.args if isinstance(a, nn.TransformerEncoderLayer)), None)
+    p = layer.dropout.p if layer is not None else arguments.kwargs.get("dropout", 0.1)
+    p = arguments.args[3] if len(arguments.args) > 3 and layer is None else p
+    return training and issubclass(theirs, dropouts) and p > 0
+
+
+CHECKS = (against_torch, against_reference, copies_and_state, strided_inputs)
+
+
+def run_database() -> tuple[collections.Counter, list[str]]:
+    outcomes: collections.Counter = collections.Counter()
+    failures: list[str] = []
+    for info in module_db:
+        cls = OURS.get(info.module_cls)
+        if cls is None:
+            continue
+        for dtype in DTYPES:
+            for training in (True, False):
+                for index, given in enumerate(inputs_of(info, dtype, training)):
+                    if given.forward_input is None:
+                        continue
+                    for check in CHECKS:
+                        where = f"{cls.__name__}[{index}] {str(dtype)[6:]} {'train' if training else 'eval'}"
+                        one(outcomes, failures, f"{where} {check.__name__}", check, cls, info.module_cls, given, dtype,
+                            training)  # fmt: skip
+        run_errors(outcomes, failures, info, cls)
+    return outcomes, failures
+
+
+def one(outcomes, failures, name, check, *arguments) -> None:
+    try:
+        check(*arguments)
+        outcomes["passed"] += 1
+    except Exception as error:
+        outcomes["failed"] += 1
+        failures.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def run_errors(outcomes, failures, info: ModuleInfo, cls: type) -> None:
+    """Wrong arguments raise; the type may be narrower than torch's, as ValueError for RuntimeError."""
+    if info.module_error_inputs_func is None:
+        return
+    for index, case in enumerate(
+        info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
+    ):
+        given = case.module_error_input
+
+        def raises(given=given):
+            try:
+                module = cls(*given.constructor_input.args, **given.constructor_input.kwargs)
+                if given.forward_input is not None:
+                    call(module, given)
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+                return
+            raise AssertionError(f"no error where torch says {case.error_regex!r}")
+
+        one(outcomes, failures, f"{cls.__name__} wrong arguments [{index}]", raises)
+
+
+def run_file(path: Path) -> tuple[collections.Counter, list[str]]:
+    """A test file of PyTorch's repository, with fastlm's classes under torch's names."""
+    module_db[:] = [info for info in module_db if info.module_cls in OURS]
+    for info in module_db:
+        info.module_cls = OURS[info.module_cls]
+    for theirs, cls in OURS.items():
+        setattr(nn, theirs.__name__, cls)
+    names: dict = {"__name__": "upstream", "__file__": str(path)}
+    sys.modules["upstream"] = module = type(sys)("upstream")
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__ | names, module.__dict__)
+    suite = unittest.defaultTestLoader.loadTestsFromModule(module)
+    result = unittest.TextTestRunner(stream=io.StringIO()).run(suite)
+    bad = result.failures + result.errors
+    outcomes = collections.Counter(
+        passed=result.testsRun - len(bad) - len(result.skipped), failed=len(bad), skipped=len(result.skipped)
+    )
+    return outcomes, [f"{test.id()}: {trace.strip().splitlines()[-1]}" for test, trace in bad]
+
+
+def fetch(folder: str) -> list[Path]:
+    """The test files of the installed version, from PyTorch's repository."""
+    found = []
+    for name in FETCHED:
+        path = Path(folder) / Path(name).name
+        url = RAW.format(version=torch.__version__.split("+")[0], name=name)
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            path.write_bytes(answer.read())
+        found.append(path)
+    return found
+
+
+def report(title: str, outcomes: collections.Counter, failures: list[str]) -> int:
+    print(f"{title}: " + ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()))
+    print("\n".join(f"  {line}" for line in failures))
+    return outcomes["failed"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tests", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--fetch", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    failed = report("module database", *run_database())
+    with tempfile.TemporaryDirectory() as folder:
+        files = options.tests + (fetch(folder) if options.fetch else [])
+        for path in files:
+            failed += report(path.name, *run_file(path))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
