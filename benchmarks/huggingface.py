@@ -83,7 +83,7 @@ class HuggingFaceSession:
             int(self.inputs["attention_mask"].sum()) if self.variant.family != "vit" else math.prod(case.shape)
         )
         self.work = {"tokens": case.shape[0] * NEW_TOKENS if self.variant.task == "generate" else self.tokens}
-        model = self._model()
+        model: Any = self._model()
         self.parameters = sum(p.numel() for p in model.parameters())
         self.terms = 4 * model.config.hidden_size * model.config.num_hidden_layers
         if self.variant.task != "train":  # weights rounded to the dtype are the given

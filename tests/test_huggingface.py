@@ -344,3 +344,20 @@ def test_models_of_a_composite_and_of_a_plain_module():
     fastlm.restore(holder)
     assert type(holder["norm"]) is torch.nn.LayerNorm
     assert holder["text"].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert", "t5", "vit"])
+def test_exports(name):
+    model = build(name).eval()
+    fastlm.accelerate(model)
+    inputs = inputs_of(name)
+    del inputs["labels"]
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    if name not in ("bert", "vit"):
+        inputs["use_cache"] = False
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, strict=False).module()
+        actual, expected = exported(**inputs)[0], model(**inputs)[0]
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else slice(None)
+    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-4)

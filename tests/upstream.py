@@ -172,7 +172,7 @@ def run_errors(outcomes, failures, info: ModuleInfo, cls: type) -> None:
     ):
         given = case.module_error_input
 
-        def raises(given=given):
+        def raises(given=given, case=case):
             try:
                 module = cls(*given.constructor_input.args, **given.constructor_input.kwargs)
                 if given.forward_input is not None:

@@ -7,7 +7,7 @@ submodule, a hook on one that is fused, a mixture of dtypes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def eps_of(module: nn.Module) -> float | None:
     return None
 
 
-def _rms_norm(original: type) -> Forward:
+def _rms_norm(original: Any) -> Forward:
     """weight * x / rms(x), as in Llama, Qwen and T5."""
 
     def forward(self, hidden_states):
@@ -43,7 +43,7 @@ def _rms_norm(original: type) -> Forward:
     return forward
 
 
-def _rms_norm_offset(original: type) -> Forward:
+def _rms_norm_offset(original: Any) -> Forward:
     """(1 + weight) * x / rms(x), as in Gemma."""
 
     def forward(self, x):
@@ -52,8 +52,8 @@ def _rms_norm_offset(original: type) -> Forward:
     return forward
 
 
-def _gelu(form: str) -> Callable[[type], Forward]:
-    def make(original: type) -> Forward:
+def _gelu(form: str) -> Callable[[Any], Forward]:
+    def make(original: Any) -> Forward:
         def forward(self, input):
             if _torch_is_faster(form, input):
                 return F.gelu(input)
@@ -90,7 +90,7 @@ def _fusible(linear: nn.Module, form: str | None, x: Tensor) -> bool:
     return not (_torch_is_faster(form, x) and x.element_size() == 2)
 
 
-def _residual_norm(original: type) -> Forward:
+def _residual_norm(original: Any) -> Forward:
     """LayerNorm(dropout(dense(x)) + residual): the end of BERT's sublayers."""
 
     def forward(self, hidden_states, input_tensor):
@@ -108,44 +108,46 @@ def _residual_norm(original: type) -> Forward:
     return forward
 
 
-def _linear_gelu(original: type) -> Forward:
+def _linear_gelu(original: Any) -> Forward:
     """gelu(dense(x)): BERT's intermediate layer."""
 
     def forward(self, hidden_states):
         form = gelu_form(self.intermediate_act_fn)
         if not _fusible(self.dense, form, hidden_states):
             return original.forward(self, hidden_states)
-        return bias_gelu(F.linear(hidden_states, self.dense.weight), self.dense.bias, form)
+        return bias_gelu(F.linear(hidden_states, self.dense.weight), self.dense.bias, form or "none")
 
     return forward
 
 
-def _feed_forward(original: type) -> Forward:
+def _feed_forward(original: Any) -> Forward:
     """fc2(gelu(fc1(x))): ViT and CLIP."""
 
     def forward(self, hidden_states):
         form = gelu_form(self.activation_fn)
         if not _fusible(self.fc1, form, hidden_states):
             return original.forward(self, hidden_states)
-        return self.fc2(bias_gelu(F.linear(hidden_states, self.fc1.weight), self.fc1.bias, form))
+        return self.fc2(bias_gelu(F.linear(hidden_states, self.fc1.weight), self.fc1.bias, form or "none"))
 
     return forward
 
 
-def _timm_mlp(original: type) -> Forward:
+def _timm_mlp(original: Any) -> Forward:
     """drop2(fc2(norm(drop1(gelu(fc1(x)))))): timm."""
 
     def forward(self, x):
         form, drop = gelu_form(self.act), self.drop1
         if not (_fusible(self.fc1, form, x) and plain(drop, nn.Dropout)):
             return original.forward(self, x)
-        hidden = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias, form, drop.p if drop.training else 0.0)
+        hidden = bias_gelu(
+            F.linear(x, self.fc1.weight), self.fc1.bias, form or "none", drop.p if drop.training else 0.0
+        )
         return self.drop2(self.fc2(self.norm(hidden)))
 
     return forward
 
 
-def _conv1d_mlp(original: type) -> Forward:
+def _conv1d_mlp(original: Any) -> Forward:
     """dropout(c_proj(gelu(c_fc(x)))), with weights stored (in, out): GPT-2."""
 
     def forward(self, hidden_states):
@@ -158,7 +160,7 @@ def _conv1d_mlp(original: type) -> Forward:
     return forward
 
 
-def _gated(original: type) -> Forward:
+def _gated(original: Any) -> Forward:
     """down_proj(silu(gate_proj(x)) * up_proj(x)): Llama, Qwen, Mistral."""
 
     def forward(self, x):
@@ -170,19 +172,19 @@ def _gated(original: type) -> Forward:
     return forward
 
 
-def _unpadded(original: type) -> Forward:
+def _unpadded(original: Any) -> Forward:
     from .unpad import unpadded_forward
 
     return unpadded_forward(original)
 
 
-def _deferred(original: type) -> Forward:
+def _deferred(original: Any) -> Forward:
     from .deferred import deferred_forward
 
     return deferred_forward(original)
 
 
-FORWARDS: dict[str, Callable[[type], Forward]] = {
+FORWARDS: dict[str, Callable[[Any], Forward]] = {
     "rms_norm": _rms_norm,
     "rms_norm_offset": _rms_norm_offset,
     "gelu_none": _gelu("none"),

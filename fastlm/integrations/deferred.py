@@ -35,7 +35,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> DeferredLogits:
         shape = (*hidden.shape[:-1], weight.shape[0])
-        logits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        logits = Tensor._make_wrapper_subclass(
             DeferredLogits, shape, dtype=dtype, device=hidden.device, requires_grad=True
         )
         logits.hidden, logits.weight, logits.bias, logits.made = hidden, weight, bias, None
@@ -62,7 +62,7 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         args, kwargs = torch.utils._pytree.tree_map(_made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -145,14 +145,12 @@ _FOLLOWED: dict[Callable, Callable] = {
     F.cross_entropy: _cross_entropy,
 }
 # What the stand-in knows itself.
-_READ_ONLY = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.requires_grad.__get__,
-    Tensor.is_leaf.__get__, Tensor.ndim.__get__, Tensor.layout.__get__, Tensor.is_cuda.__get__,
-    Tensor.is_cpu.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,
-}  # fmt: skip
+_ATTRIBUTES = ("shape", "dtype", "device", "requires_grad", "is_leaf", "ndim", "layout", "is_cuda", "is_cpu")
+_READ_ONLY: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES}
+_READ_ONLY |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
 
 
-def deferred_forward(original: type) -> Callable[..., Tensor]:
+def deferred_forward(original: Any) -> Callable[..., Tensor]:
     """The forward of a model's output layer that defers its logits in training."""
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:

@@ -14,18 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
 from .._dispatch import forced_backend
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.attention_varlen import attention_varlen
 from . import rules
-
-try:
-    from transformers.masking_utils import bidirectional_mask_function
-except ImportError:  # before 5.0
-    bidirectional_mask_function = None
 
 NAME = "fastlm"
 _PREVIOUS = "_fastlm_attention"  # of a model: the attention implementation that it had
@@ -72,8 +66,10 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         if position_bias is not None or s_aux is not None or attention_mask is not None:
             raise NotImplementedError("fastlm attention: packed sequences take no mask, position bias or sinks")
-        packed = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
-        out = attention_varlen(*packed, cu_seq_lens_q, cu_seq_lens_k, is_causal=causal, **_window(kwargs), **options)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
+        out = attention_varlen(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, is_causal=causal, window=_window(kwargs), **options
+        )
         return out.unsqueeze(0), None
     T, S = query.shape[2], key.shape[2]
     causal = bool(causal) and T > 1 and attention_mask is None
@@ -103,10 +99,10 @@ def _torch_is_faster(query: Tensor) -> bool:
     return query.shape[2] == 1 and query.is_cpu and not torch.is_grad_enabled() and forced_backend() is None
 
 
-def _window(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _window(kwargs: dict[str, Any]) -> tuple[int, int] | None:
     """The window of packed sequences, whose mask is not there to hold it, as transformers' flash attention has it."""
     size = kwargs.get("sliding_window")
-    return {} if size is None else {"window": (size - 1, size - 1)}
+    return None if size is None else (size - 1, size - 1)
 
 
 def _biased_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -131,8 +127,10 @@ def boolean_mask(
     """transformers' boolean mask for SDPA; one that only leaves keys out is a view with one row for all queries."""
     if mask_function is not None:
         kwargs["mask_function"] = mask_function
-    mask = sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
-    only_keys = mask_function is not None and mask_function is bidirectional_mask_function
+    make: Any = masking_utils.sdpa_mask
+    mask = make(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+    both_ways = getattr(masking_utils, "bidirectional_mask_function", None)  # transformers before 5.0 has none
+    only_keys = mask_function is not None and mask_function is both_ways
     if mask is None or not only_keys or mask.dim() != 4:
         return mask
     return mask[:, :, :1].expand(-1, -1, mask.shape[2], -1)

@@ -74,7 +74,8 @@ def attention_statistics(
 
 def _row_statistics(query: Tensor, key: Tensor, mask: Tensor | None, first: int, options: tuple) -> tuple[Tensor, ...]:
     """(logsumexp, entropy, largest score) of each query."""
-    scores = attention_scores(query, key, mask, *options, first=first)
+    is_causal, scale, window, softcap = options
+    scores = attention_scores(query, key, mask, is_causal, scale, window, softcap, first)
     empty = (scores == -math.inf).all(-1, keepdim=True)
     filled = scores.masked_fill(empty, 0.0)
     lse = filled.logsumexp(-1, keepdim=True)

@@ -39,7 +39,7 @@ def replacement(module: nn.Module, unpad: bool) -> Found | str | None:
     Args:
         unpad: whether BERT-type encoders are of interest.
     """
-    cls = type(module)
+    cls: Any = type(module)
     if is_replacement(cls) or cls in CLASSES.values():
         return None
     found = _torch_class(cls) or _by_values(module) or _by_code(module, unpad)
@@ -58,7 +58,8 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _torch_class(cls: type) -> Found | str | None:
+def _torch_class(cls: Any) -> Found | str | None:
+    known: Any
     for known, fast in CLASSES.items():
         if cls is known:
             return Found(fast, f"fastlm.nn.{fast.__name__}")
@@ -71,16 +72,17 @@ def _torch_class(cls: type) -> Found | str | None:
 
 def _by_values(module: nn.Module) -> Found | str | None:
     """RMSNorm and GELU classes of other libraries."""
-    name = type(module).__name__
+    cls: Any = type(module)
+    name = cls.__name__
     if "RMSNorm" in name or name == "T5LayerNorm":
         for form in ("rms_norm", "rms_norm_offset"):
             if _same_values(module, form):
-                return Found(derived(type(module), form), "fastlm.rms_norm")
+                return Found(derived(cls, form), "fastlm.rms_norm")
         return "it does not compute what fastlm.rms_norm does"
     if "GELU" in name:
         for form in ("gelu_none", "gelu_tanh"):
             if _same_values(module, form):
-                return Found(derived(type(module), form), "fastlm.gelu")
+                return Found(derived(cls, form), "fastlm.gelu")
         return "it does not compute either form of GELU"
     return None
 
@@ -109,11 +111,12 @@ def _same_values(module: nn.Module, form: str) -> bool:
 
 
 def _by_code(module: nn.Module, unpad: bool) -> Found | str | None:
+    cls: Any = type(module)
     for block in blocks.BLOCKS:
-        if _same_code(type(module).forward, block.template) and block.fits(module):
-            return Found(derived(type(module), block.kind), block.label)
-    if unpad and type(module).__name__ in blocks.ENCODERS:
-        return Found(derived(type(module), "unpadded"), "the same without its padding")
+        if _same_code(cls.forward, block.template) and block.fits(module):
+            return Found(derived(cls, block.kind), block.label)
+    if unpad and cls.__name__ in blocks.ENCODERS:
+        return Found(derived(cls, "unpadded"), "the same without its padding")
     return None
 
 
@@ -134,9 +137,10 @@ def _same_code(function: Any, template: Callable) -> bool:
 
 
 @functools.cache
-def derived(original: type, kind: str) -> type:
+def derived(original: Any, kind: str) -> Any:
     """The subclass of `original` with the forward `kind`; it looks like `original`, and pickles through it."""
-    forward = CLASSES_BY_NAME[kind].forward if kind in CLASSES_BY_NAME else blocks.FORWARDS[kind](original)
+    known: Any = CLASSES_BY_NAME.get(kind)
+    forward = blocks.FORWARDS[kind](original) if known is None else known.forward
     names = {
         "forward": forward, "__reduce_ex__": _reduce, "_fastlm_kind": kind,
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
@@ -151,12 +155,12 @@ def is_replacement(cls: type) -> bool:
     return "_fastlm_kind" in cls.__dict__ or cls in CLASSES.values()
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple:
+def _reduce(self: Any, protocol: int) -> tuple:
     """As object's own, but made anew through `derived`: pickle would not find the class by its name."""
-    _, _, *rest = object.__reduce_ex__(self, max(protocol, 2))
-    return _rebuild, (type(self).__mro__[1], self._fastlm_kind), *rest
+    reduced: Any = object.__reduce_ex__(self, max(protocol, 2))
+    return _rebuild, (type(self).__mro__[1], self._fastlm_kind), *reduced[2:]
 
 
-def _rebuild(original: type, kind: str) -> nn.Module:
+def _rebuild(original: Any, kind: str) -> nn.Module:
     cls = derived(original, kind)
     return cls.__new__(cls)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,6 @@ def _backward(
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
     mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
     options = (is_causal, scale, dropout_p, 0, -1, 0 if is_causal else -1, 0.0)
-    tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    grads = _native.attention_bwd(grad_out.contiguous(), None, *tensors, mask, out, logsumexp, *options)
-    return grads[0], grads[1], grads[2]
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    backward: Any = _native.attention_bwd
+    return backward(grad_out.contiguous(), None, query, key, value, mask, out, logsumexp, *options)[:3]

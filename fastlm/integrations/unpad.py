@@ -12,7 +12,7 @@ from torch import Tensor
 from .._dispatch import must_trace
 
 
-def unpadded_forward(original: type) -> Callable[..., Any]:
+def unpadded_forward(original: Any) -> Callable[..., Any]:
     """The forward of an encoder that takes (hidden_states, attention_mask) and hands keywords on to its layers."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

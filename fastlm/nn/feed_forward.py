@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class SwiGLU(nn.Module):
 
 
 def feed_forward(
-    x: Tensor, linear1: nn.Module, activation: Callable[[Tensor], Tensor], dropout: nn.Module, linear2: nn.Module
+    x: Tensor, linear1: Any, activation: Callable[[Tensor], Tensor], dropout: Any, linear2: nn.Module
 ) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), with linear1's bias, GELU and dropout in one pass."""
     form = gelu_form(activation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ _OURS: dict[type, type] = {
 }
 
 
-def _length(x: Tensor, layer: nn.Module) -> int:
+def _length(x: Tensor, layer: Any) -> int:
     return x.shape[1 if x.dim() == 3 and layer.self_attn.batch_first else 0]
 
 
