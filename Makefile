@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
+# The tests compile the CUDA kernels themselves; FASTLM_CUDA=1 installs them too, which takes longer.
+export FASTLM_CUDA ?= 0
+
 .PHONY: demo test lint bench bench-cpu gpu-check clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
@@ -32,7 +35,7 @@ bench-cpu: $(VENV)/.bench
 
 # On a machine with a GPU, in an environment that has torch, triton and pytest; downloads nothing.
 gpu-check:
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps .
+	FASTLM_CUDA= $(PYTHON) -m pip install -q --no-build-isolation --no-deps .
 	$(PYTHON) tests/gpu_check.py
 
 clean:

@@ -1,16 +1,27 @@
 """Builds fastlm's extension modules; everything else is in pyproject.toml.
 
 torch is neither imported nor needed here: kernels take raw pointers, so one build serves every torch
-release. FASTLM_CPU=0 skips the CPU module, =1 makes a failed build an error; unset, a failed build
-leaves a working package on its reference backend.
+release. FASTLM_CPU=0 skips the CPU module, FASTLM_CUDA=0 the CUDA module, =1 makes a failed build an
+error; unset, a failed build leaves a working package without that module, and the CUDA module is tried
+where nvcc is found: by CUDA_HOME, on PATH, or in /usr/local/cuda. FASTLM_CUDA_ARCHS="80;90a" names what
+to compile it for. FASTLM_JOBS is how many files are compiled at a time.
 """
 
+from __future__ import annotations
+
 import os
+import platform
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.sdist import sdist
+from setuptools.errors import CompileError
 
 ParallelCompile("FASTLM_JOBS").install()
 
@@ -24,6 +35,8 @@ CPU_FLAGS = [
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]  # gcc 12 warns inside its own avx512fintrin.h
+CUDA_ARCHS = ("80", "90a", "100")  # Ampere and Ada, Hopper, Blackwell
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Icsrc/cuda", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills"]
 
 
 def cpu_extension() -> Pybind11Extension:
@@ -42,7 +55,100 @@ def cpu_extension() -> Pybind11Extension:
     )
 
 
+def find_nvcc() -> str | None:
+    """CUDA_HOME's compiler, else the one on PATH, else the usual place's."""
+    places = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"),) if home] + [
+        None,
+        Path("/usr/local/cuda/bin"),
+    ]
+    return next(filter(None, (shutil.which("nvcc", path=place and str(place)) for place in places)), None)
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """FASTLM_CUDA_ARCHS, or what this compiler knows of CUDA_ARCHS."""
+    if asked := os.environ.get("FASTLM_CUDA_ARCHS"):
+        return [arch.strip() for arch in asked.split(";") if arch.strip()]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, timeout=60).stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch.rstrip('a')}" in known]
+
+
+def cuda_runtime(nvcc: str) -> str:
+    """The static runtime library of nvcc's toolkit: the module imports without a driver and needs no toolkit."""
+    dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]  # nvcc may be a script elsewhere
+    said = subprocess.run(dry_run, capture_output=True, text=True, timeout=60).stderr
+    home = Path(next((line.partition("TOP=")[2] for line in said.splitlines() if "TOP=" in line), "")).resolve()
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        if (home / folder / "libcudart_static.a").exists():
+            return str(home / folder / "libcudart_static.a")
+    raise CompileError(f"no libcudart_static.a in {home}, the toolkit of {nvcc}")
+
+
+def cuda_extension() -> Pybind11Extension | None:
+    """The CUDA module, or None where it is not asked for or can't be built."""
+    wanted = os.environ.get("FASTLM_CUDA", "")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if nvcc is None:
+        why = "FASTLM_CUDA=0" if wanted == "0" else "no nvcc by CUDA_HOME, on PATH or in /usr/local/cuda"
+        if wanted == "1":
+            raise SystemExit(f"fastlm: FASTLM_CUDA=1 asks for the CUDA kernels, but there is {why}")
+        print(f"fastlm: without the CUDA kernels ({why})")
+        return None
+    archs = cuda_archs(nvcc)
+    print(f"fastlm: CUDA kernels for {', '.join(f'sm_{a}' for a in archs)} by {nvcc}; FASTLM_CUDA=0 leaves them out")
+    return Pybind11Extension(
+        "fastlm._cuda",
+        sources=["csrc/bindings_cuda.cpp"],
+        depends=[],
+        include_dirs=["csrc"],
+        define_macros=[("FASTLM_CUDA_ARCHS", f'"{";".join(archs)}"')],
+        cxx_std=17,
+        extra_compile_args=["-O2", "-fvisibility=hidden"],
+        extra_link_args=["-lpthread", "-ldl", "-lrt"],
+        optional=wanted != "1",
+    )
+
+
+def compile_cuda(folder: Path) -> list[str]:
+    """Object files of csrc/cuda/*.cu, each made anew where anything it may be made of is newer."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    archs = cuda_archs(nvcc)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = max(path.stat().st_mtime for path in Path("csrc/cuda").iterdir())
+
+    def compiled(source: str) -> str:
+        made = folder / f"{Path(source).stem}-{'-'.join(archs)}.o"
+        if made.exists() and made.stat().st_mtime > newest:
+            return str(made)
+        command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(made)]
+        print(" ".join(command))
+        if subprocess.run(command).returncode != 0:
+            made.unlink(missing_ok=True)
+            raise CompileError(f"nvcc failed on {source}")
+        return str(made)
+
+    with ThreadPoolExecutor(int(os.environ.get("FASTLM_JOBS") or os.cpu_count() or 1)) as pool:
+        return [*pool.map(compiled, sorted(glob("csrc/cuda/*.cu"))), cuda_runtime(nvcc)]
+
+
+class BuildExtensions(build_ext):
+    def build_extension(self, ext):
+        if ext.name == "fastlm._cuda":
+            ext.extra_objects = compile_cuda(Path(self.build_temp) / "cuda")
+        super().build_extension(ext)
+
+
+class SourceDistribution(sdist):
+    def add_defaults(self):
+        super().add_defaults()
+        self.filelist.extend(sorted(glob("csrc/*.cpp") + glob("csrc/*/*")))  # whatever is built here
+
+
 setup(
-    ext_modules=[cpu_extension()] if os.environ.get("FASTLM_CPU", "") != "0" else [],
-    cmdclass={"build_ext": build_ext},
+    ext_modules=[
+        *([cpu_extension()] if os.environ.get("FASTLM_CPU", "") != "0" else []),
+        *filter(None, [cuda_extension()]),
+    ],
+    cmdclass={"build_ext": BuildExtensions, "sdist": SourceDistribution},
 )

@@ -230,6 +230,16 @@ def triton_unsupported(request: Request) -> str | None:
     return None
 
 
+def cuda_unsupported(request: Request) -> str | None:
+    """The CUDA backend's conditions that every op shares."""
+    cuda = importlib.import_module("fastlm._native_cuda")
+    if request.device != ("cpu" if cuda.emulated else "cuda"):
+        return f"the tensors are on {request.device}"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
+    return cuda.unusable() or (None if cuda.emulated else cuda.unserved(oldest_architecture()))
+
+
 class LazyModule:
     """A module that is imported when an attribute is first asked for."""
 

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # read when triton is first imported: its ker
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastlm
+from fastlm import _dispatch, _native_cuda
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tolerances`; importlib mode adds nothing itself
 
@@ -116,14 +117,55 @@ def _on_triton(request):
         yield "triton"
 
 
-@pytest.fixture(params=[*(f"cpu-{width}" for width in WIDTHS), TRITON])
-def kernels(request):
-    """Every implementation in turn: the CPU's vector widths, and Triton on the GPU or else in its interpreter.
+@pytest.fixture(scope="session")
+def emulated_module():
+    """The CUDA kernels built for the CPU."""
+    if sys.platform != "linux":
+        pytest.skip("the emulation of CUDA is built on Linux alone")
+    from emulation import build
 
-    Tests of a dtype that an implementation does not take are left out.
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler to build the emulation of CUDA with")
+    return build.Emulated(build.build())
+
+
+@pytest.fixture
+def emulation(emulated_module):
+    """The same, serving forced calls on CPU tensors during the test."""
+    with _native_cuda.emulate(emulated_module):
+        _dispatch.clear_cache()
+        yield emulated_module
+    emulated_module.set_order(0)
+    emulated_module.set_device()
+    _dispatch.clear_cache()
+
+
+# Likewise, or else in the emulation.
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu if torch.cuda.is_available() else ())
+
+
+def _on_cuda(request):
+    """Inside, ops run on the CUDA backend, and new tensors are made on its device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        request.getfixturevalue("emulation")
+    elif _native_cuda.missing_reason:
+        pytest.skip(_native_cuda.missing_reason)
+    with fastlm.backend("cuda"), torch.device(device):
+        yield "cuda"
+
+
+ON_GPU = {"triton": _on_triton, "cuda": _on_cuda}
+
+
+@pytest.fixture(params=[*(f"cpu-{width}" for width in WIDTHS), TRITON, CUDA])
+def kernels(request):
+    """Every implementation in turn: the CPU's vector widths, and Triton's and CUDA's on the GPU or else on the CPU.
+
+    Tests of a dtype that an implementation does not take are left out, and those of an op that it does not have.
     """
-    if request.param == "triton":
-        yield from _on_triton(request)
+    if request.param in ON_GPU:
+        yield from ON_GPU[request.param](request)
         return
     before = fastlm.cpu_isa()
     fastlm.set_cpu_isa(request.param.removeprefix("cpu-"))
@@ -135,8 +177,8 @@ def kernels(request):
 @pytest.fixture(params=[*(fastlm.cpu_isas()), TRITON])
 def attention_kernels(request):
     """As `kernels`, on the CPU with every instruction set: attention has versions above plain AVX-512."""
-    if request.param == "triton":
-        yield from _on_triton(request)
+    if request.param in ON_GPU:
+        yield from ON_GPU[request.param](request)
         return
     before = fastlm.cpu_isa()
     fastlm.set_cpu_isa(request.param)
@@ -147,8 +189,10 @@ def attention_kernels(request):
 def pytest_collection_modifyitems(config, items):
     def unsupported(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        on_triton = "triton" in (params.get("kernels"), params.get("attention_kernels"))
-        return on_triton and params.get("dtype") is torch.float64
+        backend = params.get("kernels") or params.get("attention_kernels")
+        op = item.path.stem.removeprefix("test_")
+        lacks_op = op in _dispatch.ops() and all(row.name != backend for row in _dispatch.backends(op))
+        return backend in ON_GPU and (lacks_op or params.get("dtype") is torch.float64)
 
     config.hook.pytest_deselected(items=[item for item in items if unsupported(item)])
     items[:] = [item for item in items if not unsupported(item)]

@@ -1,11 +1,12 @@
 """fastlm doctor: what it reports agrees with what the package and torch say themselves."""
 
 import json
+import types
 
 import torch
 
 import fastlm
-from fastlm import _dispatch, _native
+from fastlm import _dispatch, _native, _native_cuda
 from fastlm.cli import doctor, main
 
 
@@ -45,6 +46,29 @@ def test_advice_is_a_command():
     advice = doctor._advice(report)
     assert any("FASTLM_CPU=1 pip install" in line for line in advice)
     assert any("pip install 'fastlm[train]'" in line for line in advice)
+
+
+def test_the_cuda_kernels_are_explained(monkeypatch):
+    module = types.SimpleNamespace(architectures="80;90a", driver_version=lambda: 112, toolkit_version=lambda: 130)
+    for name, value in {"_cuda": module, "missing_reason": None, "emulated": False}.items():
+        monkeypatch.setattr(_native_cuda, name, value)
+    report = doctor.collect()
+    assert report["cuda"]["built_for"] == ["sm_80", "sm_90a"]
+    assert report["cuda"]["extension"] == "the driver serves CUDA 11.2, the kernels were built with 13.0: update it"
+    assert any("driver serves CUDA 11.2" in line for line in report["advice"])
+    module.driver_version = lambda: 0
+    assert doctor.collect()["cuda"]["extension"] == "no NVIDIA driver is loaded"
+    module.driver_version = lambda: 130
+    report = doctor.collect()
+    assert report["cuda"]["extension"] == "loaded"
+    report["cuda"]["devices"] = [{"name": "x", "arch": "sm_120", "memory_gib": 1}]
+    assert any('FASTLM_CUDA_ARCHS="120"' in line for line in doctor._advice(report))
+
+
+def test_advice_to_build_the_cuda_kernels():
+    report = doctor.collect()
+    report["cuda"].update(available=True, built_for=[], nvcc=None)
+    assert any("install a CUDA toolkit, then  FASTLM_CUDA=1 pip install" in line for line in doctor._advice(report))
 
 
 def test_no_driver_without_its_command(monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -27,10 +28,13 @@ def _run(*command, cwd, **env):
 def wheel(tmp_path_factory):
     """The wheel that pip builds from the source distribution, in a folder that holds nothing else."""
     out = tmp_path_factory.mktemp("dist")
-    _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT, cwd=out, FASTLM_CUDA="0")
     (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*")} <= names
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, sdist]
-    _run(*pip, cwd=out, FASTLM_CPU="1")
+    _run(*pip, cwd=out, FASTLM_CPU="1", FASTLM_CUDA="0")
     return next(out.glob("*.whl"))
 
 

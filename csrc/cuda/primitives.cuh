@@ -21,9 +21,14 @@ namespace fastlm::cuda {
 template <class T>
 using Global = T*;
 
+// The same place as a pointer to another type.
+template <class T, class U>
+FASTLM_ANY T* recast(U* p) {
+  return (T*)p;
+}
 // Its address, for instructions written by hand.
 template <class T>
-FASTLM_DEVICE T* address(T* p) {
+FASTLM_ANY T* address(T* p) {
   return p;
 }
 
@@ -79,7 +84,7 @@ FASTLM_DEVICE int cluster_size() {
 // Waits for every thread of the cluster; what they wrote to shared memory before it is seen by all after it.
 FASTLM_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
 #endif
@@ -148,7 +153,6 @@ struct Word<16> {
   using type = uint4;
 };
 
-// From memory that no thread of the launch writes: the read-only path.
 template <int N, Cache CACHE = Cache::keep, class T>
 FASTLM_DEVICE auto load(Global<T> p) {
   using V = Vec<std::remove_const_t<T>, N>;
@@ -160,6 +164,8 @@ FASTLM_DEVICE auto load(Global<T> p) {
   const W* from = reinterpret_cast<const W*>(p);
   if constexpr (CACHE == Cache::stream)
     u.word = __ldcs(from);
+  else if constexpr (CACHE == Cache::coherent)
+    u.word = *from;
   else
     u.word = __ldg(from);
   return u.vec;
@@ -178,6 +184,16 @@ FASTLM_DEVICE void store(Global<T> p, const Vec<T, N>& v) {
     __stcs(to, u.word);
   else
     *to = u.word;
+}
+
+// The same from and to shared memory.
+template <int N, class T>
+FASTLM_DEVICE auto load_shared(const T* p) {
+  return load<N, Cache::coherent>(p);
+}
+template <class T, int N>
+FASTLM_DEVICE void store_shared(T* p, const Vec<T, N>& v) {
+  store<Cache::keep>(p, v);
 }
 
 // Asynchronous copies of 4, 8 or 16 bytes from global to shared memory; bytes from `valid` on become 0.
@@ -262,6 +278,12 @@ inline int attribute(cudaDeviceAttr which) {
   check(cudaGetDevice(&device), "current device");
   check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
   return value;
+}
+inline int toolkit() { return CUDART_VERSION / 10; }
+// The newest toolkit that the driver serves, 0 without a driver.
+inline int driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version / 10 : 0;
 }
 // Of the current device: 90 for sm_90.
 inline int architecture() {

@@ -40,8 +40,9 @@ struct alignas(sizeof(T) * N) Vec {
   FASTLM_ANY const T& operator[](int i) const { return at[i]; }
 };
 
-// How long a cache line is worth keeping: `keep` where others will read it, `stream` where it is touched once.
-enum class Cache { keep, stream };
+// How a cache line is used: `keep` where others will read it and no thread of the launch writes it, `stream` where it
+// is touched once, `coherent` where the launch writes it itself.
+enum class Cache { keep, stream, coherent };
 
 struct Dim {
   unsigned x = 1, y = 1, z = 1;

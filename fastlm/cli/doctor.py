@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fastlm
-from fastlm import _dispatch, _native
+from fastlm import _dispatch, _native, _native_cuda
 from fastlm.verify.fuzz import SPECS
 
 PEERS = (
@@ -90,6 +90,8 @@ def _cuda() -> dict:
         "driver": driver_version(),
         "available": torch.cuda.is_available(),
         "nvcc": None,
+        "extension": _native_cuda.unusable() or "loaded",
+        "built_for": [f"sm_{name}" for name in _native_cuda.architectures()],
         "devices": [],
     }
     if compiler:
@@ -121,8 +123,16 @@ def _advice(report: dict) -> list[str]:
         advice.append("two OpenMP runtimes are loaded; set the threads of both:  export OMP_NUM_THREADS=$(nproc)")
     if missing := [name for name in ("tokenizers", "safetensors", "rich", "tyro") if not report["packages"][name]]:
         advice.append(f"for training ({', '.join(missing)} missing):  pip install 'fastlm[train]'")
-    if report["cuda"]["nvcc"] is None and report["cuda"]["available"]:
-        advice.append("for the CUDA kernels, install a CUDA toolkit and reinstall fastlm; Triton serves until then")
+    cuda = report["cuda"]
+    if cuda["available"] and not cuda["built_for"]:
+        needs = "" if cuda["nvcc"] else "install a CUDA toolkit, then  "
+        build = "FASTLM_CUDA=1 pip install --force-reinstall --no-deps fastlm"
+        advice.append(f"for the CUDA kernels:  {needs}{build}; Triton serves until then")
+    elif cuda["built_for"] and "driver serves" in cuda["extension"]:
+        advice.append(f"the CUDA kernels can't run: {cuda['extension']}")
+    for arch in {device["arch"] for device in cuda["devices"]} if cuda["built_for"] else ():
+        if reason := _native_cuda.unserved(int(arch[3:])):
+            advice.append(f'the CUDA kernels: {reason}; reinstall with  FASTLM_CUDA_ARCHS="{arch[3:]}"')
     return advice
 
 
@@ -180,6 +190,8 @@ def _print(report: dict) -> None:
         f"cuda       {devices}; driver {cuda['driver'] or 'none'}; "
         f"torch built for CUDA {cuda['torch_cuda'] or 'none'}; nvcc {cuda['nvcc'] or 'not found'}"
     )
+    built = f" (built for {', '.join(cuda['built_for'])})" if cuda["built_for"] else ""
+    print(f"           kernels: {cuda['extension']}{built}")
     if report["settings"]:
         print("settings   " + "  ".join(f"{name}={value}" for name, value in report["settings"].items()))
     print("backends")

@@ -19,6 +19,7 @@ from .._dispatch import (
     always,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     must_trace,
     needs_grad,
     register,
@@ -27,8 +28,13 @@ from .._dispatch import (
 from . import _dropout
 from ._autograd import reference_gradients
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.gelu")}
+KERNELS: dict[str, Any] = {
+    "cpu": _native,
+    "triton": LazyModule("fastlm.kernels.gelu"),
+    "cuda": LazyModule("fastlm._native_cuda"),
+}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
+PROVED_CUDA: frozenset[int] = frozenset()
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None, approximate: str, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
@@ -63,6 +69,7 @@ register(
     "gelu",
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
     Backend("torch", always),
     Backend("reference", always),
 )
@@ -70,6 +77,7 @@ register(
     "bias_gelu",
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
     Backend("reference", always),
 )
 

@@ -20,6 +20,7 @@ from .._dispatch import (
     always,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     must_trace,
     needs_grad,
     register,
@@ -28,8 +29,13 @@ from .._dispatch import (
 from . import _dropout
 from ._autograd import reference_gradients, stored
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.layer_norm")}
+KERNELS: dict[str, Any] = {
+    "cpu": _native,
+    "triton": LazyModule("fastlm.kernels.layer_norm"),
+    "cuda": LazyModule("fastlm._native_cuda"),
+}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
+PROVED_CUDA: frozenset[int] = frozenset()
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, eps: float) -> Tensor:
@@ -61,6 +67,7 @@ register(
     "layer_norm",
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
     Backend("torch", always),
     Backend("reference", always),
 )
@@ -68,6 +75,7 @@ register(
     "add_layer_norm",
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
     Backend("reference", always),
 )
 

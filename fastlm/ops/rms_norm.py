@@ -20,6 +20,7 @@ from .._dispatch import (
     always,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     must_trace,
     needs_grad,
     register,
@@ -27,8 +28,13 @@ from .._dispatch import (
 )
 from ._autograd import reference_gradients, stored
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.rms_norm")}
+KERNELS: dict[str, Any] = {
+    "cpu": _native,
+    "triton": LazyModule("fastlm.kernels.rms_norm"),
+    "cuda": LazyModule("fastlm._native_cuda"),
+}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
+PROVED_CUDA: frozenset[int] = frozenset()
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None, N: int, eps: float) -> Tensor:
@@ -52,6 +58,7 @@ register(
     "rms_norm",
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
     Backend("torch", always),
     Backend("reference", always),
 )
@@ -59,6 +66,7 @@ register(
     "add_rms_norm",
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_unsupported, proved=PROVED),
+    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
     Backend("reference", always),
 )
 

@@ -338,6 +338,12 @@ void wait_copies(size_t groups_left) {
   }
 }
 
+void Buffers::allow(const void* p, size_t bytes) {
+  const char* begin = static_cast<const char*>(p);
+  settings.spans.push_back({begin, begin + bytes});
+}
+Buffers::~Buffers() { settings.spans.clear(); }
+
 int architecture() { return settings.architecture; }
 int multiprocessors() { return settings.multiprocessors; }
 

@@ -136,6 +136,12 @@ void copy_async(void* to, const void* from, size_t bytes, size_t valid);
 void commit_copies();
 void wait_copies(size_t groups_left);
 
+// Lets launches touch buffers, until it goes out of scope.
+struct Buffers {
+  void allow(const void* p, size_t bytes);
+  ~Buffers();
+};
+
 // The GPU that launches find.
 int architecture();
 int multiprocessors();

@@ -40,6 +40,10 @@ class Global {
   T* p_;
 };
 
+template <class T, class U>
+Global<T> recast(Global<U> p) {
+  return (T*)p.raw();
+}
 template <class T>
 T* address(Global<T> p) {
   return p.raw();
@@ -164,6 +168,22 @@ void store(Global<T> p, const Vec<T, N>& v) {
   std::memcpy(p.raw(), &v, sizeof v);
 }
 
+template <int N, class T>
+auto load_shared(const T* p) {
+  using V = Vec<T, N>;
+  emulation::check_shared(p, sizeof(V), "a load");
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(V)) emulation::fail("a load at a misaligned address");
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T, int N>
+void store_shared(T* p, const Vec<T, N>& v) {
+  emulation::check_shared(p, sizeof v, "a store");
+  if (reinterpret_cast<uintptr_t>(p) % sizeof v) emulation::fail("a store at a misaligned address");
+  std::memcpy(p, &v, sizeof v);
+}
+
 template <int BYTES, class T>
 void cp_async(void* to, Global<T> from, int valid = BYTES) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
@@ -234,6 +254,8 @@ inline float rcp_approx(float x) { return 1 / x; }
 inline float rsqrt_approx(float x) { return 1 / std::sqrt(x); }
 inline float tanh_approx(float x) { return std::tanh(x); }
 
+inline int toolkit() { return 0; }
+inline int driver() { return 0; }
 inline int architecture() { return emulation::architecture(); }
 inline int multiprocessors() { return emulation::multiprocessors(); }
 inline int shared_bytes_limit() { return emulation::architecture() >= 90 ? 227 * 1024 : 163 * 1024; }

@@ -1,0 +1,219 @@
+"""The CUDA kernels behind torch tensors: the counterpart of _native.py for fastlm._cuda.
+
+Callers pass contiguous tensors of one device; this module allocates outputs and workspaces and queues the kernels on
+that device's current stream. Imported when the cuda backend is first asked about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._native import TYPE_CODE, _weight_type
+
+_cuda: Any = None
+missing_reason: str | None = None
+try:
+    _cuda = importlib.import_module("fastlm._cuda")
+except ImportError as error:  # not built, or built for another Python
+    missing_reason = f"the CUDA extension is not there ({error}); install from source where nvcc is found"
+
+emulated = False
+_ptr: Callable[[Tensor | None], int] = _native._ptr
+
+
+@contextlib.contextmanager
+def emulate(module: Any) -> Iterator[None]:
+    """Serve CPU tensors by `module`, a build of the kernels for the CPU whose `pointer` takes the place of data_ptr."""
+    global _cuda, _ptr, emulated, missing_reason
+    before = _cuda, _ptr, emulated, missing_reason
+    _cuda, _ptr, emulated, missing_reason = module, module.pointer, True, None
+    try:
+        yield
+    finally:
+        _cuda, _ptr, emulated, missing_reason = before
+
+
+def architectures() -> tuple[str, ...]:
+    """What the kernels were compiled for, such as ("80", "90a"); empty where the extension is missing."""
+    return tuple(filter(None, _cuda.architectures.split(";"))) if _cuda is not None else ()
+
+
+def unserved(arch: int) -> str | None:
+    """Why this build has no code for a GPU of architecture `arch` (90 for sm_90), or None where it has."""
+    built = architectures()
+    for name in built:
+        number = int(name.rstrip("af"))
+        if number == arch or (name.isdigit() and number // 10 == arch // 10 and number <= arch):
+            return None
+    return f"its kernels were built for {', '.join(f'sm_{name}' for name in built)}, this GPU is sm_{arch}"
+
+
+def unusable() -> str | None:
+    """Why the extension can't launch anything here, or None where it can: what `fastlm doctor` shows."""
+    if missing_reason or emulated:
+        return missing_reason
+    driver, toolkit = _cuda.driver_version(), _cuda.toolkit_version()
+    if driver == 0:
+        return "no NVIDIA driver is loaded"
+    if driver // 10 < toolkit // 10:  # within a major version, older drivers serve newer toolkits
+        return f"the driver serves CUDA {driver / 10:.1f}, the kernels were built with {toolkit / 10:.1f}: update it"
+    return None
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Device and stream to launch on."""
+    if x.device.type != "cuda":
+        return 0, 0
+    index = x.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _norm_workspace(z: Tensor, M: int, N: int, sums: int, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """((M, 2) of row sums, partial sums and `sums` sums of N each, or None): all fp32, the first two one allocation."""
+    shares = _cuda.norm_shares(z.device.index or 0, M, N) if wanted else 0
+    work = z.new_empty(shares * sums * N + 2 * M, dtype=torch.float32)
+    if not wanted:
+        return work, None, None
+    totals = z.new_zeros if M == 0 else z.new_empty
+    return work[shares * sums * N :], work[: shares * sums * N], totals(sums, N, dtype=torch.float32)
+
+
+def layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    out_dtype: torch.dtype | None = None,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As fastlm._native.layer_norm_fwd."""
+    M = x.numel() // N
+    stream = x if residual is None else residual
+    y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
+    z = None if residual is None else torch.empty_like(residual)
+    mean = x.new_empty(M, dtype=torch.float32) if statistics else None
+    rstd = x.new_empty(M, dtype=torch.float32) if statistics else None
+    _cuda.layer_norm_fwd(
+        *_place(x), _ptr(x), _ptr(residual), _ptr(weight), _ptr(bias), _ptr(z), _ptr(y), _ptr(mean), _ptr(rstd),
+        M, N, eps, dropout_p, seed,
+        TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], _weight_type(weight, bias),
+    )  # fmt: skip
+    return y, z, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    N: int,
+    dz_in: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    x_dtype: torch.dtype | None = None,
+    weight_grads: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As fastlm._native.layer_norm_bwd."""
+    M = z.numel() // N
+    x_dtype = x_dtype or z.dtype
+    dz = torch.empty_like(z)
+    dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
+    rows, partial, sums = _norm_workspace(z, M, N, 2, weight_grads)
+    _cuda.layer_norm_bwd(
+        *_place(z), _ptr(dy), _ptr(z), _ptr(weight), _ptr(mean), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
+        _ptr(partial), _ptr(sums), _ptr(rows), M, N, dropout_p, seed,
+        TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
+    )  # fmt: skip
+    dw, db = (None, None) if sums is None else (sums[0], sums[1])
+    return dz, dz if dx is None else dx, dw, db
+
+
+def rms_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    N: int,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As fastlm._native.rms_norm_fwd."""
+    M = x.numel() // N
+    stream = x if residual is None else residual
+    y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
+    z = None if residual is None else torch.empty_like(residual)
+    rstd = x.new_empty(M, dtype=torch.float32) if statistics else None
+    _cuda.rms_norm_fwd(
+        *_place(x), _ptr(x), _ptr(residual), _ptr(weight), _ptr(z), _ptr(y), _ptr(rstd), M, N, eps,
+        TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], _weight_type(weight, None),
+    )  # fmt: skip
+    return y, z, rstd
+
+
+def rms_norm_bwd(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    N: int,
+    dz_in: Tensor | None = None,
+    x_dtype: torch.dtype | None = None,
+    weight_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As fastlm._native.rms_norm_bwd."""
+    M = z.numel() // N
+    x_dtype = x_dtype or z.dtype
+    dz = torch.empty_like(z)
+    dx = torch.empty_like(z, dtype=x_dtype) if x_dtype != z.dtype else None
+    rows, partial, sums = _norm_workspace(z, M, N, 1, weight_grad)
+    _cuda.rms_norm_bwd(
+        *_place(z), _ptr(dy), _ptr(z), _ptr(weight), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
+        _ptr(partial), _ptr(sums), _ptr(rows), M, N,
+        TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
+    )  # fmt: skip
+    return dz, dz if dx is None else dx, None if sums is None else sums[0]
+
+
+def _gelu_rows(x: Tensor) -> tuple[int, int]:
+    """(M, N); without bias and dropout the kernels cut the array themselves."""
+    N = x.shape[-1] if x.dim() else 1
+    return (x.numel() // N if N else 0), N
+
+
+def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
+    """As fastlm._native.gelu_fwd."""
+    y = torch.empty_like(x)
+    _cuda.gelu_fwd(
+        *_place(x), _ptr(x), _ptr(bias), _ptr(y), *_gelu_rows(x), tanh, dropout_p, seed,
+        TYPE_CODE[x.dtype], _weight_type(bias, None),
+    )  # fmt: skip
+    return y
+
+
+def gelu_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """As fastlm._native.gelu_bwd."""
+    dx = torch.empty_like(x)
+    M, N = _gelu_rows(x)
+    partial = db = None
+    if bias is not None:
+        partial = x.new_empty(_cuda.gelu_shares(x.device.index or 0, M, N), N, dtype=torch.float32)
+        db = x.new_zeros(N, dtype=torch.float32) if M == 0 else x.new_empty(N, dtype=torch.float32)
+    _cuda.gelu_bwd(
+        *_place(x), _ptr(dy), _ptr(x), _ptr(bias), _ptr(dx), _ptr(partial), _ptr(db), M, N, tanh, dropout_p, seed,
+        TYPE_CODE[x.dtype], _weight_type(bias, None),
+    )  # fmt: skip
+    return dx, db
