@@ -101,6 +101,7 @@ def test_the_module_imports_without_a_driver(built, tmp_path):
 import importlib.machinery, importlib.util
 loader = importlib.machinery.ExtensionFileLoader("_cuda", {str(module)!r})
 cuda = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+loader.exec_module(cuda)
 print(cuda.architectures, cuda.toolkit_version() >= 110, cuda.driver_version() >= 0)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
