@@ -1,6 +1,7 @@
 // layer_norm and add_layer_norm (with dropout), forward and backward: the kernels of norm.cuh with the mean.
 
-#include "norm.cuh"
+#include "norm_backward.cuh"
+#include "norm_forward.cuh"
 
 namespace fastlm::cuda {
 

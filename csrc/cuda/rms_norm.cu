@@ -1,6 +1,7 @@
 // rms_norm and add_rms_norm, forward and backward: the kernels of norm.cuh without the mean.
 
-#include "norm.cuh"
+#include "norm_backward.cuh"
+#include "norm_forward.cuh"
 
 namespace fastlm::cuda {
 
