@@ -1,4 +1,5 @@
-// fastlm._cuda: the CUDA kernels behind integer pointers. fastlm/_native_cuda.py is its only caller.
+// fastlm._cuda: the CUDA kernels behind integer pointers. fastlm/_native_cuda.py is its only caller, with
+// the device current.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,8 +21,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("architectures") = FASTLM_CUDA_ARCHS;
   m.def("toolkit_version", &toolkit_version);
   m.def("driver_version", &driver_version);
-  m.def("norm_shares", &norm_shares);
-  m.def("gelu_shares", &gelu_shares);
+  m.def("norm_shares", [](int device, ptr, int64_t M, int64_t N) { return norm_shares(device, M, N); });
+  m.def("gelu_shares", [](int device, ptr, int64_t M, int64_t N) { return gelu_shares(device, M, N); });
   m.def("layer_norm_fwd",
         [](int device, ptr stream, ptr x, ptr residual, ptr w, ptr b, ptr z, ptr y, ptr mean, ptr rstd, int64_t M,
            int64_t N, double eps, double p, int64_t seed, int x_type, int r_type, int y_type, int w_type) {

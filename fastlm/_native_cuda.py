@@ -67,17 +67,21 @@ def unusable() -> str | None:
     return None
 
 
-def _place(x: Tensor) -> tuple[int, int]:
-    """Device and stream to launch on."""
+def _call(function: Callable, x: Tensor, *arguments: Any) -> Any:
+    """function(device, stream, *arguments) for the current stream of x's device, while that is the current device."""
     if x.device.type != "cuda":
-        return 0, 0
+        return function(0, 0, *arguments)
     index = x.device.index
-    return index, torch._C._cuda_getCurrentRawStream(index)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if index == torch.cuda.current_device():
+        return function(index, stream, *arguments)
+    with torch.cuda.device(index):
+        return function(index, stream, *arguments)
 
 
 def _norm_workspace(z: Tensor, M: int, N: int, sums: int, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """((M, 2) of row sums, partial sums and `sums` sums of N each, or None): all fp32, the first two one allocation."""
-    shares = _cuda.norm_shares(z.device.index or 0, M, N) if wanted else 0
+    shares = _call(_cuda.norm_shares, z, M, N) if wanted else 0
     work = z.new_empty(shares * sums * N + 2 * M, dtype=torch.float32)
     if not wanted:
         return work, None, None
@@ -104,8 +108,9 @@ def layer_norm_fwd(
     z = None if residual is None else torch.empty_like(residual)
     mean = x.new_empty(M, dtype=torch.float32) if statistics else None
     rstd = x.new_empty(M, dtype=torch.float32) if statistics else None
-    _cuda.layer_norm_fwd(
-        *_place(x), _ptr(x), _ptr(residual), _ptr(weight), _ptr(bias), _ptr(z), _ptr(y), _ptr(mean), _ptr(rstd),
+    _call(
+        _cuda.layer_norm_fwd, x,
+        _ptr(x), _ptr(residual), _ptr(weight), _ptr(bias), _ptr(z), _ptr(y), _ptr(mean), _ptr(rstd),
         M, N, eps, dropout_p, seed,
         TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], _weight_type(weight, bias),
     )  # fmt: skip
@@ -131,8 +136,9 @@ def layer_norm_bwd(
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
     rows, partial, sums = _norm_workspace(z, M, N, 2, weight_grads)
-    _cuda.layer_norm_bwd(
-        *_place(z), _ptr(dy), _ptr(z), _ptr(weight), _ptr(mean), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
+    _call(
+        _cuda.layer_norm_bwd, z,
+        _ptr(dy), _ptr(z), _ptr(weight), _ptr(mean), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
         _ptr(partial), _ptr(sums), _ptr(rows), M, N, dropout_p, seed,
         TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
     )  # fmt: skip
@@ -155,8 +161,9 @@ def rms_norm_fwd(
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
     z = None if residual is None else torch.empty_like(residual)
     rstd = x.new_empty(M, dtype=torch.float32) if statistics else None
-    _cuda.rms_norm_fwd(
-        *_place(x), _ptr(x), _ptr(residual), _ptr(weight), _ptr(z), _ptr(y), _ptr(rstd), M, N, eps,
+    _call(
+        _cuda.rms_norm_fwd, x,
+        _ptr(x), _ptr(residual), _ptr(weight), _ptr(z), _ptr(y), _ptr(rstd), M, N, eps,
         TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], _weight_type(weight, None),
     )  # fmt: skip
     return y, z, rstd
@@ -178,8 +185,9 @@ def rms_norm_bwd(
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if x_dtype != z.dtype else None
     rows, partial, sums = _norm_workspace(z, M, N, 1, weight_grad)
-    _cuda.rms_norm_bwd(
-        *_place(z), _ptr(dy), _ptr(z), _ptr(weight), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
+    _call(
+        _cuda.rms_norm_bwd, z,
+        _ptr(dy), _ptr(z), _ptr(weight), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
         _ptr(partial), _ptr(sums), _ptr(rows), M, N,
         TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
     )  # fmt: skip
@@ -195,8 +203,9 @@ def _gelu_rows(x: Tensor) -> tuple[int, int]:
 def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
     """As fastlm._native.gelu_fwd."""
     y = torch.empty_like(x)
-    _cuda.gelu_fwd(
-        *_place(x), _ptr(x), _ptr(bias), _ptr(y), *_gelu_rows(x), tanh, dropout_p, seed,
+    _call(
+        _cuda.gelu_fwd, x,
+        _ptr(x), _ptr(bias), _ptr(y), *_gelu_rows(x), tanh, dropout_p, seed,
         TYPE_CODE[x.dtype], _weight_type(bias, None),
     )  # fmt: skip
     return y
@@ -210,10 +219,11 @@ def gelu_bwd(
     M, N = _gelu_rows(x)
     partial = db = None
     if bias is not None:
-        partial = x.new_empty(_cuda.gelu_shares(x.device.index or 0, M, N), N, dtype=torch.float32)
+        partial = x.new_empty(_call(_cuda.gelu_shares, x, M, N), N, dtype=torch.float32)
         db = x.new_zeros(N, dtype=torch.float32) if M == 0 else x.new_empty(N, dtype=torch.float32)
-    _cuda.gelu_bwd(
-        *_place(x), _ptr(dy), _ptr(x), _ptr(bias), _ptr(dx), _ptr(partial), _ptr(db), M, N, tanh, dropout_p, seed,
+    _call(
+        _cuda.gelu_bwd, x,
+        _ptr(dy), _ptr(x), _ptr(bias), _ptr(dx), _ptr(partial), _ptr(db), M, N, tanh, dropout_p, seed,
         TYPE_CODE[x.dtype], _weight_type(bias, None),
     )  # fmt: skip
     return dx, db

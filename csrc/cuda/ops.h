@@ -7,7 +7,7 @@
 
 namespace fastlm::cuda {
 
-// The device whose memory is pointed at, and one of its streams.
+// The device whose memory is pointed at, which the caller has made current, and one of its streams.
 struct Place {
   int device;
   void* stream;

@@ -291,6 +291,7 @@ inline int architecture() {
 }
 inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 inline int shared_bytes_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+// For this copy of the runtime, which the module links statically, what the caller's copy has done already.
 inline void set_device(int index) { check(cudaSetDevice(index), "set_device"); }
 
 // Puts the kernel on the stream of the current device, or throws a std::runtime_error that names it.
