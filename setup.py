@@ -140,9 +140,9 @@ class BuildExtensions(build_ext):
 
 
 class SourceDistribution(sdist):
-    def add_defaults(self):
-        super().add_defaults()
+    def make_distribution(self):
         self.filelist.extend(sorted(glob("csrc/*.cpp") + glob("csrc/*/*")))  # whatever is built here
+        super().make_distribution()
 
 
 setup(
