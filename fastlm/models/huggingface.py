@@ -1,227 +1,276 @@
-"""GPT-2 folders in Hugging Face's layout: config.json with model.safetensors, whole or sharded.
+"""Models in Hugging Face's layout: what an architecture is, and how its folders are loaded and saved.
 
-Hugging Face keeps the four projections of a block as `Conv1D`, (in, out), where `nn.Linear` has (out, in);
-all other tensors are as ours, under names that carry `transformer.` or not, by age.
+An `Architecture` says how settings become a configuration and back, and under which names a folder keeps the
+tensors: a tensor of ours may be several of theirs, stacked along the first dimension (the fused query, key and
+value projection), or transposed (`Conv1D`). The architectures themselves are in `architectures.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from .config import ModelConfig
+from .folders import CONFIG, listed, read_json, read_tensors, write_folder
 
-if TYPE_CHECKING:
-    from .gpt import GPT, GPTConfig
-
-TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-# Causal masks that older versions stored as if they were parameters.
-STRAY = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
-DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-NAMED_AT_MOST = 6
+NOTHING = re.compile(r"(?!)")
+SHARD_BYTES = 5 * 10**9
 
 
-def load(cls: type[GPT], folder: str | os.PathLike[str], dropout: float | None) -> GPT:
-    """Body of `GPT.from_huggingface`."""
+class Settings:
+    """A config.json, whose complaints name the file."""
+
+    def __init__(self, values: dict[str, Any], path: Path):
+        self.values, self.path = values, path
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.values.get(name, default)
+
+    def require(self, *names: str) -> None:
+        if missing := [name for name in names if name not in self.values]:
+            self.refuse(f"missing {', '.join(missing)}")
+
+    def expect(self, name: str, *wanted: Any) -> Any:
+        """The value, or the first that is wanted if there is none; refuse what would load and compute otherwise."""
+        value = self.values.get(name, wanted[0])
+        if value not in wanted:
+            text = " or ".join(json.dumps(value) for value in wanted)
+            self.refuse(f"{name} is {json.dumps(value)}, expected {text}")
+        return value
+
+    def one_rate(self, chosen: float | None, names: tuple[str, ...], default: float) -> float:
+        """The dropout rate that `names` agree on, or the one that the caller has chosen."""
+        rates = {name: self.get(name, default) for name in names}
+        if chosen is not None:
+            return chosen
+        if len(set(rates.values())) > 1:
+            text = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+            self.refuse(f"{text}: fastlm has one rate; pass dropout= to choose it")
+        return rates[names[-1]]
+
+    def refuse(self, problem: str) -> None:
+        raise CheckpointError(f"{self.path}: {problem}")
+
+
+class Part(NamedTuple):
+    """One of their tensors that makes up one of ours: the next `rows` of it, transposed or not."""
+
+    name: str
+    rows: int
+    transposed: bool = False
+
+    def shape(self, ours: torch.Size) -> tuple[int, ...]:
+        shape = (self.rows, *ours[1:]) if len(ours) else ()
+        return tuple(reversed(shape)) if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one family of models lies in a folder.
+
+    Attributes:
+        model_types: of config.json.
+        model: our class.
+        read: (settings, dropout rate or None) -> our configuration.
+        write: our configuration -> settings, or a ConfigError that says what theirs cannot express.
+        names: our configuration -> {our module, layer numbers as `*`: their modules}; a module that is not there
+            has our name.
+        prefix: what models with a head put before the names of the base model's tensors.
+        unprefixed: beginnings of the names that have no prefix.
+        transposed: which of their tensors are kept transposed.
+        stray: our configuration -> which of their tensors are no parameters of this model.
+        aliases: our configuration -> {their name: their name of the tensor that it has to equal}.
+        renamed: {old ending of a name: today's}.
+    """
+
+    model_types: tuple[str, ...]
+    model: type[nn.Module]
+    read: Callable[[Settings, float | None], ModelConfig]
+    write: Callable[[Any], dict[str, Any]]
+    names: Callable[[Any], dict[str, tuple[str, ...]]]
+    prefix: str
+    unprefixed: tuple[str, ...]
+    transposed: re.Pattern[str] = NOTHING
+    stray: Callable[[Any], re.Pattern[str]] = lambda config: NOTHING
+    aliases: Callable[[Any], dict[str, str]] = lambda config: {}
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def parts(self, config: Any, shapes: dict[str, torch.Size]) -> dict[str, list[Part]]:
+        """For each of our tensors those of theirs that it is stacked from."""
+        names = self.names(config)
+        return {ours: self._parts_of(ours, shape, names, config) for ours, shape in shapes.items()}
+
+    def _parts_of(self, ours: str, shape: torch.Size, names: dict[str, tuple[str, ...]], config: Any) -> list[Part]:
+        module, _, leaf = ours.rpartition(".")
+        numbers = re.findall(r"\.(\d+)(?=\.|$)", module)
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", module)
+        theirs = names.get(ours) or tuple(f"{name}.{leaf}" if leaf else name for name in names.get(pattern, (pattern,)))
+        rows = shape[0] if len(shape) else 1
+        sizes = (rows,) if len(theirs) == 1 else getattr(config, "qkv_sizes", None)
+        if sizes is None or len(sizes) != len(theirs):
+            sizes = (rows // len(theirs),) * len(theirs)
+        filled = [_fill(name, numbers) for name in theirs]
+        return [
+            Part(name, size, bool(self.transposed.fullmatch(name))) for name, size in zip(filled, sizes, strict=True)
+        ]
+
+    def full_name(self, name: str, with_head: bool) -> str:
+        return name if not with_head or name.startswith(self.unprefixed) else f"{self.prefix}{name}"
+
+
+def _fill(name: str, numbers: list[str]) -> str:
+    for number in numbers:
+        name = name.replace("*", number, 1)
+    return name
+
+
+def load(
+    folder: str | os.PathLike[str],
+    dropout: float | None = None,
+    dtype: torch.dtype | None = None,
+    model: type[nn.Module] | None = None,
+) -> nn.Module:
+    """Load a folder of any known architecture, or of that of the class `model` alone.
+
+    Raises:
+        CheckpointError: for missing or damaged files, an architecture that is not known, a setting that it does
+            not have here, and missing, extra or misshapen tensors, by name.
+    """
     folder = Path(folder)
-    config = _read_config(folder / "config.json", dropout)
-    tensors = _named_as_ours(_read_tensors(folder), config, folder)
+    settings = Settings(read_json(folder / CONFIG), folder / CONFIG)
+    architecture = _architecture(settings, model)
+    return assemble(architecture, settings, lambda: read_tensors(folder), folder, dropout, dtype)
+
+
+def assemble(
+    architecture: Architecture,
+    settings: Settings,
+    read: Callable[[], dict[str, Tensor]],
+    source: Path,
+    dropout: float | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """A model from settings and tensors in Hugging Face's names, wherever they come from."""
+    try:
+        config: Any = architecture.read(settings, dropout)
+    except ConfigError as error:
+        raise CheckpointError(f"{settings.path}: {error}") from error
     with torch.device("meta"):
-        model = cls(config)
-    _check(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, folder)
-    # Owned copies: nothing keeps reading the file after this returns.
-    state = {
-        name: _transposed(name, tensor).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+        model = architecture.model(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    parts = architecture.parts(config, shapes)
+    tensors = _canonical(architecture, config, read(), source)
+    _check(tensors, parts, shapes, source, settings.path.name)
+    state = {name: _stack(tensors, parts[name], dtype or torch.float32) for name in shapes}
     model.load_state_dict(state, assign=True)
     return model
 
 
-def save(model: GPT, folder: str | os.PathLike[str], eot_id: int | None) -> None:
-    """Body of `GPT.save_huggingface`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def save(model: nn.Module, folder: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES, **settings: Any) -> None:
+    """Write a folder that transformers loads: config.json and safetensors, see `write_folder`.
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_their_name(name): _transposed(name, tensor.detach().cpu()).contiguous()
-               for name, tensor in model.state_dict().items()}  # fmt: skip
-    settings = _settings(model.config, model.wte.weight.dtype, eot_id)
+    Args:
+        settings: added to config.json.
+
+    Raises:
+        CheckpointError: for a model that has no architecture there, and if the files cannot be written.
+    """
+    from .architectures import ARCHITECTURES
+
+    found = [a for a in ARCHITECTURES if type(model) is a.model]
+    if not found:
+        known = ", ".join(sorted({a.model.__name__ for a in ARCHITECTURES}))
+        raise CheckpointError(f"{type(model).__name__} has no Hugging Face layout here; those that have: {known}")
+    config: Any = model.config
     try:
-        with (
-            _replacing(folder / "config.json") as config,
-            _replacing(folder / "model.safetensors") as weights,
-        ):
-            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, weights, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
-
-
-def _transposed(name: str, tensor: Tensor) -> Tensor:
-    return tensor.t() if TRANSPOSED.fullmatch(name) else tensor
-
-
-def _their_name(name: str) -> str:
-    return name if name == "lm_head.weight" else f"transformer.{name}"
-
-
-def _settings(config: GPTConfig, dtype: torch.dtype, eot_id: int | None) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_inner": config.n_inner,
-        "activation_function": "gelu_new",
-        **dict.fromkeys(DROPOUTS, config.dropout),
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def _read_config(path: Path, dropout: float | None) -> GPTConfig:
-    from .gpt import GPTConfig
-
-    settings = _read_json(path)
-    _check_architecture(settings, path)
-    if dropout is None:
-        rates = {name: settings.get(name, 0.1) for name in DROPOUTS}
-        if len(set(rates.values())) > 1:
-            text = ", ".join(f"{name} {rate}" for name, rate in rates.items())
-            raise CheckpointError(f"{path}: {text}: fastlm has one rate; pass dropout= to choose it")
-        dropout = rates["resid_pdrop"]
-    missing = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if name not in settings]
-    if missing:
-        raise CheckpointError(f"{path}: missing {', '.join(missing)}")
-    try:
-        return GPTConfig(
-            vocab_size=settings["vocab_size"],
-            context_length=settings.get("n_positions", settings.get("n_ctx", 1024)),
-            n_layer=settings["n_layer"],
-            n_head=settings["n_head"],
-            n_embd=settings["n_embd"],
-            dropout=dropout,
-            layer_norm_eps=settings.get("layer_norm_epsilon", 1e-5),
-            n_inner=settings.get("n_inner"),
-            tie_embeddings=settings.get("tie_word_embeddings", True),
-        )
+        written = found[0].write(config)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{folder}: {error}") from error
+    # Relatives share a class: the one that the settings name is written.
+    architecture = next(a for a in found if written["model_type"] in a.model_types)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    dtype = next(iter(state.values())).dtype
+    tensors = {}
+    with_head = not written["architectures"][0].endswith("Model")
+    for name, parts in architecture.parts(config, {name: t.shape for name, t in state.items()}).items():
+        stacked = state[name].split([part.rows for part in parts]) if len(parts) > 1 else [state[name]]
+        for part, tensor in zip(parts, stacked, strict=True):
+            ordered = tensor.t() if part.transposed else tensor
+            tensors[architecture.full_name(part.name, with_head)] = ordered
+    written |= {"dtype": str(dtype).removeprefix("torch.")} | settings
+    write_folder(Path(folder), written, tensors, shard_bytes)
 
 
-def _check_architecture(settings: dict[str, Any], path: Path) -> None:
-    """Refuse what would load and then compute something else."""
-    wanted: dict[str, tuple] = {
-        "model_type": ("gpt2",),
-        "activation_function": TANH_GELUS,
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    }
-    for name, values in wanted.items():
-        if settings.get(name, values[0]) not in values:
-            text = " or ".join(json.dumps(value) for value in values)
-            raise CheckpointError(f"{path}: {name} is {json.dumps(settings[name])}, expected {text}")
+def _architecture(settings: Settings, model: type[nn.Module] | None) -> Architecture:
+    from .architectures import ARCHITECTURES
+
+    known = [a for a in ARCHITECTURES if model is None or a.model is model]
+    types = [name for a in known for name in a.model_types]
+    if model is None and "model_type" not in settings.values:
+        settings.refuse(f"missing model_type, expected one of {', '.join(types)}")
+    wanted = settings.expect("model_type", *types)
+    return next(a for a in known if wanted in a.model_types)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
+def _canonical(
+    architecture: Architecture, config: Any, tensors: dict[str, Tensor], source: Path
+) -> dict[str, Tensor]:
+    """Tensors under today's names, without prefix, strays and second names."""
+    stray, named = architecture.stray(config), {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix(architecture.prefix)
+        for old, new in architecture.renamed:
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        if not stray.fullmatch(name):
+            named[name] = tensor
+    for alias, name in architecture.aliases(config).items():
+        if alias in named:
+            tensor = named.pop(alias)
+            if not torch.equal(named.setdefault(name, tensor), tensor):
+                raise CheckpointError(f"{source}: {alias} differs from {name}, but config.json ties them")
+    return named
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists() or not index.exists():
-        return _read_safetensors(whole)
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise CheckpointError(f"{index}: has no weight_map")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted({str(shard) for shard in shards.values()}):
-        tensors |= _read_safetensors(folder / shard)
-    return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cut short or not a safetensors file: {error}") from error
-
-
-def _named_as_ours(tensors: dict[str, Tensor], config: GPTConfig, folder: Path) -> dict[str, Tensor]:
-    ours = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    ours = {name: tensor for name, tensor in ours.items() if not STRAY.fullmatch(name)}
-    if config.tie_embeddings and "lm_head.weight" in ours:
-        head = ours.pop("lm_head.weight")
-        if not torch.equal(ours.setdefault("wte.weight", head), head):
-            raise CheckpointError(f"{folder}: lm_head.weight differs from wte.weight, but config.json ties them")
-    return ours
-
-
-def _check(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], folder: Path) -> None:
-    """Compare what the files hold with what config.json calls for, all of it at once."""
+def _check(
+    tensors: dict[str, Tensor],
+    parts: dict[str, list[Part]],
+    shapes: dict[str, torch.Size],
+    source: Path,
+    config_name: str,
+) -> None:
+    """Compare what the files hold with what the settings call for, all of it at once."""
+    wanted = {part.name: part.shape(shapes[ours]) for ours, group in parts.items() for part in group}
     problems = [
-        f"{kind} {_listed(sorted(names))}"
+        f"{kind} {listed(sorted(names))}"
         for kind, names in (
-            ("missing", shapes.keys() - tensors.keys()),
-            ("unexpected", tensors.keys() - shapes),
+            ("missing", wanted.keys() - tensors.keys()),
+            ("unexpected", tensors.keys() - wanted.keys()),
         )
         if names
     ]
-    misfits = []
-    for name in sorted(shapes.keys() & tensors.keys()):
-        wanted = tuple(reversed(shapes[name])) if TRANSPOSED.fullmatch(name) else tuple(shapes[name])
-        if tuple(tensors[name].shape) != wanted:
-            misfits.append(f"{name} has shape {tuple(tensors[name].shape)} instead of {wanted}")
+    misfits = [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {wanted[name]}"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if tuple(tensors[name].shape) != wanted[name]
+    ]
     if misfits:
-        problems.append(_listed(misfits))
+        problems.append(listed(misfits))
     if problems:
-        raise CheckpointError(f"{folder}: the tensors do not fit config.json: {'; '.join(problems)}")
+        raise CheckpointError(f"{source}: the tensors do not fit {config_name}: {'; '.join(problems)}")
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
-    return ", ".join(names[:NAMED_AT_MOST]) + more
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success its file takes the place of `path`, else it goes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _stack(tensors: dict[str, Tensor], parts: list[Part], dtype: torch.dtype) -> Tensor:
+    """An owned copy: nothing keeps reading the file afterwards."""
+    ordered = [tensors[part.name].t() if part.transposed else tensors[part.name] for part in parts]
+    if len(ordered) > 1:
+        return torch.cat([tensor.to(dtype) for tensor in ordered])
+    return ordered[0].to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -1,0 +1,44 @@
+"""A decoder's cache: its own keys and values, which beams swap, and the source's, which they share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from ..models.seq2seq import Memory, Seq2Seq
+
+
+class DecoderCache(KVCache):
+    """Keys and values of the target tokens so far, (R, H, T, D) a layer, and of the source, (B, H, S, D).
+
+    Args:
+        model: whose decoder it serves.
+        memory: what the encoder left; its keys and values are computed here, once.
+        beams: target rows for each source row.
+        max_length: target positions to hold.
+    """
+
+    def __init__(self, model: Seq2Seq, memory: Memory, beams: int, max_length: int):
+        rows = memory.states.shape[0] * beams
+        super().__init__(model.config, rows, memory.states.dtype, memory.states.device, max_length)
+        self.memory = model.cross_keys_values(memory)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row r continues what row `rows[r]` held, for (R,) int64 `rows`."""
+        for held in (self.keys, self.values):
+            held[:, :, :, : self.length] = held[:, rows, :, : self.length]
+
+    def mask(self, T: int) -> Tensor | None:
+        """As KVCache's."""
+        return super().mask(T)
+
+    @staticmethod
+    def rows_of(parents: Tensor) -> Tensor:
+        """(B, K) beams within each source row -> (B K,) rows."""
+        B, K = parents.shape
+        return (parents + K * torch.arange(B, device=parents.device)[:, None]).flatten()

@@ -1,0 +1,292 @@
+"""BERT and RoBERTa on fastlm's fused ops, without spending anything on padding.
+
+Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"; Liu et
+al. 2019, "RoBERTa". Post-norm encoder layers: every LayerNorm takes in the residual addition before it.
+Shapes: B batch, T length, N tokens that are no padding, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+
+Padding is dropped at the input (Zeng et al. 2022, "Boosting Distributed Training Performance of the Unpadded
+BERT Model"): layers see (N, C) packed tokens, and attention is told where each sequence begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.gelu import bias_gelu
+from ..ops.layer_norm import add_layer_norm, layer_norm
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from .checks import check_ids, check_same_shape, check_tokens
+from .config import ModelConfig
+from .packing import Packing
+
+IGNORED_TARGET = -100
+HEADS = ("none", "masked-lm", "pretraining", "classification")
+
+
+@dataclass(frozen=True)
+class BERTConfig(ModelConfig):
+    """The sizes and rates that define a BERT.
+
+    Attributes:
+        vocab_size, context_length, n_layer, n_head, n_embd: sizes; n_head divides n_embd.
+        n_inner: hidden size of the MLP; None means 4 n_embd.
+        n_token_type: segments that a token can belong to.
+        dropout, attention_dropout, head_dropout: rates on embeddings and residual branches, on the attention
+            weights, and before a classification head (None means `dropout`).
+        layer_norm_eps: added to the variance in every LayerNorm.
+        activation: "none" for the exact GELU, "tanh" for its approximation.
+        head: what stands on the encoder: "none" (hidden states), "masked-lm", "pretraining" (masked-lm and
+            next sentence) or "classification".
+        n_class: classes of a classification head; 1 for regression.
+        pooler: whether the first token's hidden state has a layer of its own (the next-sentence and
+            classification heads of BERT need it; RoBERTa's classification head brings its own).
+        position_offset: 0 for BERT. RoBERTa counts its positions from 2 on, those without padding only.
+
+    Raises:
+        ConfigError: naming the field that is out of range.
+    """
+
+    vocab_size: int
+    context_length: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_inner: int | None = None
+    n_token_type: int = 2
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    head_dropout: float | None = None
+    layer_norm_eps: float = 1e-12
+    activation: str = "none"
+    head: str = "masked-lm"
+    n_class: int = 2
+    pooler: bool = False
+    position_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_inner is None and isinstance(self.n_embd, int):
+            object.__setattr__(self, "n_inner", 4 * self.n_embd)
+        self._check_sizes(
+            "vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "n_token_type", "n_class"
+        )
+        if self.n_embd % self.n_head:
+            self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+        self._check_rates("dropout", "attention_dropout")
+        if self.head_dropout is not None:
+            self._check_rates("head_dropout")
+        self._check_positive("layer_norm_eps")
+        self._check_choice("activation", ("none", "tanh"))
+        self._check_choice("head", HEADS)
+        self._check_flags("pooler")
+        if self.head in ("pretraining", "classification") and not self.pooler:
+            self._refuse("pooler", f"true for the head {self.head}")
+
+
+class BERTAttention(nn.Module):
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.attention_dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.out = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """(N, C) -> (N, C); every token attends to all of its own sequence."""
+        dropout = self.dropout if self.training else 0.0
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(1)  # (N, H, D), views of the projection
+        return self.out(packing.attend(q, k, v, dropout).flatten(1))
+
+
+class BERTLayer(nn.Module):
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.dropout, self.activation = config.dropout, config.activation
+        self.attention = BERTAttention(config)
+        self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.up = nn.Linear(config.n_embd, config.n_inner)  # type: ignore[arg-type]
+        self.down = nn.Linear(config.n_inner, config.n_embd)  # type: ignore[arg-type]
+        self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        x = self.add_norm(self.attention(x, packing), x, self.attention_norm)
+        hidden = F.linear(x, self.up.weight)  # the bias is added inside the GELU
+        return self.add_norm(self.down(bias_gelu(hidden, self.up.bias, self.activation)), x, self.mlp_norm)
+
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout)[0]
+
+
+class MaskedLMHead(nn.Module):
+    """Dense layer, GELU, LayerNorm, then the vocabulary, whose weight is the token embedding."""
+
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the vocabulary's weight is applied to, (..., C)."""
+        x = bias_gelu(F.linear(hidden, self.dense.weight), self.dense.bias, self.activation)
+        return layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+class BERT(nn.Module):
+    """BERT: token, position and segment embeddings, post-norm encoder layers, and the heads that it was trained with.
+
+    Args:
+        config: the sizes. Weights and embeddings are fp32 draws of a normal of deviation 0.02; biases 0, norms 1.
+    """
+
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length + config.position_offset, config.n_embd)
+        self.wse = nn.Embedding(config.n_token_type, config.n_embd)
+        self.embedding_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.layers = nn.ModuleList(BERTLayer(config) for _ in range(config.n_layer))
+        if config.pooler:
+            self.pooler = nn.Linear(config.n_embd, config.n_embd)
+        if config.head in ("masked-lm", "pretraining"):
+            self.masked_lm = MaskedLMHead(config)
+        if config.head == "pretraining":
+            self.next_sentence = nn.Linear(config.n_embd, 2)
+        if config.head == "classification":
+            self.classifier = nn.Linear(config.n_embd, config.n_class)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states, or what the head makes of them.
+
+        Args:
+            tokens: (B, T) int64 ids.
+            attention_mask: (B, T), nonzero for tokens and 0 for padding, on either side or in between;
+                None where there is no padding.
+            token_types: (B, T) int64 segments; None means 0.
+
+        Returns:
+            By `config.head`: hidden states (B, T, C); masked-lm logits (B, T, V), also of a pretraining head,
+            whose `next_sentence_logits` are a method of their own; class logits (B, n_class). Padding has hidden
+            states and logits of 0.
+
+        Raises:
+            ValueError: for a wrong rank, dtype or shape, a sequence longer than the context, or (on the CPU
+                and outside torch.compile) an id out of range.
+        """
+        hidden, packing = self.encode(tokens, attention_mask, token_types)
+        if self.config.head == "none":
+            return packing.unpack(hidden)
+        if self.config.head == "classification":
+            return self.class_logits(self.pooled(hidden, packing))
+        return packing.unpack(F.linear(self.masked_lm(hidden), self.wte.weight, self.masked_lm.bias))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        next_sentence: Tensor | None = None,
+    ) -> Tensor:
+        """Mean loss in training, in nats.
+
+        Args:
+            tokens, attention_mask, token_types: see `forward`.
+            targets: with a masked-lm or pretraining head (B, T) int64 ids, -100 for positions that do not count:
+                only those that do reach the vocabulary. With a classification head (B,) int64 classes, or
+                numbers to be regressed on where n_class is 1.
+            next_sentence: with a pretraining head (B,) int64, 0 where the second segment follows the first; its
+                loss is added.
+
+        Raises:
+            ValueError: as `forward`; for targets that do not fit; for a model without a head.
+        """
+        hidden, packing = self.encode(tokens, attention_mask, token_types)
+        if self.config.head == "none":
+            raise ValueError("BERT: loss needs a head, and config.head is none")
+        if self.config.head == "classification":
+            return self._classification_loss(self.class_logits(self.pooled(hidden, packing)), targets)
+        check_same_shape("BERT", "targets", targets, "tokens", tokens)
+        check_ids("BERT", "targets", targets, self.config.vocab_size, IGNORED_TARGET)
+        flat = packing.pack(targets)
+        counted = (flat != IGNORED_TARGET).nonzero().squeeze(1)
+        states = self.masked_lm(hidden[counted])
+        loss = linear_cross_entropy(states, self.wte.weight, flat[counted], self.masked_lm.bias)
+        if next_sentence is not None:
+            logits = self.next_sentence_logits(self.pooled(hidden, packing))
+            loss = loss + F.cross_entropy(logits, next_sentence)
+        return loss
+
+    def encode(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> tuple[Tensor, Packing]:
+        """Hidden states of the tokens that are no padding, (N, C), and where they come from."""
+        self._check(tokens, attention_mask, token_types)
+        packing = Packing.of(attention_mask, (tokens.shape[0], tokens.shape[1]))
+        x = self.wte(packing.pack(tokens)) + self.positions(tokens, attention_mask, packing)
+        x = x + (self.wse.weight[0] if token_types is None else self.wse(packing.pack(token_types)))
+        norm = self.embedding_norm
+        x = layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, packing)
+        return x, packing
+
+    def positions(self, tokens: Tensor, attention_mask: Tensor | None, packing: Packing) -> Tensor:
+        """Position embeddings of the packed tokens, (N, C)."""
+        T = tokens.shape[1]
+        offset = self.config.position_offset
+        if attention_mask is not None and offset:
+            columns = (attention_mask != 0).long().cumsum(1) - 1
+        elif packing.rows is None:
+            return self.wpe.weight[offset : offset + T].repeat(tokens.shape[0], 1)
+        else:
+            columns = torch.arange(T, device=tokens.device).expand_as(tokens)
+        return self.wpe(packing.pack(columns + offset))
+
+    def pooled(self, hidden: Tensor, packing: Packing) -> Tensor:
+        """tanh of a layer on the first token's hidden state, (B, C), from what `encode` returns."""
+        return torch.tanh(self.pooler(packing.first(hidden)))
+
+    def next_sentence_logits(self, pooled: Tensor) -> Tensor:
+        """(B, C) from `pooled` -> (B, 2): class 0 says that the second segment follows the first."""
+        return self.next_sentence(pooled)
+
+    def class_logits(self, pooled: Tensor) -> Tensor:
+        """(B, C) from `pooled` -> (B, n_class)."""
+        rate = self.config.dropout if self.config.head_dropout is None else self.config.head_dropout
+        return self.classifier(F.dropout(pooled, rate, self.training))
+
+    def _classification_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.shape != logits.shape[:1]:
+            raise ValueError(f"BERT: targets has shape {tuple(targets.shape)}, expected ({len(logits)},)")
+        if self.config.n_class == 1:
+            return F.mse_loss(logits.squeeze(1), targets.to(logits.dtype))
+        return F.cross_entropy(logits, targets)
+
+    def _check(self, tokens: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> None:
+        check_tokens("BERT", tokens, self.config)
+        if attention_mask is not None:
+            check_same_shape("BERT", "attention_mask", attention_mask, "tokens", tokens)
+        if token_types is not None:
+            check_same_shape("BERT", "token_types", token_types, "tokens", tokens)
+            check_ids("BERT", "token_types", token_types, self.config.n_token_type)
+
+    def num_parameters(self) -> int:
+        """Number of trained values; the decoder is the embedding and counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())

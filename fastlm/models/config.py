@@ -1,0 +1,72 @@
+"""What the models' configurations share: checks that name the field, and the way to and from a dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import Self
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Base of the configurations; a subclass lists its fields and calls the checks in `__post_init__`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: for an unknown or missing name, or a value that the constructor refuses.
+        """
+        fields = dataclasses.fields(cls)
+        unknown = sorted(settings.keys() - {field.name for field in fields})
+        required = {field.name for field in fields if field.default is dataclasses.MISSING}
+        missing = sorted(required - settings.keys())
+        if unknown or missing:
+            text = ", ".join([f"unknown {name}" for name in unknown] + [f"missing {name}" for name in missing])
+            raise ConfigError(f"{cls.__name__}: {text}")
+        return cls(**settings)
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        raise ConfigError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, expected {wanted}")
+
+    def _check_sizes(self, *names: str) -> None:
+        for name in names:
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                self._refuse(name, "an integer of at least 1")
+
+    def _check_rates(self, *names: str) -> None:
+        for name in names:
+            rate = getattr(self, name)
+            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+                self._refuse(name, "a number in [0, 1)")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            number = getattr(self, name)
+            if not isinstance(number, (int, float)) or not 0 < number < math.inf:
+                self._refuse(name, "a number above 0")
+
+    def _check_flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "true or false")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            self._refuse(name, " or ".join(choices))
+
+    def _check_ids(self, *names: str) -> None:
+        for name in names:
+            token = getattr(self, name)
+            if not isinstance(token, int) or not 0 <= token < getattr(self, "vocab_size"):  # noqa: B009
+                self._refuse(name, "an id of the vocabulary")

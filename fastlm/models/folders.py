@@ -1,0 +1,185 @@
+"""Model folders on disk: JSON settings beside safetensors, whole or in shards; replaced whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: if the file is missing, no JSON, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, under the names of its files.
+
+    Raises:
+        CheckpointError: for a missing, cut or foreign file.
+    """
+    whole, index = folder / WHOLE, folder / INDEX
+    if whole.exists():
+        return _read_safetensors(whole)
+    if index.exists():
+        return _read_shards(folder, index, _read_safetensors)
+    pickle, pickle_index = (folder / name for name in PICKLES)
+    if pickle.exists():
+        return read_pickle(pickle)
+    if pickle_index.exists():
+        return _read_shards(folder, pickle_index, read_pickle)
+    raise CheckpointError(f"{whole}: no such file")
+
+
+def _read_shards(folder: Path, index: Path, read) -> dict[str, Tensor]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise CheckpointError(f"{index}: has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({str(shard) for shard in shards.values()}):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index}: names the shard {shard!r}, expected a file beside it")
+        tensors |= read(folder / shard)
+    if absent := sorted(shards.keys() - tensors.keys()):
+        raise CheckpointError(f"{index}: names tensors that its shards have not: {listed(absent)}")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cut short or not a safetensors file: {error}") from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `torch.save` file, read without running anything that it may hold.
+
+    Raises:
+        CheckpointError: for a missing or cut file, one that would run code, or one that is no dict of tensors.
+    """
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # unpickling raises anything
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: a pickle that holds more than tensors could run code and is not read, or it is cut "
+            f"short; save the weights as safetensors: {reason}"
+        ) from error
+    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a dictionary of tensors")
+    return value
+
+
+def write_folder(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    """Write config.json and the tensors, in shards of at most `shard_bytes` if they are more than that.
+
+    All files are complete on the disk before any takes its place. A folder that does not exist appears with
+    all of them at once; in one that does, files of a model saved there earlier go, and others stay.
+
+    Raises:
+        CheckpointError: if the files cannot be written; older ones are then untouched.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
+    try:
+        _write_files(staging, settings, tensors, shard_bytes)
+        _move_in(staging, folder)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_files(staging: Path, settings: dict[str, Any], tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    shards = _shards(tensors, shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = WHOLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: tensors[name].contiguous() for name in names}, staging / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(staging / CONFIG, settings)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in staging.iterdir():
+        path.chmod(0o666 & ~umask)  # safetensors and mkdtemp leave theirs to the owner alone
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    staging.chmod(0o777 & ~umask)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:
+    """Names in order, a new shard where one more tensor would be too much."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    return shards
+
+
+def _move_in(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(staging, folder)
+        return
+    fresh = {path.name for path in staging.iterdir()}
+    for name in sorted(fresh, key=lambda name: (name == CONFIG, name)):
+        os.replace(staging / name, folder / name)
+    for path in list(folder.iterdir()):
+        if path.name not in fresh and (path.name in (WHOLE, INDEX) or SHARD.fullmatch(path.name)):
+            path.unlink()
+
+
+def listed(names: list[str], at_most: int = 6) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more

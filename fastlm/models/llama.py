@@ -1,0 +1,275 @@
+"""Llama and its relatives (Mistral, Qwen2) on fastlm's fused ops.
+
+Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models"; Jiang et al. 2023, "Mistral 7B";
+Yang et al. 2024, "Qwen2 Technical Report". Pre-norm blocks of RMSNorm, rotary positions, grouped-query
+attention and SwiGLU, without biases but where the configuration says so. Shapes: B batch, T tokens of this
+call, S tokens attended to, C = n_embd, H = n_head, K = n_kv_head, D = head_size, V = vocab_size.
+
+The residual additions run inside the RMSNorm that follows them, as in gpt.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.attention import scaled_dot_product_attention
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.rms_norm import add_rms_norm, rms_norm
+from ..ops.rotary import rotary
+from ..ops.swiglu import swiglu
+from .checks import check_ids, check_same_shape, check_tokens
+from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from ..inference.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class LlamaConfig(ModelConfig):
+    """The sizes that define a Llama.
+
+    Attributes:
+        vocab_size, context_length, n_layer, n_head, n_embd, n_inner: sizes; n_inner is the SwiGLU's.
+        n_kv_head: heads of keys and values, a divisor of n_head; None means n_head.
+        head_size: elements of a head, even; None means n_embd / n_head.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        rope_theta: base of the rotary wavelengths.
+        rope_scaling: None, or how the wavelengths were stretched for a longer context: "linear" (divided by
+            rope_factor; Chen et al. 2023) or "llama3" (long waves are, short ones stay, those between are mixed).
+        rope_factor, rope_low_freq_factor, rope_high_freq_factor, rope_original_context: of the scaling.
+        qkv_bias, output_bias, mlp_bias: whether these projections have biases (Qwen2: qkv_bias).
+        sliding_window: tokens that each one sees, itself included; None means all before it.
+        first_window_layer: the first layer with the window.
+        dropout: rate on the attention weights in training.
+        tie_embeddings: whether the output head is the token embedding.
+
+    Raises:
+        ConfigError: naming the field that is out of range.
+    """
+
+    vocab_size: int
+    context_length: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_inner: int
+    n_kv_head: int | None = None
+    head_size: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: str | None = None
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    first_window_layer: int = 0
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_sizes("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner")
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if self.head_size is None:
+            if self.n_embd % self.n_head:
+                self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+            object.__setattr__(self, "head_size", self.n_embd // self.n_head)
+        self._check_sizes("n_kv_head", "head_size", "rope_original_context")
+        if self.n_head % self.n_kv_head:  # type: ignore[operator]
+            self._refuse("n_kv_head", f"a divisor of n_head {self.n_head}")
+        if self.head_size % 2:  # type: ignore[operator]
+            self._refuse("head_size", "an even number")
+        self._check_positive(
+            "rms_norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"
+        )
+        if self.rope_scaling not in (None, "linear", "llama3"):
+            self._refuse("rope_scaling", "None, linear or llama3")
+        if self.sliding_window is not None:
+            self._check_sizes("sliding_window")
+        self._check_rates("dropout")
+        self._check_flags("qkv_bias", "output_bias", "mlp_bias", "tie_embeddings")
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of the queries, keys and values in the fused projection."""
+        shared = self.n_kv_head * self.head_size  # type: ignore[operator]
+        return self.n_head * self.head_size, shared, shared  # type: ignore[operator]
+
+
+def rotary_frequencies(config: LlamaConfig) -> Tensor:
+    """Radians a token for each pair of a head's elements, (D / 2,) fp32."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size  # type: ignore[arg-type,operator]
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    stretched = frequencies / config.rope_factor
+    if config.rope_scaling == "linear":
+        return stretched
+    # Llama 3: the number of turns within the original context tells long waves from short ones.
+    turns = config.rope_original_context * frequencies / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(stretched, frequencies, share)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.config = layer, config
+        self.window = config.sliding_window if layer >= config.first_window_layer else None
+        self.qkv = nn.Linear(config.n_embd, sum(config.qkv_sizes), bias=config.qkv_bias)
+        self.out = nn.Linear(config.qkv_sizes[0], config.n_embd, bias=config.output_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
+        heads = self.config.n_head, self.config.n_kv_head, self.config.n_kv_head
+        q, k, v = qkv.split(heads, 1)  # type: ignore[arg-type]
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        y = self.attend(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the last T of S tokens over those before them, within the window."""
+        T, S = q.shape[2], k.shape[2]
+        if self.window is not None and S >= self.window + T:  # what no query of these sees is not read
+            seen = self.window + T - 1
+            k, v, S = k[:, :, -seen:], v[:, :, -seen:], seen
+        mask = None
+        windowed = self.window is not None and S > self.window
+        if T > 1 and (S > T or windowed):
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            mask = mask.triu(S - T - self.window + 1) if windowed else mask  # type: ignore[operator]
+        dropout = self.config.dropout if self.training else 0.0
+        is_causal = T > 1 and mask is None
+        return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=True)
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_inner, bias=config.mlp_bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(swiglu(gate, up))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.attention = LlamaAttention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self, normed: Tensor, x: Tensor, next_norm: nn.RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take attention_norm(x) and x, both (B, T, C); return next_norm(y) and y for the block's output y."""
+        normed, x = add_norm(self.attention(normed, cos, sin, cache), x, self.mlp_norm)
+        return add_norm(self.mlp(normed), x, next_norm)
+
+
+def add_norm(branch: Tensor, x: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """(norm(z), z) with z = x + branch."""
+    return add_rms_norm(branch, x, norm.weight, norm.eps)
+
+
+class Llama(nn.Module):
+    """Llama: rotary positions, pre-norm blocks, grouped-query attention, SwiGLU.
+
+    Args:
+        config: the sizes. Parameters are fp32: weights and embeddings from a normal of deviation 0.02, those
+            that write to the residual stream from 0.02 / sqrt(2 n_layer); norms 1, biases 0.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                writes_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=residual_std if writes_stream else 0.02)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output projection, (V, C)."""
+        return self.wte.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits, or the mean loss.
+
+        Args:
+            tokens: (B, T) int64 ids.
+            targets: (B, T) int64 ids that follow each token; -100 leaves a position out of the loss.
+            cache: holds the keys and values of the tokens before these, and takes up those of these.
+
+        Returns:
+            Logits (B, T, V); with `targets`, the mean cross-entropy in nats, a scalar, and the logits are
+            never held.
+
+        Raises:
+            ValueError: for a wrong rank, dtype or shape, a sequence longer than the context, or (on the
+                CPU and outside torch.compile) an id outside the vocabulary.
+        """
+        if targets is not None:
+            check_same_shape("Llama", "targets", targets, "tokens", tokens)
+            check_ids("Llama", "targets", targets, self.config.vocab_size, ignored=-100)
+        hidden = self.hidden(tokens, cache)
+        if targets is None:
+            return self.logits(hidden)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Output of the last RMSNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
+        start = 0 if cache is None else cache.length
+        check_tokens("Llama", tokens, self.config, start)
+        T = tokens.shape[1]
+        x = self.wte(tokens)  # (B, T, C)
+        cos, sin = self.rotations(start, T, x.device)
+        norms: list[Any] = [block.attention_norm for block in self.layers] + [self.norm]
+        normed = rms_norm(x, self.config.n_embd, norms[0].weight, norms[0].eps)
+        for block, next_norm in zip(self.layers, norms[1:], strict=True):
+            normed, x = block(normed, x, next_norm, cos, sin, cache)
+        if cache is not None:
+            cache.advance(T)
+        return normed
+
+    def rotations(self, start: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (T, D / 2) fp32, of the angles at positions `start` to `start + T`."""
+        positions = torch.arange(start, start + T, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, rotary_frequencies(self.config).to(device))
+        return angles.cos(), angles.sin()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states (..., C) to logits (..., V)."""
+        return F.linear(hidden, self.head_weight)
+
+    def num_parameters(self) -> int:
+        """Number of trained values; a tied output head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())

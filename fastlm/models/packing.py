@@ -1,0 +1,69 @@
+"""Batches without their padding: which tokens are kept, and the way there and back.
+
+Zeng et al. 2022, "Boosting Distributed Training Performance of the Unpadded BERT Model". Shapes: B batch, T
+length, N tokens that are no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.attention import attention_varlen, scaled_dot_product_attention
+
+
+@dataclass
+class Packing:
+    """Where packed tokens come from.
+
+    Attributes:
+        shape: (B, T).
+        rows: (N,) their places in the flattened (B, T), or None where there is no padding.
+        cu_seqlens: (B + 1,) int32 places of the sequences' beginnings among them, and N; None likewise.
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor | None, shape: tuple[int, int]) -> Packing:
+        """From an attention mask (B, T): nonzero for tokens, 0 for padding."""
+        if mask is None:
+            return cls(shape)
+        kept = mask != 0
+        rows = kept.flatten().nonzero().squeeze(1)
+        if len(rows) == kept.numel():
+            return cls(shape)
+        return cls(shape, rows, F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (N, ...)."""
+        flat = x.flatten(0, 1)
+        return flat if self.rows is None else flat[self.rows]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (B, T, ...), with 0 where there is padding."""
+        if self.rows is not None:
+            flat = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = flat.index_copy(0, self.rows, x)
+        return x.unflatten(0, self.shape)
+
+    def first(self, x: Tensor) -> Tensor:
+        """(N, C) -> (B, C): the first token of each sequence; 0 for one that is all padding."""
+        if self.cu_seqlens is None:
+            return x.unflatten(0, self.shape)[:, 0]
+        begin, end = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:]
+        if not len(x):
+            return x.new_zeros(len(begin), *x.shape[1:])
+        return torch.where((end > begin)[:, None], x[begin.clamp(max=len(x) - 1)], 0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        """Attention of every token to all of its own sequence: (N, H, D) each -> (N, H, D)."""
+        if self.cu_seqlens is not None:
+            return attention_varlen(q, k, v, self.cu_seqlens, dropout_p=dropout_p)
+        q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)

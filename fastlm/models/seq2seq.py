@@ -1,0 +1,355 @@
+"""The encoder-decoder Transformer of "Attention Is All You Need" (Vaswani et al. 2017) on fastlm's fused ops.
+
+Sinusoidal or learned positions, post-norm as in the paper or pre-norm, one embedding matrix for source, target
+and output or three. Shapes: B source rows, S source length, N source tokens that are no padding, R target rows
+(B, or K beams for each source row), T target tokens of this call, C = n_embd, H = n_head, D = C / H.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.attention import scaled_dot_product_attention
+from ..ops.gelu import bias_gelu
+from ..ops.layer_norm import add_layer_norm, layer_norm
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from .checks import check_ids, check_same_shape, check_tokens
+from .config import ModelConfig
+from .packing import Packing
+
+if TYPE_CHECKING:
+    from ..inference.decoder_cache import DecoderCache
+
+IGNORED_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(ModelConfig):
+    """The sizes and rates that define an encoder-decoder Transformer.
+
+    Attributes:
+        vocab_size, context_length, n_encoder_layer, n_decoder_layer, n_head, n_embd: sizes; n_head divides n_embd,
+            and context_length bounds source and target each.
+        n_inner: hidden size of the MLPs; None means 4 n_embd.
+        source_vocab_size: None means vocab_size.
+        dropout, attention_dropout: rates on embeddings and residual branches, and on the attention weights.
+        activation: "relu" (the paper's), "gelu" or "silu".
+        norm_first: whether LayerNorm stands before each sublayer (and once more at the end) or, as in the paper,
+            behind the residual addition.
+        positions: "sinusoidal" (sines in the first half, cosines in the second) or "learned".
+        scale_embeddings: whether embeddings are multiplied by sqrt(n_embd).
+        tie_embeddings: whether source, target and output share one matrix; else there are three.
+        output_bias: whether the logits have a bias.
+        label_smoothing: share of the target's probability that is spread over the vocabulary, in training.
+        layer_norm_eps: added to the variance in every LayerNorm.
+        pad_id, start_id, end_id: ids of padding, of what the decoder begins with, and of the end of a sequence.
+
+    Raises:
+        ConfigError: naming the field that is out of range.
+    """
+
+    vocab_size: int
+    context_length: int
+    n_encoder_layer: int = 6
+    n_decoder_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 512
+    n_inner: int | None = None
+    source_vocab_size: int | None = None
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation: str = "relu"
+    norm_first: bool = False
+    positions: str = "sinusoidal"
+    scale_embeddings: bool = True
+    tie_embeddings: bool = True
+    output_bias: bool = False
+    label_smoothing: float = 0.0
+    layer_norm_eps: float = 1e-5
+    pad_id: int = 0
+    start_id: int = 1
+    end_id: int = 2
+
+    def __post_init__(self) -> None:
+        if self.n_inner is None and isinstance(self.n_embd, int):
+            object.__setattr__(self, "n_inner", 4 * self.n_embd)
+        if self.source_vocab_size is None:
+            object.__setattr__(self, "source_vocab_size", self.vocab_size)
+        self._check_sizes(
+            "vocab_size", "context_length", "n_encoder_layer", "n_decoder_layer", "n_head", "n_embd", "n_inner",
+            "source_vocab_size",
+        )  # fmt: skip
+        if self.n_embd % self.n_head:
+            self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+        if self.n_embd % 2 and self.positions == "sinusoidal":
+            self._refuse("n_embd", "an even number, for sinusoidal positions")
+        self._check_rates("dropout", "attention_dropout", "label_smoothing")
+        self._check_positive("layer_norm_eps")
+        self._check_choice("activation", ("relu", "gelu", "silu"))
+        self._check_choice("positions", ("sinusoidal", "learned"))
+        self._check_flags("norm_first", "scale_embeddings", "tie_embeddings", "output_bias")
+        self._check_ids("pad_id", "start_id", "end_id")
+        if self.tie_embeddings and self.source_vocab_size != self.vocab_size:
+            self._refuse("source_vocab_size", f"vocab_size {self.vocab_size}, as the embeddings are tied")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_layer(self) -> int:
+        """Layers that a decoder's cache holds."""
+        return self.n_decoder_layer
+
+
+@dataclass
+class Memory:
+    """What the encoder leaves: states (B, S, C), and which of them are no padding, (B, 1, 1, S), None for all."""
+
+    states: Tensor
+    mask: Tensor | None
+
+
+def sinusoids(start: int, length: int, C: int, device: torch.device) -> Tensor:
+    """The paper's position encodings of `length` positions from `start` on, (length, C) fp32."""
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
+    frequencies = 10000 ** (-torch.arange(0, C, 2, dtype=torch.float32, device=device) / C)
+    angles = torch.outer(positions, frequencies)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: Seq2SeqConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.attention_dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.out = nn.Linear(config.n_embd, config.n_embd)
+
+    def encode(self, x: Tensor, packing: Packing) -> Tensor:
+        """(N, C) -> (N, C): every source token attends to all of its own sequence."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(1)
+        return self.out(packing.attend(q, k, v, self.dropout if self.training else 0.0).flatten(1))
+
+    def decode(self, x: Tensor, cache: DecoderCache | None) -> Tensor:
+        """(R, T, C) -> (R, T, C): every target token attends to those before it and itself."""
+        T = x.shape[1]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (R, H, T, D) each
+        mask, is_causal = None, T > 1
+        if cache is not None:
+            if cache.length:
+                mask, is_causal = cache.mask(T), False
+            k, v = cache.append(self.layer, k, v)
+        y = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.attention_dropout
+        self.q = nn.Linear(config.n_embd, config.n_embd)
+        self.kv = nn.Linear(config.n_embd, 2 * config.n_embd)
+        self.out = nn.Linear(config.n_embd, config.n_embd)
+
+    def keys_values(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The source's keys and values, (B, H, S, D) each: the same for every target token."""
+        k, v = self.kv(memory.states).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """(R, T, C) -> (R, T, C). The beams of a source row are queries side by side, so they share its keys."""
+        k, v = keys_values
+        B = k.shape[0]
+        q = self.q(x).view(B, -1, self.n_head, k.shape[3]).transpose(1, 2)  # (B, H, R / B T, D)
+        y = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Layer(nn.Module):
+    """What encoder and decoder layers share: the MLP, and how a sublayer meets the residual stream."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.dropout, self.activation, self.norm_first = config.dropout, config.activation, config.norm_first
+        self.up = nn.Linear(config.n_embd, config.n_inner)  # type: ignore[arg-type]
+        self.down = nn.Linear(config.n_inner, config.n_embd)  # type: ignore[arg-type]
+        self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            return self.down(bias_gelu(F.linear(x, self.up.weight), self.up.bias))
+        return self.down((F.relu if self.activation == "relu" else F.silu)(self.up(x)))
+
+    def residual(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: nn.LayerNorm) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if self.norm_first:
+            return x + F.dropout(sublayer(normed(x, norm)), dropout)
+        return add_layer_norm(sublayer(x), x, norm.weight, norm.bias, norm.eps, dropout)[0]
+
+
+def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+class EncoderLayer(Layer):
+    def __init__(self, config: Seq2SeqConfig, layer: int):
+        super().__init__(config)
+        self.attention = SelfAttention(config, layer)
+        self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        x = self.residual(x, lambda x: self.attention.encode(x, packing), self.attention_norm)
+        return self.residual(x, self.mlp, self.mlp_norm)
+
+
+class DecoderLayer(Layer):
+    def __init__(self, config: Seq2SeqConfig, layer: int):
+        super().__init__(config)
+        self.layer = layer
+        self.attention = SelfAttention(config, layer)
+        self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.cross_attention = CrossAttention(config)
+        self.cross_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
+        keys_values = self.cross_attention.keys_values(memory) if cache is None else cache.memory[self.layer]
+        x = self.residual(x, lambda x: self.attention.decode(x, cache), self.attention_norm)
+        x = self.residual(x, lambda x: self.cross_attention(x, keys_values, memory.mask), self.cross_norm)
+        return self.residual(x, self.mlp, self.mlp_norm)
+
+
+class Seq2Seq(nn.Module):
+    """The encoder-decoder Transformer.
+
+    Args:
+        config: the sizes. Weights are fp32 and drawn as in the paper's code: Xavier-uniform, embeddings from a
+            normal of deviation n_embd^-0.5; biases 0, norms 1.
+    """
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if not config.tie_embeddings:
+            self.source_wte = nn.Embedding(config.source_vocab_size, config.n_embd)  # type: ignore[arg-type]
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.positions == "learned":
+            self.source_wpe = nn.Embedding(config.context_length, config.n_embd)
+            self.target_wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.n_encoder_layer))
+        self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.n_decoder_layer))
+        if config.norm_first:
+            self.encoder_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+            self.decoder_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "wte" in name or "wpe" in name:
+                nn.init.normal_(parameter, std=self.config.n_embd**-0.5)
+            elif parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output projection, (V, C)."""
+        return self.wte.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def forward(self, source: Tensor, target: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """Logits of what follows each target token.
+
+        Args:
+            source: (B, S) int64 ids.
+            target: (B, T) int64 ids, `start_id` first.
+            source_mask: (B, S), nonzero for tokens and 0 for padding; None means where source is not pad_id.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            ValueError: for a wrong rank, dtype or shape, a sequence longer than the context, or (on the CPU
+                and outside torch.compile) an id outside the vocabulary.
+        """
+        return self.logits(self.decode(target, self.encode(source, source_mask)))
+
+    def loss(self, source: Tensor, targets: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats, with the label smoothing of the configuration in training.
+
+        Args:
+            source, source_mask: see `forward`.
+            targets: (B, T) int64 ids without `start_id`, `end_id` last; pad_id and -100 do not count.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        c = self.config
+        known = targets.masked_fill(targets == IGNORED_TARGET, c.pad_id)
+        target = F.pad(known[:, :-1], (1, 0), value=c.start_id)
+        hidden = self.decode(target, self.encode(source, source_mask))
+        counted = known.masked_fill(known == c.pad_id, IGNORED_TARGET).flatten()
+        check_ids("Seq2Seq", "targets", known, c.vocab_size)
+        smoothing = c.label_smoothing if self.training else 0.0
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, counted, self.output_bias, label_smoothing=smoothing
+        )
+
+    def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Memory:
+        """The encoder's states; padding costs nothing. See `forward`."""
+        c = self.config
+        check_tokens("Seq2Seq", source, c, name="source", vocab_size=c.source_vocab_size)
+        if source_mask is None:
+            source_mask = source != c.pad_id
+        check_same_shape("Seq2Seq", "source_mask", source_mask, "source", source)
+        packing = Packing.of(source_mask, (source.shape[0], source.shape[1]))
+        table, positions = (self.wte, None) if c.tie_embeddings else (self.source_wte, None)
+        positions = self.source_wpe if c.positions == "learned" else None
+        x = packing.pack(self._embed(source, table, positions, 0))
+        for layer in self.encoder:
+            x = layer(x, packing)
+        if c.norm_first:
+            x = normed(x, self.encoder_norm)
+        mask = None if packing.rows is None else (source_mask != 0)[:, None, None, :]
+        return Memory(packing.unpack(x), mask)
+
+    def decode(self, target: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
+        """Hidden states (R, T, C) of `target` (R, T), which follows what `cache` holds; R is B, or K for each of B."""
+        c = self.config
+        start = 0 if cache is None else cache.length
+        check_tokens("Seq2Seq", target, c, start, name="target")
+        x = self._embed(target, self.wte, self.target_wpe if c.positions == "learned" else None, start)
+        for layer in self.decoder:
+            x = layer(x, memory, cache)
+        if cache is not None:
+            cache.advance(target.shape[1])
+        return normed(x, self.decoder_norm) if c.norm_first else x
+
+    def cross_keys_values(self, memory: Memory) -> list[tuple[Tensor, Tensor]]:
+        """For each decoder layer the source's keys and values, for a cache."""
+        return [layer.cross_attention.keys_values(memory) for layer in self.decoder]
+
+    def _embed(self, tokens: Tensor, table: nn.Embedding, positions: nn.Embedding | None, start: int) -> Tensor:
+        T, C = tokens.shape[1], self.config.n_embd
+        x = table(tokens) * (math.sqrt(C) if self.config.scale_embeddings else 1.0)
+        if positions is None:
+            x = x + sinusoids(start, T, C, x.device).to(x.dtype)
+        else:
+            x = x + positions.weight[start : start + T]
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states (..., C) to logits (..., V)."""
+        return F.linear(hidden, self.head_weight, self.output_bias)
+
+    def num_parameters(self) -> int:
+        """Number of trained values; a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
