@@ -33,10 +33,6 @@ class DecoderCache(KVCache):
         for held in (self.keys, self.values):
             held[:, :, :, : self.length] = held[:, rows, :, : self.length]
 
-    def mask(self, T: int) -> Tensor | None:
-        """As KVCache's."""
-        return super().mask(T)
-
     @staticmethod
     def rows_of(parents: Tensor) -> Tensor:
         """(B, K) beams within each source row -> (B K,) rows."""

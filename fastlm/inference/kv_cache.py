@@ -43,7 +43,8 @@ class KVCache:
             raise ValueError(
                 f"KVCache: max_length is {max_length}, expected 1 to the context of {config.context_length}"
             )
-        shape = (config.n_layer, batch_size, config.n_head, max_length, config.head_size)
+        heads = getattr(config, "n_kv_head", config.n_head)  # grouped queries share keys and values
+        shape = (config.n_layer, batch_size, heads, max_length, config.head_size)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.max_length = max_length

@@ -448,6 +448,8 @@ MARIAN_FOLDER = Architecture(
     names=lambda config: MARIAN_NAMES,
     prefix="model.",
     unprefixed=("final_logits_bias", "lm_head."),
+    one_row=re.compile("final_logits_bias"),
+    # Sines and cosines, which are computed here.
     stray=lambda config: re.compile(r"(encoder|decoder)\.embed_positions\.weight"),
     aliases=lambda config: dict.fromkeys(
         ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"

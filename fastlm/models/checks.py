@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 
-def check_tokens(model: str, tokens: Tensor, config: Any, start: int = 0) -> None:
+def check_tokens(
+    model: str, tokens: Tensor, config: Any, start: int = 0, name: str = "tokens", vocab_size: int | None = None
+) -> None:
     """Raise ValueError unless `tokens` are (B, T) ids of the vocabulary that fit the context after `start`."""
     if tokens.dim() != 2:
-        raise ValueError(f"{model}: tokens has shape {tuple(tokens.shape)}, expected (batch, length)")
+        raise ValueError(f"{model}: {name} has shape {tuple(tokens.shape)}, expected (batch, length)")
     if start + tokens.shape[1] > config.context_length:
         before = f" after {start} cached" if start else ""
         raise ValueError(
-            f"{model}: a sequence of {tokens.shape[1]} tokens{before} is longer than the context of "
+            f"{model}: {name} of length {tokens.shape[1]}{before} does not fit the context of "
             f"{config.context_length}"
         )
-    check_ids(model, "tokens", tokens, config.vocab_size)
+    check_ids(model, name, tokens, config.vocab_size if vocab_size is None else vocab_size)
 
 
 def check_ids(model: str, name: str, ids: Tensor, count: int, ignored: int | None = None) -> None:

@@ -324,7 +324,7 @@ class GPT(nn.Module):
         """
         from .huggingface import load
 
-        return load(cls, folder, dropout)
+        return load(folder, dropout, model=cls)  # type: ignore[return-value]
 
     def save_huggingface(self, folder: str | PathLike[str], eot_id: int | None = None) -> None:
         """Write config.json and model.safetensors for `transformers.GPT2LMHeadModel.from_pretrained`.
@@ -338,4 +338,4 @@ class GPT(nn.Module):
         """
         from .huggingface import save
 
-        save(self, folder, eot_id)
+        save(self, folder, bos_token_id=eot_id, eos_token_id=eot_id)

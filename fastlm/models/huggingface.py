@@ -62,15 +62,21 @@ class Settings:
 
 
 class Part(NamedTuple):
-    """One of their tensors that makes up one of ours: the next `rows` of it, transposed or not."""
+    """One of their tensors, which holds the next `rows` of one of ours: `as_is`, `transposed` or as `one_row`."""
 
     name: str
     rows: int
-    transposed: bool = False
+    form: str = "as_is"
 
     def shape(self, ours: torch.Size) -> tuple[int, ...]:
-        shape = (self.rows, *ours[1:]) if len(ours) else ()
-        return tuple(reversed(shape)) if self.transposed else shape
+        shape = (self.rows, *ours[1:])
+        return {"as_is": shape, "transposed": shape[::-1], "one_row": (1, *shape)}[self.form]
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        return {"as_is": tensor, "transposed": tensor.t(), "one_row": tensor[None]}[self.form]
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        return {"as_is": tensor, "transposed": tensor.t(), "one_row": tensor.flatten()}[self.form]
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Architecture:
             has our name.
         prefix: what models with a head put before the names of the base model's tensors.
         unprefixed: beginnings of the names that have no prefix.
-        transposed: which of their tensors are kept transposed.
+        transposed, one_row: which of their tensors are kept transposed, or as a matrix of one row.
         stray: our configuration -> which of their tensors are no parameters of this model.
         aliases: our configuration -> {their name: their name of the tensor that it has to equal}.
         renamed: {old ending of a name: today's}.
@@ -100,6 +106,7 @@ class Architecture:
     prefix: str
     unprefixed: tuple[str, ...]
     transposed: re.Pattern[str] = NOTHING
+    one_row: re.Pattern[str] = NOTHING
     stray: Callable[[Any], re.Pattern[str]] = lambda config: NOTHING
     aliases: Callable[[Any], dict[str, str]] = lambda config: {}
     renamed: tuple[tuple[str, str], ...] = ()
@@ -114,14 +121,17 @@ class Architecture:
         numbers = re.findall(r"\.(\d+)(?=\.|$)", module)
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", module)
         theirs = names.get(ours) or tuple(f"{name}.{leaf}" if leaf else name for name in names.get(pattern, (pattern,)))
-        rows = shape[0] if len(shape) else 1
+        rows = shape[0]
         sizes = (rows,) if len(theirs) == 1 else getattr(config, "qkv_sizes", None)
         if sizes is None or len(sizes) != len(theirs):
             sizes = (rows // len(theirs),) * len(theirs)
         filled = [_fill(name, numbers) for name in theirs]
-        return [
-            Part(name, size, bool(self.transposed.fullmatch(name))) for name, size in zip(filled, sizes, strict=True)
-        ]
+        return [Part(name, size, self._form(name)) for name, size in zip(filled, sizes, strict=True)]
+
+    def _form(self, name: str) -> str:
+        if self.transposed.fullmatch(name):
+            return "transposed"
+        return "one_row" if self.one_row.fullmatch(name) else "as_is"
 
     def full_name(self, name: str, with_head: bool) -> str:
         return name if not with_head or name.startswith(self.unprefixed) else f"{self.prefix}{name}"
@@ -204,8 +214,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], shard_bytes: int = SH
     for name, parts in architecture.parts(config, {name: t.shape for name, t in state.items()}).items():
         stacked = state[name].split([part.rows for part in parts]) if len(parts) > 1 else [state[name]]
         for part, tensor in zip(parts, stacked, strict=True):
-            ordered = tensor.t() if part.transposed else tensor
-            tensors[architecture.full_name(part.name, with_head)] = ordered
+            tensors[architecture.full_name(part.name, with_head)] = part.to_theirs(tensor)
     written |= {"dtype": str(dtype).removeprefix("torch.")} | settings
     write_folder(Path(folder), written, tensors, shard_bytes)
 
@@ -270,7 +279,7 @@ def _check(
 
 def _stack(tensors: dict[str, Tensor], parts: list[Part], dtype: torch.dtype) -> Tensor:
     """An owned copy: nothing keeps reading the file afterwards."""
-    ordered = [tensors[part.name].t() if part.transposed else tensors[part.name] for part in parts]
+    ordered = [part.to_ours(tensors[part.name]) for part in parts]
     if len(ordered) > 1:
         return torch.cat([tensor.to(dtype) for tensor in ordered])
     return ordered[0].to(dtype, copy=True, memory_format=torch.contiguous_format)

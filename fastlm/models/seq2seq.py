@@ -311,7 +311,7 @@ class Seq2Seq(nn.Module):
             source_mask = source != c.pad_id
         check_same_shape("Seq2Seq", "source_mask", source_mask, "source", source)
         packing = Packing.of(source_mask, (source.shape[0], source.shape[1]))
-        table, positions = (self.wte, None) if c.tie_embeddings else (self.source_wte, None)
+        table = self.wte if c.tie_embeddings else self.source_wte
         positions = self.source_wpe if c.positions == "learned" else None
         x = packing.pack(self._embed(source, table, positions, 0))
         for layer in self.encoder:

@@ -1,0 +1,149 @@
+"""Llama-type models in GGUF files: llama.cpp's names and settings in Hugging Face's terms, weights dequantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .architectures import LLAMA_FOLDER
+from .folders import listed
+from .huggingface import Settings, assemble
+from .llama import LlamaConfig, rotary_frequencies
+
+KINDS = ("llama", "qwen2")
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+FACTORS = "rope_freqs.weight"
+
+
+def load_gguf(path: Path, dropout: float | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a Llama, Mistral or Qwen2 from a GGUF file, its weights dequantized.
+
+    Raises:
+        CheckpointError: if the `gguf` package is missing, the file is damaged or of another architecture, or its
+            tensors do not fit its settings.
+    """
+    gguf = _package()
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # a cut file fails in numpy, in any way
+        raise CheckpointError(f"{path}: cut short or not a GGUF file: {error}") from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    kind = fields.get("general.architecture")
+    if kind not in KINDS:
+        raise CheckpointError(f"{path}: general.architecture is {kind!r}, expected {' or '.join(KINDS)}")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    settings = Settings(_settings(path, fields, kind, tensors), path)
+
+    def read() -> dict[str, Tensor]:
+        return _named(path, gguf, tensors, settings, permuted=kind == "llama")
+
+    return assemble(LLAMA_FOLDER, settings, read, path, dropout, dtype)
+
+
+def _package() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(f"GGUF files need the gguf package: pip install gguf ({error})") from error
+    return gguf
+
+
+def _settings(path: Path, fields: dict[str, Any], kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    def field(name: str, *default: Any) -> Any:
+        if f"{kind}.{name}" not in fields and not default:
+            raise CheckpointError(f"{path}: missing {kind}.{name}")
+        return fields.get(f"{kind}.{name}", *default)
+
+    heads = field("attention.head_count")
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{path}: missing token_embd.weight")
+    settings = {
+        "model_type": kind,
+        "vocab_size": int(embedding.shape[1]),  # GGUF lists extents from the innermost on
+        "max_position_embeddings": field("context_length"),
+        "hidden_size": field("embedding_length"),
+        "num_hidden_layers": field("block_count"),
+        "intermediate_size": field("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "head_dim": field("attention.key_length", None),
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("rope.freq_base", 10000.0),
+        "attention_bias": kind == "llama" and "blk.0.attn_q.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    scaling = field("rope.scaling.type", "none")
+    if scaling == "linear":
+        settings["rope_scaling"] = {"rope_type": "linear", "factor": field("rope.scaling.factor")}
+    elif scaling != "none":
+        raise CheckpointError(f"{path}: rope.scaling.type is {scaling!r}, expected none or linear")
+    if FACTORS in tensors:
+        settings["rope_scaling"] = _llama3_scaling(path, tensors[FACTORS].data, settings)
+    return settings
+
+
+def _llama3_scaling(path: Path, factors: np.ndarray, settings: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3's scaling, of which GGUF keeps only what each wavelength was stretched by."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled, plain = (
+        LLAMA_FOLDER.read(Settings(settings | {"rope_scaling": rope}, path), None) for rope in (scaling, None)
+    )
+    assert isinstance(scaled, LlamaConfig)
+    assert isinstance(plain, LlamaConfig)
+    expected = rotary_frequencies(plain) / rotary_frequencies(scaled)
+    if not torch.allclose(torch.from_numpy(factors.astype(np.float32)), expected, rtol=1e-3):
+        raise CheckpointError(f"{path}: {FACTORS} is not the scaling of Llama 3.1")
+    return scaling
+
+
+def _named(
+    path: Path, gguf: ModuleType, tensors: dict[str, Any], settings: Settings, permuted: bool
+) -> dict[str, Tensor]:
+    """Dequantized tensors under Hugging Face's names; unknown ones keep theirs and are reported as such."""
+    heads = {"attn_q": settings.get("num_attention_heads"), "attn_k": settings.get("num_key_value_heads")}
+    named = {}
+    for name, tensor in tensors.items():
+        if name == FACTORS:
+            continue
+        block = name.split(".")
+        try:
+            values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"{path}: {listed([name])} is {tensor.tensor_type.name}: {error}") from error
+        if block[0] == "blk" and len(block) == 4 and block[2] in BLOCK_NAMES:
+            if permuted and block[2] in heads:
+                values = _halves(values, heads[block[2]])
+            named[f"layers.{block[1]}.{BLOCK_NAMES[block[2]]}.{block[3]}"] = values
+        else:
+            module, _, leaf = name.rpartition(".")
+            named[f"{NAMES.get(module, module)}.{leaf}"] = values
+    return named
+
+
+def _halves(rows: Tensor, heads: int) -> Tensor:
+    """Rows of a head's rotary pairs side by side, as llama.cpp has them -> all first elements, then all second."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

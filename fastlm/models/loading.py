@@ -1,0 +1,141 @@
+"""`fastlm.load` and `fastlm.save`: any model, from and to any format that is known."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError
+from .bert import BERT, BERTConfig
+from .folders import CONFIG, PICKLES
+from .gpt import GPT, GPTConfig
+from .huggingface import SHARD_BYTES
+from .huggingface import load as load_folder
+from .huggingface import save as save_folder
+from .llama import Llama, LlamaConfig
+from .seq2seq import Seq2Seq, Seq2SeqConfig
+
+MODELS: dict[str, tuple[type[nn.Module], Any]] = {
+    "GPT": (GPT, GPTConfig),
+    "BERT": (BERT, BERTConfig),
+    "Llama": (Llama, LlamaConfig),
+    "Seq2Seq": (Seq2Seq, Seq2SeqConfig),
+}
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dropout: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Load a model, in evaluation mode, from whatever lies at `path`.
+
+    Args:
+        path: a Hugging Face folder (config.json with safetensors, whole or sharded, or a pickle of tensors) of
+            GPT-2, BERT, RoBERTa, Llama, Mistral, Qwen2 or Marian; a GGUF file of a Llama type, which is
+            dequantized (needs the `gguf` package); a run folder of `fastlm train`, which stands for its best
+            checkpoint or, without one, its last; or a checkpoint file.
+        dropout: replaces the rates of a folder or GGUF file, for training on.
+        dtype: of the parameters.
+        device: where they go.
+
+    Returns:
+        GPT, BERT, Llama or Seq2Seq, by what the file says.
+
+    Raises:
+        CheckpointError: for nothing or nothing known at `path`; an architecture that is not known, with those that
+            are; a setting that is not supported; missing, extra or misshapen tensors, by name; a pickle that
+            holds more than tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_dir():
+        model = _load_folder(path, dropout, dtype)
+    elif path.suffix == ".gguf":
+        from .gguf import load_gguf
+
+        model = load_gguf(path, dropout, dtype)
+    elif path.suffix in PICKLE_SUFFIXES:
+        raise CheckpointError(
+            f"{path}: tensors alone do not say which model they are of; expected a folder with config.json "
+            f"beside {PICKLES[0]} or model.safetensors"
+        )
+    else:
+        model = _load_checkpoint(path)
+    return model.to(device, dtype).eval()
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], format: str = "hf", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a model so that `load` reads it again.
+
+    Args:
+        model: GPT, BERT, Llama or Seq2Seq.
+        path: a folder; for "fastlm" a folder or a file that ends in .safetensors.
+        format: "hf", a folder that transformers loads (a Seq2Seq as Marian, where it is one), or "fastlm", a
+            checkpoint.
+        shard_bytes: size of a safetensors file of "hf" that is not exceeded where more than one tensor is in it.
+
+    Raises:
+        ConfigError: for another format.
+        CheckpointError: for a model that the format cannot express, and if the files cannot be written; older
+            ones are then untouched.
+    """
+    if format == "hf":
+        save_folder(model, path, shard_bytes)
+    elif format == "fastlm":
+        _save_checkpoint(model, Path(path))
+    else:
+        raise ConfigError(f"format is {format!r}, expected hf or fastlm")
+
+
+def _load_folder(folder: Path, dropout: float | None, dtype: torch.dtype) -> nn.Module:
+    from ..training.checkpoint import BEST, LAST
+
+    if (folder / CONFIG).is_file():
+        return load_folder(folder, dropout, dtype)
+    for name in (BEST, LAST):
+        if (folder / name).is_file():
+            return _load_checkpoint(folder / name)
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        from .gguf import load_gguf
+
+        return load_gguf(files[0], dropout, dtype)
+    raise CheckpointError(f"{folder}: expected {CONFIG}, {BEST}, {LAST} or one .gguf file in it")
+
+
+def _load_checkpoint(path: Path) -> nn.Module:
+    from ..training.checkpoint import load_checkpoint, restore_model
+
+    checkpoint = load_checkpoint(path, model_only=True)
+    name = checkpoint.state.get("model", "GPT")  # training's own checkpoints are of GPTs
+    if name not in MODELS:
+        raise CheckpointError(f"{path}: holds a {name}, expected one of {', '.join(MODELS)}")
+    kind, config = MODELS[name]
+    try:
+        model = kind(config.from_dict(checkpoint.model_config))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its model configuration is not one of a {name}: {error}") from None
+    restore_model(checkpoint, model)
+    return model
+
+
+def _save_checkpoint(model: nn.Module, path: Path) -> None:
+    from ..training.checkpoint import BEST, save_checkpoint
+
+    name = type(model).__name__
+    if name not in MODELS:
+        raise CheckpointError(f"{name} is no model of fastlm; those are {', '.join(MODELS)}")
+    file = path if path.suffix == ".safetensors" else path / BEST
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(file, model, state={"model": name})  # type: ignore[arg-type]
