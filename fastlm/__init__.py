@@ -17,6 +17,7 @@ from .integrations import (
     attention_weights,
     restore,
 )
+from .models.loading import load, save
 from .ops.attention import scaled_dot_product_attention
 from .ops.attention_varlen import attention_varlen
 from .ops.cross_entropy import cross_entropy
@@ -55,11 +56,13 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "load",
     "nn",
     "quantize",
     "restore",
     "rms_norm",
     "rotary",
+    "save",
     "scaled_dot_product_attention",
     "set_cpu_isa",
     "swiglu",

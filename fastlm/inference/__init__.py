@@ -1,8 +1,20 @@
-"""Generating text: the key/value cache, sampling, the loop over them, and quantized weights."""
+"""Generating text: the key/value cache, sampling, the loop over them, beam search, and quantized weights."""
 
+from .beam import Beams, beam_search, greedy_search
 from .generate import generate
 from .kv_cache import KVCache
 from .quantize import QuantizedLinear, load_quantized, quantize, save_quantized
 from .sampling import sample
 
-__all__ = ["KVCache", "QuantizedLinear", "generate", "load_quantized", "quantize", "sample", "save_quantized"]
+__all__ = [
+    "Beams",
+    "KVCache",
+    "QuantizedLinear",
+    "beam_search",
+    "generate",
+    "greedy_search",
+    "load_quantized",
+    "quantize",
+    "sample",
+    "save_quantized",
+]

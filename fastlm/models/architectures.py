@@ -192,6 +192,7 @@ BERT_FOLDER = Architecture(
     names=lambda config: BERT_NAMES,
     prefix="bert.",
     unprefixed=("cls.", "classifier."),
+    headless="BertModel",
     stray=_bert_stray,
     aliases=_bert_aliases,
     renamed=((".gamma", ".weight"), (".beta", ".bias")),
@@ -204,6 +205,7 @@ ROBERTA_FOLDER = Architecture(
     names=lambda config: ROBERTA_NAMES | (ROBERTA_CLASSIFIER if config.head == "classification" else {}),
     prefix="roberta.",
     unprefixed=("lm_head.", "classifier."),
+    headless="RobertaModel",
     stray=_bert_stray,
     aliases=_bert_aliases,
 )

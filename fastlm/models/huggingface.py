@@ -92,6 +92,7 @@ class Architecture:
             has our name.
         prefix: what models with a head put before the names of the base model's tensors.
         unprefixed: beginnings of the names that have no prefix.
+        headless: their class of the base model alone, whose names have no prefix.
         transposed, one_row: which of their tensors are kept transposed, or as a matrix of one row.
         stray: our configuration -> which of their tensors are no parameters of this model.
         aliases: our configuration -> {their name: their name of the tensor that it has to equal}.
@@ -105,6 +106,7 @@ class Architecture:
     names: Callable[[Any], dict[str, tuple[str, ...]]]
     prefix: str
     unprefixed: tuple[str, ...]
+    headless: str = ""
     transposed: re.Pattern[str] = NOTHING
     one_row: re.Pattern[str] = NOTHING
     stray: Callable[[Any], re.Pattern[str]] = lambda config: NOTHING
@@ -210,7 +212,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], shard_bytes: int = SH
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     dtype = next(iter(state.values())).dtype
     tensors = {}
-    with_head = not written["architectures"][0].endswith("Model")
+    with_head = written["architectures"][0] != architecture.headless
     for name, parts in architecture.parts(config, {name: t.shape for name, t in state.items()}).items():
         stacked = state[name].split([part.rows for part in parts]) if len(parts) > 1 else [state[name]]
         for part, tensor in zip(parts, stacked, strict=True):
