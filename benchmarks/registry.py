@@ -8,6 +8,7 @@ from fastlm.errors import ConfigError
 
 from .adamw import ADAMW
 from .attention import ATTENTION
+from .bert import BERT_BENCHMARK
 from .case import DTYPES, PASSES, Benchmark, Case
 from .cross_entropy import CROSS_ENTROPY
 from .gelu import BIAS_GELU, GELU
@@ -19,7 +20,8 @@ from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .train import TRAIN
 
 KERNELS = (LAYER_NORM, ADD_LAYER_NORM, GELU, BIAS_GELU, ATTENTION, CROSS_ENTROPY, LINEAR, LINEAR_CROSS_ENTROPY)
-BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*KERNELS, ADAMW, TRAIN, GENERATE, HUGGING_FACE)}
+ENGINES = (ADAMW, TRAIN, BERT_BENCHMARK, GENERATE, HUGGING_FACE)
+BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*KERNELS, *ENGINES)}
 
 
 def known(names: list[str], valid, what: str) -> list[str]:

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from hf import CLOSE, check_gradients, perturbed, reload_as_theirs, transformers
 
 import fastlm
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import KVCache, generate
 from fastlm.models import Llama, LlamaConfig
+from hf import CLOSE, check_gradients, perturbed, reload_as_theirs, transformers
 
 SIZES = {
     "vocab_size": 61,

@@ -31,9 +31,7 @@ class Beams(NamedTuple):
     scores: Tensor
 
 
-def greedy_search(
-    model: Seq2Seq, source: Tensor, max_new_tokens: int, source_mask: Tensor | None = None
-) -> Tensor:
+def greedy_search(model: Seq2Seq, source: Tensor, max_new_tokens: int, source_mask: Tensor | None = None) -> Tensor:
     """The likeliest token at every step.
 
     Args:

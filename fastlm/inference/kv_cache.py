@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..models.gpt import GPTConfig
+    from ..models import GPTConfig, LlamaConfig, Seq2SeqConfig
 
 
 class KVCache:
@@ -30,7 +30,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: GPTConfig,
+        config: GPTConfig | LlamaConfig | Seq2SeqConfig,
         batch_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",

@@ -17,8 +17,7 @@ def check_tokens(
     if start + tokens.shape[1] > config.context_length:
         before = f" after {start} cached" if start else ""
         raise ValueError(
-            f"{model}: {name} of length {tokens.shape[1]}{before} does not fit the context of "
-            f"{config.context_length}"
+            f"{model}: {name} of length {tokens.shape[1]}{before} does not fit the context of {config.context_length}"
         )
     check_ids(model, name, tokens, config.vocab_size if vocab_size is None else vocab_size)
 

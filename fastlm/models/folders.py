@@ -132,7 +132,7 @@ def _write_files(staging: Path, settings: dict[str, Any], tensors: dict[str, Ten
     from safetensors.torch import save_file
 
     shards = _shards(tensors, shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WHOLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file({name: tensors[name].contiguous() for name in names}, staging / file, metadata={"format": "pt"})
@@ -145,8 +145,8 @@ def _write_files(staging: Path, settings: dict[str, Any], tensors: dict[str, Ten
     os.umask(umask)
     for path in staging.iterdir():
         path.chmod(0o666 & ~umask)  # safetensors and mkdtemp leave theirs to the owner alone
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(path, "rb+") as written:
+            os.fsync(written.fileno())
     staging.chmod(0o777 & ~umask)
 
 

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from .architectures import LLAMA_FOLDER
 from .folders import listed
 from .huggingface import Settings, assemble
-from .llama import LlamaConfig, rotary_frequencies
+from .llama import rotary_frequencies
 
 KINDS = ("llama", "qwen2")
 BLOCK_NAMES = {
@@ -112,8 +112,6 @@ def _llama3_scaling(path: Path, factors: np.ndarray, settings: dict[str, Any]) -
     scaled, plain = (
         LLAMA_FOLDER.read(Settings(settings | {"rope_scaling": rope}, path), None) for rope in (scaling, None)
     )
-    assert isinstance(scaled, LlamaConfig)
-    assert isinstance(plain, LlamaConfig)
     expected = rotary_frequencies(plain) / rotary_frequencies(scaled)
     if not torch.allclose(torch.from_numpy(factors.astype(np.float32)), expected, rtol=1e-3):
         raise CheckpointError(f"{path}: {FACTORS} is not the scaling of Llama 3.1")

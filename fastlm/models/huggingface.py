@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from .config import ModelConfig
 from .folders import CONFIG, listed, read_json, read_tensors, write_folder
 
 NOTHING = re.compile(r"(?!)")
@@ -101,7 +100,7 @@ class Architecture:
 
     model_types: tuple[str, ...]
     model: type[nn.Module]
-    read: Callable[[Settings, float | None], ModelConfig]
+    read: Callable[[Settings, float | None], Any]
     write: Callable[[Any], dict[str, Any]]
     names: Callable[[Any], dict[str, tuple[str, ...]]]
     prefix: str
@@ -173,7 +172,7 @@ def assemble(
 ) -> nn.Module:
     """A model from settings and tensors in Hugging Face's names, wherever they come from."""
     try:
-        config: Any = architecture.read(settings, dropout)
+        config = architecture.read(settings, dropout)
     except ConfigError as error:
         raise CheckpointError(f"{settings.path}: {error}") from error
     with torch.device("meta"):
@@ -196,6 +195,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str], shard_bytes: int = SH
     Raises:
         CheckpointError: for a model that has no architecture there, and if the files cannot be written.
     """
+    written, tensors = export(model)
+    write_folder(Path(folder), written | settings, tensors, shard_bytes)
+
+
+def export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a model in Hugging Face's terms; the tensors are views where they can be.
+
+    Raises:
+        CheckpointError: for a model that has no architecture there.
+    """
     from .architectures import ARCHITECTURES
 
     found = [a for a in ARCHITECTURES if type(model) is a.model]
@@ -204,21 +213,20 @@ def save(model: nn.Module, folder: str | os.PathLike[str], shard_bytes: int = SH
         raise CheckpointError(f"{type(model).__name__} has no Hugging Face layout here; those that have: {known}")
     config: Any = model.config
     try:
-        written = found[0].write(config)
+        settings = found[0].write(config)
     except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{type(model).__name__}: {error}") from error
     # Relatives share a class: the one that the settings name is written.
-    architecture = next(a for a in found if written["model_type"] in a.model_types)
+    architecture = next(a for a in found if settings["model_type"] in a.model_types)
+    with_head = settings["architectures"][0] != architecture.headless
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    dtype = next(iter(state.values())).dtype
     tensors = {}
-    with_head = written["architectures"][0] != architecture.headless
     for name, parts in architecture.parts(config, {name: t.shape for name, t in state.items()}).items():
-        stacked = state[name].split([part.rows for part in parts]) if len(parts) > 1 else [state[name]]
+        stacked = state[name].split([part.rows for part in parts])
         for part, tensor in zip(parts, stacked, strict=True):
             tensors[architecture.full_name(part.name, with_head)] = part.to_theirs(tensor)
-    written |= {"dtype": str(dtype).removeprefix("torch.")} | settings
-    write_folder(Path(folder), written, tensors, shard_bytes)
+    dtype = next(iter(state.values())).dtype
+    return settings | {"dtype": str(dtype).removeprefix("torch.")}, tensors
 
 
 def _architecture(settings: Settings, model: type[nn.Module] | None) -> Architecture:
@@ -232,9 +240,7 @@ def _architecture(settings: Settings, model: type[nn.Module] | None) -> Architec
     return next(a for a in known if wanted in a.model_types)
 
 
-def _canonical(
-    architecture: Architecture, config: Any, tensors: dict[str, Tensor], source: Path
-) -> dict[str, Tensor]:
+def _canonical(architecture: Architecture, config: Any, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Tensors under today's names, without prefix, strays and second names."""
     stray, named = architecture.stray(config), {}
     for name, tensor in tensors.items():

@@ -144,11 +144,11 @@ class LlamaAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the last T of S tokens over those before them, within the window."""
         T, S = q.shape[2], k.shape[2]
-        if self.window is not None and S >= self.window + T:  # what no query of these sees is not read
+        if self.window is not None and self.window + T <= S:  # what no query of these sees is not read
             seen = self.window + T - 1
             k, v, S = k[:, :, -seen:], v[:, :, -seen:], seen
         mask = None
-        windowed = self.window is not None and S > self.window
+        windowed = self.window is not None and self.window < S
         if T > 1 and (S > T or windowed):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
             mask = mask.triu(S - T - self.window + 1) if windowed else mask  # type: ignore[operator]

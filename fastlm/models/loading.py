@@ -73,9 +73,7 @@ def load(
     return model.to(device, dtype).eval()
 
 
-def save(
-    model: nn.Module, path: str | os.PathLike[str], format: str = "hf", shard_bytes: int = SHARD_BYTES
-) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model so that `load` reads it again.
 
     Args:

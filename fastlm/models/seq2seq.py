@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -335,7 +335,8 @@ class Seq2Seq(nn.Module):
 
     def cross_keys_values(self, memory: Memory) -> list[tuple[Tensor, Tensor]]:
         """For each decoder layer the source's keys and values, for a cache."""
-        return [layer.cross_attention.keys_values(memory) for layer in self.decoder]
+        layers: list[Any] = list(self.decoder)
+        return [layer.cross_attention.keys_values(memory) for layer in layers]
 
     def _embed(self, tokens: Tensor, table: nn.Embedding, positions: nn.Embedding | None, start: int) -> Tensor:
         T, C = tokens.shape[1], self.config.n_embd

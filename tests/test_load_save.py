@@ -1,0 +1,395 @@
+"""fastlm.load and fastlm.save: every format in, two formats out, and files that are not what they should be."""
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastlm
+from fastlm.errors import CheckpointError, ConfigError
+from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
+from fastlm.models.llama import rotary_frequencies
+from fastlm.training.checkpoint import save_checkpoint
+from hf import CLOSE, perturbed, transformers
+
+MODELS = {
+    "GPT": lambda: GPT(GPTConfig(61, 24, 2, 2, 16)),
+    "BERT": lambda: BERT(BERTConfig(61, 24, 2, 2, 16)),
+    "Llama": lambda: Llama(LlamaConfig(61, 24, 2, 4, 16, 40, n_kv_head=2)),
+    "Seq2Seq": lambda: Seq2Seq(Seq2SeqConfig(61, 24, 2, 2, 2, 16, output_bias=True)),
+}
+GPT2_FOLDER_FILES = {"config.json", "model.safetensors"}
+
+
+def a_model(name="GPT"):
+    torch.manual_seed(0)
+    return perturbed(MODELS[name]())
+
+
+def assert_same(model, other):
+    assert type(model) is type(other)
+    assert model.config == other.config
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Llama's folder of two shards."""
+    path = tmp_path / "llama"
+    fastlm.save(a_model("Llama"), path, shard_bytes=15_000)
+    assert len(list(path.glob("model-*.safetensors"))) == 2
+    return path
+
+
+@pytest.mark.parametrize("format", ["hf", "fastlm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(name, format, tmp_path):
+    model = a_model(name)
+    fastlm.save(model, tmp_path / "deep" / "new", format=format)
+    again = fastlm.load(tmp_path / "deep" / "new")
+    assert_same(model, again)
+    assert not again.training
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_loads_a_checkpoint_of_training(tmp_path):
+    model = a_model()
+    save_checkpoint(tmp_path / "last.safetensors", model)
+    assert_same(fastlm.load(tmp_path), model)
+    other = perturbed(a_model(), seed=5)
+    save_checkpoint(tmp_path / "best.safetensors", other)
+    assert_same(fastlm.load(tmp_path), other)
+    assert_same(fastlm.load(tmp_path / "last.safetensors"), model)
+
+
+def test_dtype_and_dropout(tmp_path):
+    fastlm.save(a_model("BERT"), tmp_path)
+    model = fastlm.load(tmp_path, dropout=0.4, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config.dropout == model.config.attention_dropout == 0.4
+    fastlm.save(model, tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_file(tmp_path / "half" / "model.safetensors")["bert.embeddings.LayerNorm.bias"].dtype == torch.bfloat16
+
+
+def test_transformers_loads_our_shards(folder):
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(fastlm.load(folder)(tokens), theirs(tokens).logits, **CLOSE)
+    sizes = [path.stat().st_size for path in folder.glob("model-*")]
+    assert max(sizes) < 15_000 + 4_000  # the limit is for tensors; the rest is the header
+
+
+def test_saving_again_leaves_the_files_of_the_new_model_alone(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    fastlm.save(a_model("GPT"), folder)
+    assert {path.name for path in folder.iterdir()} == GPT2_FOLDER_FILES | {"tokenizer.json"}
+    assert isinstance(fastlm.load(folder), GPT)
+    fastlm.save(a_model("Llama"), folder, shard_bytes=15_000)
+    assert isinstance(fastlm.load(folder), Llama)
+    assert not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_save_that_fails_leaves_what_was_there(fresh, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    if not fresh:
+        fastlm.save(a_model("GPT"), path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()} if path.exists() else None
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match="could not be written: No space left on device"):
+        fastlm.save(a_model("Llama"), path)
+    after = {file.name: file.read_bytes() for file in path.iterdir()} if path.exists() else None
+    assert after == before
+    assert [file.name for file in tmp_path.iterdir()] == ([] if fresh else ["model"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_files_have_the_mode_that_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        fastlm.save(a_model(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
+
+
+# What is not what it should be
+
+
+def edit_config(folder, **changes):
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "t5"}, 'model_type is "t5", expected "gpt2" or "bert" or "roberta" or .*"llama" or "mistral"'),
+        ({"model_type": ...}, "missing model_type, expected one of gpt2, bert"),
+        ({"num_hidden_layers": 3}, "missing layers.2.input_layernorm.weight, .* and 3 more"),
+        ({"num_hidden_layers": 1}, "unexpected layers.1.input_layernorm.weight"),
+        ({"intermediate_size": 41}, r"layers.0.mlp.down_proj.weight has shape \(16, 40\) instead of \(16, 41\)"),
+        ({"num_key_value_heads": 4}, r"self_attn.k_proj.weight has shape \(8, 16\) instead of \(16, 16\)"),
+        ({"hidden_size": 18, "head_dim": None}, "n_embd is 18, expected a multiple of n_head 4"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is yarn, expected default or linear"),
+        ({"hidden_act": "relu"}, 'hidden_act is "relu", expected "silu"'),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from embed_tokens.weight, but config.json ties them"),
+        ({"vocab_size": ...}, "missing vocab_size"),
+    ],
+)
+def test_says_how_config_and_weights_disagree(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        fastlm.load(folder)
+
+
+def drop_from_shard(folder):
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    tensors = load_file(shard)
+    tensors.pop("model.norm.weight")
+    save_file(tensors, shard)
+
+
+def point_outside(folder):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "expected config.json, best.safetensors, last.safetensors or one"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda f: sorted(f.glob("model-*"))[0].unlink(), "model-00001-of-00002.safetensors: no such file"),
+        (lambda f: os.truncate(sorted(f.glob("model-*"))[0], 500), "cut short or not a safetensors file"),
+        (drop_from_shard, "names tensors that its shards have not: model.norm.weight"),
+        (point_outside, "names the shard '../model-00001-of-00002.safetensors', expected a file beside it"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json: has no weight_map"),
+    ],
+)
+def test_damaged_folders(folder, damage, message):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        fastlm.load(folder)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fastlm.save(a_model(), tmp_path)
+    state = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_same(fastlm.load(tmp_path), a_model())
+    torch.save(state | {"extra": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="could run code and is not read"):
+        fastlm.load(tmp_path)
+    assert not Path("executed").exists()
+    torch.save([torch.zeros(1)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds a list, expected a dictionary of tensors"):
+        fastlm.load(tmp_path)
+
+
+def test_files_that_are_no_models(tmp_path):
+    (tmp_path / "model.pt").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match="tensors alone do not say which model they are of"):
+        fastlm.load(tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        fastlm.load(tmp_path / "nothing")
+    save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match="not a fastlm checkpoint"):
+        fastlm.load(tmp_path / "plain.safetensors")
+    save_checkpoint(tmp_path / "odd.safetensors", a_model(), state={"model": "Mamba"})
+    with pytest.raises(CheckpointError, match="holds a Mamba, expected one of GPT, BERT, Llama, Seq2Seq"):
+        fastlm.load(tmp_path / "odd.safetensors")
+    save_checkpoint(tmp_path / "mixed.safetensors", a_model(), state={"model": "BERT"})
+    with pytest.raises(CheckpointError, match="its model configuration is not one of a BERT: .*unknown"):
+        fastlm.load(tmp_path / "mixed.safetensors")
+
+
+def test_formats_and_models_that_are_not_known(tmp_path):
+    with pytest.raises(ConfigError, match="format is 'onnx', expected hf or fastlm"):
+        fastlm.save(a_model(), tmp_path, format="onnx")
+    with pytest.raises(CheckpointError, match="Linear has no Hugging Face layout here; those that have: BERT, GPT"):
+        fastlm.save(torch.nn.Linear(2, 2), tmp_path)
+    with pytest.raises(CheckpointError, match="Linear is no model of fastlm"):
+        fastlm.save(torch.nn.Linear(2, 2), tmp_path, format="fastlm")
+
+
+# GGUF
+
+
+def write_gguf(model, path, quantization="F32", kind="llama", extra=None):
+    """A file as llama.cpp's converter writes it, with the projections quantized."""
+    gguf = pytest.importorskip("gguf")
+    c = model.config
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_context_length(c.context_length)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.n_inner)
+    writer.add_head_count(c.n_head)
+    writer.add_head_count_kv(c.n_kv_head)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    dtype = gguf.GGMLQuantizationType[quantization]
+    for name, tensor in gguf_tensors(model, kind).items() | (extra or {}).items():
+        values = tensor.detach().numpy().astype("float32")
+        if values.ndim == 1:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quantize(values, dtype), raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_tensors(model, kind):
+    names = {
+        "attention_norm": "attn_norm",
+        "mlp_norm": "ffn_norm",
+        "attention.out": "attn_output",
+        "mlp.down": "ffn_down",
+    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if match is None:
+            base = {"wte": "token_embd", "norm": "output_norm", "lm_head": "output"}[name.split(".")[0]]
+            tensors[f"{base}.weight"] = tensor
+            continue
+        layer, module, leaf = match.groups()
+        block = f"blk.{layer}."
+        if module == "attention.qkv":
+            q, k, v = tensor.split(model.config.qkv_sizes)
+            if kind == "llama":  # its rotary pairs are neighbours
+                q, k = (side_by_side(x, n) for x, n in ((q, model.config.n_head), (k, model.config.n_kv_head)))
+            tensors |= {f"{block}attn_{part}.{leaf}": x.contiguous() for part, x in zip("qkv", (q, k, v), strict=True)}
+        elif module == "mlp.gate_up":
+            gate, up = tensor.chunk(2)
+            tensors |= {f"{block}ffn_gate.{leaf}": gate, f"{block}ffn_up.{leaf}": up}
+        else:
+            tensors[f"{block}{names[module]}.{leaf}"] = tensor
+    return tensors
+
+
+def side_by_side(x, heads):
+    """Rows (0, 1, ..., D/2 | D/2 + 1, ...) of each head -> (0, D/2, 1, D/2 + 1, ...)."""
+    D = x.shape[0] // heads
+    order = [head * D + half * D // 2 + pair for head in range(heads) for pair in range(D // 2) for half in (0, 1)]
+    return x[torch.tensor(order)]
+
+
+def gguf_model(**changes):
+    torch.manual_seed(0)
+    sizes = {"n_kv_head": 2, "rope_theta": 500.0} | changes
+    return perturbed(Llama(LlamaConfig(61, 24, 2, 4, 32, 64, **sizes)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_in_full_precision_is_exact(kind, tied, tmp_path):
+    model = gguf_model(qkv_bias=kind == "qwen2", tie_embeddings=tied)
+    write_gguf(model, tmp_path / "model.gguf", kind=kind)
+    tokens = torch.arange(20)[None]
+    again = fastlm.load(tmp_path)
+    torch.testing.assert_close(again(tokens), model(tokens), rtol=1e-6, atol=1e-6)
+    assert {key for key in again.state_dict()} == {key for key in model.state_dict()}
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("F16", 11), ("BF16", 8), ("Q8_0", 7)])
+def test_gguf_quantized(quantization, bits, tmp_path):
+    model = gguf_model()
+    write_gguf(model, tmp_path / "model.gguf", quantization)
+    again = fastlm.load(tmp_path / "model.gguf")
+    for name, tensor in model.state_dict().items():
+        # Half a step of the coarsest number in a row; Q8_0 steps by its block's largest over 127.
+        bound = tensor.abs().max() * 2.0**-bits
+        assert (again.state_dict()[name] - tensor).abs().max() <= bound, name
+
+
+def test_gguf_llama3_wavelengths(tmp_path):
+    model = gguf_model(rope_scaling="llama3", rope_factor=8.0)
+    factors = rotary_frequencies(gguf_model().config) / rotary_frequencies(model.config)
+    write_gguf(model, tmp_path / "model.gguf", extra={"rope_freqs.weight": factors})
+    again = fastlm.load(tmp_path / "model.gguf")
+    assert again.config.rope_scaling == "llama3"
+    torch.testing.assert_close(rotary_frequencies(again.config), rotary_frequencies(model.config))
+    write_gguf(model, tmp_path / "odd.gguf", extra={"rope_freqs.weight": factors + 1})
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight is not the scaling of Llama 3.1"):
+        fastlm.load(tmp_path / "odd.gguf")
+
+
+def test_gguf_that_cannot_be_loaded(tmp_path, monkeypatch):
+    model = gguf_model()
+    path = tmp_path / "model.gguf"
+    write_gguf(model, path, kind="falcon")
+    with pytest.raises(CheckpointError, match=r"general\.architecture is 'falcon', expected llama or qwen2"):
+        fastlm.load(path)
+    write_gguf(model, path, extra={"blk.0.ffn_gate_inp.weight": torch.zeros(4, 32)})
+    with pytest.raises(CheckpointError, match=r"unexpected blk\.0\.ffn_gate_inp\.weight"):
+        fastlm.load(path)
+    os.truncate(path, 300)
+    with pytest.raises(CheckpointError, match="cut short or not a GGUF file"):
+        fastlm.load(path)
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(CheckpointError, match="need the gguf package: pip install gguf"):
+        fastlm.load(path)
+
+
+# Published weights, where they are at hand: folders that the test command names
+
+
+def published(name):
+    path = os.environ.get(name)
+    if not path or not Path(path).exists():
+        pytest.skip(f"{name} names no folder or file with the published weights")
+    return Path(path)
+
+
+def test_minilm_embeddings_equal_theirs():
+    path = published("FASTLM_MINILM")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    sentences = ["A quick brown fox jumps.", "The fast auburn fox leaps over it.", "Interest rates rose again."]
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    ours, theirs = fastlm.load(path), transformers.BertModel.from_pretrained(path).eval()
+    mask = batch["attention_mask"][..., None]
+    with torch.no_grad():
+        states = (ours(batch["input_ids"], mask[..., 0]), theirs(**batch).last_hidden_state)
+    means = [(state * mask).sum(1) / mask.sum(1) for state in states]
+    torch.testing.assert_close(*means, **CLOSE)
+    similar = torch.nn.functional.cosine_similarity(means[0][0:1], means[0][1:])
+    assert similar[0] > similar[1] + 0.3
+
+
+def test_smollm2_continues_as_theirs():
+    path = published("FASTLM_SMOLLM2")
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")  # transformers wants it to read GGUF
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours = fastlm.load(path)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-3, atol=1e-3)
+    new = torch.stack(list(fastlm.inference.generate(ours, tokens, 12, temperature=0.0)), 1)
+    expected = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False)
+    assert torch.equal(new[:, : expected.shape[1] - tokens.shape[1]], expected[:, tokens.shape[1] :])
+    assert "Paris" in tokenizer.decode(new[0])
