@@ -8,7 +8,6 @@ the hidden states, or the loss and some gradients, of a few tokens, against fp64
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ class BertSession:
         Tokens are those that are no padding, and in training the vocabulary sees the masked ones alone.
         """
         c, tokens = self.config, int(self.lengths.sum())
-        layer = c.n_embd * (4 * c.n_embd + 2 * c.n_inner)  # type: ignore[operator]
+        layer = c.n_embd * (4 * c.n_embd + 2 * c.n_inner)
         flops = 2 * tokens * c.n_layer * layer + 4 * c.n_layer * c.n_embd * int(self.lengths.square().sum())
         parameters = sum(t.numel() for t in self.state.values())
         if which == "fwd":
@@ -135,7 +134,7 @@ class BertSession:
                 hidden, packing = model.encode(tokens, mask)  # type: ignore[operator]
                 return packing.unpack(hidden)
             if provider == "transformers":
-                return model.bert(tokens, attention_mask=mask).last_hidden_state  # type: ignore[operator,union-attr]
+                return model.bert(tokens, attention_mask=mask).last_hidden_state  # type: ignore[operator]
             return model.hidden(tokens, mask)  # type: ignore[operator]
 
     def _loss(self, provider: str, model: nn.Module, rows: slice, columns: slice, enabled: bool = True) -> Tensor:
@@ -163,9 +162,11 @@ class BertSession:
         loss = self._loss(provider, model, rows, columns, enabled)
         loss.backward()
         found = {"output 0": loss.detach()}
-        named: dict[str, Callable] = dict(model.named_parameters())  # type: ignore[arg-type]
+        named = dict(model.named_parameters())
         for ours, theirs in CHECKED.items():
-            found[f"gradient {ours}"] = named[theirs if provider == "transformers" else ours].grad  # type: ignore[attr-defined]
+            gradient = named[theirs if provider == "transformers" else ours].grad
+            assert gradient is not None
+            found[f"gradient {ours}"] = gradient
         return found
 
 

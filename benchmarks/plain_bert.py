@@ -29,7 +29,7 @@ class PlainBERT(nn.Module):
         self.wse = nn.Embedding(config.n_token_type, C)
         self.embedding_norm = nn.LayerNorm(C, config.layer_norm_eps)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(C, config.n_head, config.n_inner or 4 * C, 0.0, F.gelu, config.layer_norm_eps, True)
+            nn.TransformerEncoderLayer(C, config.n_head, config.n_inner, 0.0, F.gelu, config.layer_norm_eps, True)
             for _ in range(config.n_layer)
         )
         self.dense, self.norm = nn.Linear(C, C), nn.LayerNorm(C, config.layer_norm_eps)

@@ -152,7 +152,7 @@ def test_tanh_gelu_and_a_file_with_the_other_heads_load(tmp_path):
     # As in the published bert-base-uncased: named after the masked-lm head, with all of pretraining's tensors.
     theirs = their_model("BertForPreTraining", hidden_act="gelu_new")
     theirs.config.architectures = ["BertForMaskedLM"]
-    torch.save({name: t for name, t in theirs.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    torch.save(dict(theirs.state_dict()), tmp_path / "pytorch_model.bin")
     theirs.config.save_pretrained(tmp_path)
     ours = fastlm.load(tmp_path)
     assert ours.config.head == "masked-lm"

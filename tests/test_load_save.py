@@ -219,7 +219,7 @@ def test_files_that_are_no_models(tmp_path):
     with pytest.raises(CheckpointError, match="holds a Mamba, expected one of GPT, BERT, Llama, Seq2Seq"):
         fastlm.load(tmp_path / "odd.safetensors")
     save_checkpoint(tmp_path / "mixed.safetensors", a_model(), state={"model": "BERT"})
-    with pytest.raises(CheckpointError, match="its model configuration is not one of a BERT: .*unknown"):
+    with pytest.raises(CheckpointError, match=r"its model configuration is not one of a BERT: .*unknown"):
         fastlm.load(tmp_path / "mixed.safetensors")
 
 
@@ -311,7 +311,7 @@ def test_gguf_in_full_precision_is_exact(kind, tied, tmp_path):
     tokens = torch.arange(20)[None]
     again = fastlm.load(tmp_path)
     torch.testing.assert_close(again(tokens), model(tokens), rtol=1e-6, atol=1e-6)
-    assert {key for key in again.state_dict()} == {key for key in model.state_dict()}
+    assert set(again.state_dict()) == set(model.state_dict())
 
 
 @pytest.mark.parametrize(("quantization", "bits"), [("F16", 11), ("BF16", 8), ("Q8_0", 7)])

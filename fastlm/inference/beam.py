@@ -123,7 +123,7 @@ class _Search:
 
     def step(self, log_p: Tensor) -> Tensor:
         """Take log-probabilities (B, K, V) of the next tokens; return which row each row continues."""
-        B, K, V = log_p.shape
+        _, K, V = log_p.shape
         self.length += 1
         # A beginning has one end, so 2 K candidates hold at least K that go on.
         candidates, ids = (self.log_p[:, :, None] + log_p).flatten(1).topk(min(2 * K, K * V))

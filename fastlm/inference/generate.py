@@ -14,11 +14,11 @@ from .kv_cache import KVCache
 from .sampling import check_sampling, sample
 
 if TYPE_CHECKING:
-    from ..models.gpt import GPT
+    from ..models import GPT, Llama
 
 
 def generate(
-    model: GPT,
+    model: GPT | Llama,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -39,7 +39,7 @@ def generate(
     takes single tokens through `Decoder`, whose copy of the weights is made after the first token.
 
     Args:
-        model: a GPT, on any device.
+        model: a GPT or a Llama, on any device.
         tokens: (B, T) int64 prompts of one length, T >= 1.
         max_new_tokens: steps at most.
         temperature, top_k, top_p: see `fastlm.inference.sample`.
@@ -72,7 +72,7 @@ def generate(
     return _evaluating(model, _steps(model, tokens.to(device), max_new_tokens, draw, stop_token))
 
 
-def _evaluating(model: GPT, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+def _evaluating(model: GPT | Llama, steps: Iterator[Tensor]) -> Iterator[Tensor]:
     training = model.training
     model.eval()
     try:
@@ -82,7 +82,7 @@ def _evaluating(model: GPT, steps: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _steps(
-    model: GPT, tokens: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], stop_token: int | None
+    model: GPT | Llama, tokens: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], stop_token: int | None
 ) -> Iterator[Tensor]:
     context = model.config.context_length
     window = tokens[:, -context:]  # what the model may look at: never longer than the context
@@ -114,7 +114,7 @@ def _steps(
             return
 
 
-def _make_cache(model: GPT, batch_size: int, max_length: int) -> KVCache:
+def _make_cache(model: GPT | Llama, batch_size: int, max_length: int) -> KVCache:
     weight = model.wte.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype

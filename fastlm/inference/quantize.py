@@ -21,7 +21,7 @@ from .._dispatch import must_trace, needs_grad
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from ..models.gpt import GPT
+    pass
 
 Scheme = Literal["int8", "int4"]
 FORMAT = "fastlm-quantized-1"

@@ -55,7 +55,7 @@ class BERTConfig(ModelConfig):
     n_layer: int
     n_head: int
     n_embd: int
-    n_inner: int | None = None
+    n_inner: int = None  # type: ignore[assignment]  # resolved below
     n_token_type: int = 2
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -106,8 +106,8 @@ class BERTLayer(nn.Module):
         self.dropout, self.activation = config.dropout, config.activation
         self.attention = BERTAttention(config)
         self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.up = nn.Linear(config.n_embd, config.n_inner)  # type: ignore[arg-type]
-        self.down = nn.Linear(config.n_inner, config.n_embd)  # type: ignore[arg-type]
+        self.up = nn.Linear(config.n_embd, config.n_inner)
+        self.down = nn.Linear(config.n_inner, config.n_embd)
         self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:

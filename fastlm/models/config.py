@@ -65,8 +65,8 @@ class ModelConfig:
         if getattr(self, name) not in choices:
             self._refuse(name, " or ".join(choices))
 
-    def _check_ids(self, *names: str) -> None:
+    def _check_ids(self, vocab_size: int, *names: str) -> None:
         for name in names:
             token = getattr(self, name)
-            if not isinstance(token, int) or not 0 <= token < getattr(self, "vocab_size"):  # noqa: B009
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
                 self._refuse(name, "an id of the vocabulary")

@@ -59,8 +59,8 @@ class LlamaConfig(ModelConfig):
     n_head: int
     n_embd: int
     n_inner: int
-    n_kv_head: int | None = None
-    head_size: int | None = None
+    n_kv_head: int = None  # type: ignore[assignment]  # resolved below
+    head_size: int = None  # type: ignore[assignment]  # resolved below
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: str | None = None
@@ -85,9 +85,9 @@ class LlamaConfig(ModelConfig):
                 self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
             object.__setattr__(self, "head_size", self.n_embd // self.n_head)
         self._check_sizes("n_kv_head", "head_size", "rope_original_context")
-        if self.n_head % self.n_kv_head:  # type: ignore[operator]
+        if self.n_head % self.n_kv_head:
             self._refuse("n_kv_head", f"a divisor of n_head {self.n_head}")
-        if self.head_size % 2:  # type: ignore[operator]
+        if self.head_size % 2:
             self._refuse("head_size", "an even number")
         self._check_positive(
             "rms_norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"
@@ -102,13 +102,13 @@ class LlamaConfig(ModelConfig):
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Rows of the queries, keys and values in the fused projection."""
-        shared = self.n_kv_head * self.head_size  # type: ignore[operator]
-        return self.n_head * self.head_size, shared, shared  # type: ignore[operator]
+        shared = self.n_kv_head * self.head_size
+        return self.n_head * self.head_size, shared, shared
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """Radians a token for each pair of a head's elements, (D / 2,) fp32."""
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size  # type: ignore[arg-type,operator]
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return frequencies
@@ -134,7 +134,7 @@ class LlamaAttention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
         heads = self.config.n_head, self.config.n_kv_head, self.config.n_kv_head
-        q, k, v = qkv.split(heads, 1)  # type: ignore[arg-type]
+        q, k, v = qkv.split(heads, 1)
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)

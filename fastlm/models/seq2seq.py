@@ -61,8 +61,8 @@ class Seq2SeqConfig(ModelConfig):
     n_decoder_layer: int = 6
     n_head: int = 8
     n_embd: int = 512
-    n_inner: int | None = None
-    source_vocab_size: int | None = None
+    n_inner: int = None  # type: ignore[assignment]  # resolved below
+    source_vocab_size: int = None  # type: ignore[assignment]  # resolved below
     dropout: float = 0.1
     attention_dropout: float = 0.0
     activation: str = "relu"
@@ -95,7 +95,7 @@ class Seq2SeqConfig(ModelConfig):
         self._check_choice("activation", ("relu", "gelu", "silu"))
         self._check_choice("positions", ("sinusoidal", "learned"))
         self._check_flags("norm_first", "scale_embeddings", "tie_embeddings", "output_bias")
-        self._check_ids("pad_id", "start_id", "end_id")
+        self._check_ids(self.vocab_size, "pad_id", "start_id", "end_id")
         if self.tie_embeddings and self.source_vocab_size != self.vocab_size:
             self._refuse("source_vocab_size", f"vocab_size {self.vocab_size}, as the embeddings are tied")
 
@@ -178,8 +178,8 @@ class Layer(nn.Module):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.dropout, self.activation, self.norm_first = config.dropout, config.activation, config.norm_first
-        self.up = nn.Linear(config.n_embd, config.n_inner)  # type: ignore[arg-type]
-        self.down = nn.Linear(config.n_inner, config.n_embd)  # type: ignore[arg-type]
+        self.up = nn.Linear(config.n_embd, config.n_inner)
+        self.down = nn.Linear(config.n_inner, config.n_embd)
         self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class Seq2Seq(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.tie_embeddings:
-            self.source_wte = nn.Embedding(config.source_vocab_size, config.n_embd)  # type: ignore[arg-type]
+            self.source_wte = nn.Embedding(config.source_vocab_size, config.n_embd)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.positions == "learned":
             self.source_wpe = nn.Embedding(config.context_length, config.n_embd)
