@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .architectures import LLAMA_FOLDER
+from .folder_llama import LLAMA_FOLDER
 from .folders import listed
 from .huggingface import Settings, assemble
 from .llama import rotary_frequencies

@@ -2,7 +2,7 @@
 
 An `Architecture` says how settings become a configuration and back, and under which names a folder keeps the
 tensors: a tensor of ours may be several of theirs, stacked along the first dimension (the fused query, key and
-value projection), or transposed (`Conv1D`). The architectures themselves are in `architectures.py`.
+value projection), or transposed (`Conv1D`). Each family has a `folder_*.py`; `architectures.py` lists them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..errors import CheckpointError, ConfigError
 from .folders import CONFIG, listed, read_json, read_tensors, write_folder
 
 NOTHING = re.compile(r"(?!)")
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
 SHARD_BYTES = 5 * 10**9
 
 
@@ -121,13 +122,13 @@ class Architecture:
         module, _, leaf = ours.rpartition(".")
         numbers = re.findall(r"\.(\d+)(?=\.|$)", module)
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", module)
-        theirs = names.get(ours) or tuple(f"{name}.{leaf}" if leaf else name for name in names.get(pattern, (pattern,)))
-        rows = shape[0]
-        sizes = (rows,) if len(theirs) == 1 else getattr(config, "qkv_sizes", None)
-        if sizes is None or len(sizes) != len(theirs):
-            sizes = (rows // len(theirs),) * len(theirs)
-        filled = [_fill(name, numbers) for name in theirs]
-        return [Part(name, size, self._form(name)) for name, size in zip(filled, sizes, strict=True)]
+        # A parameter of the model itself, such as a bias of the logits, is listed by its own name.
+        modules = names.get(ours) or tuple(f"{name}.{leaf}" for name in names.get(pattern, (pattern,)))
+        sizes = [shape[0] // len(modules)] * len(modules)
+        if len(modules) == 3 and hasattr(config, "qkv_sizes"):  # grouped queries outnumber keys and values
+            sizes = config.qkv_sizes
+        theirs = [_fill(name, numbers) for name in modules]
+        return [Part(name, size, self._form(name)) for name, size in zip(theirs, sizes, strict=True)]
 
     def _form(self, name: str) -> str:
         if self.transposed.fullmatch(name):

@@ -188,9 +188,9 @@ class Layer(nn.Module):
         return self.down((F.relu if self.activation == "relu" else F.silu)(self.up(x)))
 
     def residual(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: nn.LayerNorm) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
         if self.norm_first:
-            return x + F.dropout(sublayer(normed(x, norm)), dropout)
+            return x + F.dropout(sublayer(normed(x, norm)), self.dropout, self.training)
+        dropout = self.dropout if self.training else 0.0
         return add_layer_norm(sublayer(x), x, norm.weight, norm.bias, norm.eps, dropout)[0]
 
 

@@ -1,0 +1,146 @@
+"""Hugging Face folders of BERT and RoBERTa: settings and names, there and back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import ConfigError
+from .bert import BERT, BERTConfig
+from .huggingface import TANH_GELUS, Architecture, Settings
+
+BERT_HEADS = {"Model": "none", "ForMaskedLM": "masked-lm", "ForSequenceClassification": "classification"}
+BERT_LAYER = {
+    "layers.*.attention.qkv": tuple(f"encoder.layer.*.attention.self.{name}" for name in ("query", "key", "value")),
+    "layers.*.attention.out": ("encoder.layer.*.attention.output.dense",),
+    "layers.*.attention_norm": ("encoder.layer.*.attention.output.LayerNorm",),
+    "layers.*.up": ("encoder.layer.*.intermediate.dense",),
+    "layers.*.down": ("encoder.layer.*.output.dense",),
+    "layers.*.mlp_norm": ("encoder.layer.*.output.LayerNorm",),
+    "wte": ("embeddings.word_embeddings",),
+    "wpe": ("embeddings.position_embeddings",),
+    "wse": ("embeddings.token_type_embeddings",),
+    "embedding_norm": ("embeddings.LayerNorm",),
+    "pooler": ("pooler.dense",),
+}
+BERT_NAMES = BERT_LAYER | {
+    "masked_lm": ("cls.predictions",),
+    "masked_lm.dense": ("cls.predictions.transform.dense",),
+    "masked_lm.norm": ("cls.predictions.transform.LayerNorm",),
+    "next_sentence": ("cls.seq_relationship",),
+}
+ROBERTA_NAMES = BERT_LAYER | {
+    "masked_lm": ("lm_head",),
+    "masked_lm.dense": ("lm_head.dense",),
+    "masked_lm.norm": ("lm_head.layer_norm",),
+}
+ROBERTA_CLASSIFIER = {"pooler": ("classifier.dense",), "classifier": ("classifier.out_proj",)}
+
+
+def _read_bert(settings: Settings, dropout: float | None, name: str, heads: dict[str, str]) -> BERTConfig:
+    settings.require("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    activation = settings.expect("hidden_act", "gelu", *TANH_GELUS)
+    settings.expect("position_embedding_type", "absolute")
+    settings.expect("is_decoder", False)
+    settings.expect("add_cross_attention", False)
+    settings.expect("tie_word_embeddings", True)
+    classes = {name + suffix: head for suffix, head in heads.items()}
+    architecture = (settings.get("architectures") or [f"{name}Model"])[0]
+    if architecture not in classes:
+        settings.refuse(f"architectures is {architecture}, expected one of {', '.join(classes)}")
+    head = classes[architecture]
+    roberta = name == "Roberta"
+    offset = settings.get("pad_token_id", 1) + 1 if roberta else 0
+    return BERTConfig(
+        vocab_size=settings.get("vocab_size"),
+        context_length=settings.get("max_position_embeddings", 512) - offset,
+        n_layer=settings.get("num_hidden_layers"),
+        n_head=settings.get("num_attention_heads"),
+        n_embd=settings.get("hidden_size"),
+        n_inner=settings.get("intermediate_size"),
+        n_token_type=settings.get("type_vocab_size", 2),
+        dropout=settings.get("hidden_dropout_prob", 0.1) if dropout is None else dropout,
+        attention_dropout=settings.get("attention_probs_dropout_prob", 0.1) if dropout is None else dropout,
+        head_dropout=settings.get("classifier_dropout") if dropout is None else dropout,
+        layer_norm_eps=settings.get("layer_norm_eps", 1e-12),
+        activation="none" if activation == "gelu" else "tanh",
+        head=head,
+        n_class=len(settings.get("id2label") or {0: "", 1: ""}),
+        pooler=head != "masked-lm",
+        position_offset=offset,
+    )
+
+
+def _write_bert(config: BERTConfig) -> dict[str, Any]:
+    name = "Roberta" if config.position_offset else "Bert"
+    suffix = {head: suffix for suffix, head in (BERT_HEADS | {"ForPreTraining": "pretraining"}).items()}[config.head]
+    if config.pooler != (config.head != "masked-lm") or (config.position_offset and config.head == "pretraining"):
+        raise ConfigError(f"{name}{suffix} there is no model with pooler {str(config.pooler).lower()}")
+    return {
+        "architectures": [name + suffix],
+        "model_type": name.lower(),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length + config.position_offset,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_inner,
+        "type_vocab_size": config.n_token_type,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "classifier_dropout": config.head_dropout,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_act": "gelu" if config.activation == "none" else "gelu_new",
+        "position_embedding_type": "absolute",
+        "id2label": {str(index): f"LABEL_{index}" for index in range(config.n_class)},
+        "label2id": {f"LABEL_{index}": index for index in range(config.n_class)},
+        "pad_token_id": max(config.position_offset - 1, 0),
+        "tie_word_embeddings": True,
+    }
+
+
+def _bert_stray(config: BERTConfig) -> re.Pattern[str]:
+    """Position numbers, and the heads that pretraining left in the file of a model that has another."""
+    others = {
+        "none": r"|cls\..*|lm_head\..*",
+        "masked-lm": r"|pooler\..*|cls\.seq_relationship\..*",
+        "pretraining": "",
+        "classification": r"|cls\..*|lm_head\..*" + (r"|pooler\..*" if config.position_offset else ""),
+    }
+    return re.compile(r"embeddings\.(position_ids|token_type_ids)" + others[config.head])
+
+
+def _bert_aliases(config: BERTConfig) -> dict[str, str]:
+    if config.head not in ("masked-lm", "pretraining"):
+        return {}
+    head = "lm_head" if config.position_offset else "cls.predictions"
+    return {f"{head}.decoder.weight": "embeddings.word_embeddings.weight", f"{head}.decoder.bias": f"{head}.bias"}
+
+
+BERT_FOLDER = Architecture(
+    model_types=("bert",),
+    model=BERT,
+    read=lambda settings, dropout: _read_bert(
+        settings, dropout, "Bert", BERT_HEADS | {"ForPreTraining": "pretraining"}
+    ),
+    write=_write_bert,
+    names=lambda config: BERT_NAMES,
+    prefix="bert.",
+    unprefixed=("cls.", "classifier."),
+    headless="BertModel",
+    stray=_bert_stray,
+    aliases=_bert_aliases,
+    renamed=((".gamma", ".weight"), (".beta", ".bias")),
+)
+ROBERTA_FOLDER = Architecture(
+    model_types=("roberta", "xlm-roberta"),
+    model=BERT,
+    read=lambda settings, dropout: _read_bert(settings, dropout, "Roberta", BERT_HEADS),
+    write=_write_bert,
+    names=lambda config: ROBERTA_NAMES | (ROBERTA_CLASSIFIER if config.head == "classification" else {}),
+    prefix="roberta.",
+    unprefixed=("lm_head.", "classifier."),
+    headless="RobertaModel",
+    stray=_bert_stray,
+    aliases=_bert_aliases,
+)
