@@ -138,7 +138,7 @@ class BertSession:
             return model.hidden(tokens, mask)  # type: ignore[operator]
 
     def _loss(self, provider: str, model: nn.Module, rows: slice, columns: slice, enabled: bool = True) -> Tensor:
-        tokens, targets, mask = (x[rows, columns] for x in (self.tokens, self.targets, self.mask))
+        tokens, targets, mask = (x[rows, columns].contiguous() for x in (self.tokens, self.targets, self.mask))
         given = mask if self.case.variant.endswith("padded") else None
         lower = enabled and self.case.dtype != "float32"
         with torch.autocast(torch.device(self.device).type, self.case.torch_dtype, enabled=lower):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastlm
 from fastlm.errors import CheckpointError, ConfigError
+from fastlm.inference import generate
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
 from fastlm.models.llama import rotary_frequencies
 from fastlm.training.checkpoint import save_checkpoint
@@ -389,7 +390,7 @@ def test_smollm2_continues_as_theirs():
     tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-3, atol=1e-3)
-    new = torch.stack(list(fastlm.inference.generate(ours, tokens, 12, temperature=0.0)), 1)
+    new = torch.stack(list(generate(ours, tokens, 12, temperature=0.0)), 1)
     expected = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False)
     assert torch.equal(new[:, : expected.shape[1] - tokens.shape[1]], expected[:, tokens.shape[1] :])
     assert "Paris" in tokenizer.decode(new[0])
