@@ -1,0 +1,180 @@
+// What attention's kernels share: their parameters, which rows a block works on, and the rules that turn a product
+// q.k into a score: scale, soft cap, mask, window, dropout.
+#pragma once
+
+#include "attention.h"
+#include "attention_tile.cuh"
+
+namespace fastlm::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+struct AttentionParams {
+  Heads q, k, v, out, dout, dq, dk, dv;
+  Mask mask;
+  float* lse;
+  const float* dlse;
+  float* stats;
+  float* dscores;
+  const int32_t *cu_q, *cu_k;
+  int B, H, Hkv, T, S, D, Dv, left, right;
+  float scale, softcap;
+  Dropout dropout;
+  bool drops, vectors;
+  int64_t stat_rows;  // B H T, or H T of packed sequences
+
+  // Scores that are not just q.k times a positive factor.
+  FASTLM_DEVICE bool general() const { return mask.data || softcap > 0 || !(scale > 0); }
+};
+
+// The sequence, head and rows of a block. `first` is its first query, or key where blocks own keys.
+struct Problem {
+  int b, head, first;
+  int T, S;
+  int64_t q_row, k_row;  // of the sequence's first query and key in packed tensors, else 0
+  int64_t stat_row;      // of the sequence's first query in lse, stats and dropout's rows, head 0
+  int64_t head_rows;     // from one head to the next in them
+
+  FASTLM_DEVICE int64_t row(int query_head) const { return stat_row + query_head * head_rows; }
+};
+
+// Sequence b of packed ones starts at tile cu[b] / ROWS + b; that leaves room for all its tiles, and for some empty
+// ones, without knowing any length on the host.
+template <int ROWS>
+FASTLM_DEVICE int sequence_of_tile(Global<const int32_t> cu, int B, int tile) {
+  int low = 0, high = B - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (cu[middle] / ROWS + middle <= tile)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+// Tiles of ROWS rows that `rows` rows take, or all of B packed sequences together.
+FASTLM_ANY int64_t tile_count(int64_t rows, int64_t size, int64_t B, bool packed) {
+  return packed ? rows / size + B : divided_up(rows, size);
+}
+
+// Blocks go by batch, head, tile, the tile fastest and the last one first: under a causal mask that has the most work.
+// Returns a `first` past the end for a block without work.
+template <int ROWS, bool KEYS>
+FASTLM_DEVICE Problem locate(const AttentionParams& a) {
+  const int heads = KEYS ? a.Hkv : a.H;
+  const bool packed = a.cu_q != nullptr;
+  const int tiles = (int)tile_count(KEYS ? a.S : a.T, ROWS, a.B, packed);
+  const int block = (int)block_index().x;
+  const int tile = tiles - 1 - block % tiles;
+  Problem p;
+  p.head = block / tiles % heads;
+  if (packed) {
+    const Global<const int32_t> cu_q(a.cu_q), cu_k(a.cu_k), cu = KEYS ? cu_k : cu_q;
+    p.b = sequence_of_tile<ROWS>(cu, a.B, tile);
+    p.first = (tile - (cu[p.b] / ROWS + p.b)) * ROWS;
+    p.q_row = cu_q[p.b], p.k_row = cu_k[p.b];
+    p.T = cu_q[p.b + 1] - cu_q[p.b], p.S = cu_k[p.b + 1] - cu_k[p.b];
+    p.stat_row = p.q_row, p.head_rows = a.T;
+  } else {
+    p.b = block / tiles / heads;
+    p.first = tile * ROWS;
+    p.q_row = p.k_row = 0;
+    p.T = a.T, p.S = a.S;
+    p.stat_row = (int64_t)p.b * a.H * a.T, p.head_rows = a.T;
+  }
+  return p;
+}
+
+// The matrix of one head of one sequence.
+template <class T>
+FASTLM_DEVICE Rows<T> rows_of(const Heads& x, int b, int head, int64_t row, int rows, int width, bool vectors) {
+  const int64_t offset = b * x.b + head * x.h + row * x.t;
+  return {Global<T>((T*)x.data + offset), x.t, rows, width, vectors};
+}
+
+// Turns products q.k of one head into scores, in units of log2: exp2(score) is the softmax's numerator.
+struct ScoreRules {
+  int T, S, left, right;
+  float scale, softcap;
+  Mask mask;  // with data at (b, head, 0, 0)
+
+  FASTLM_DEVICE ScoreRules(const AttentionParams& a, const Problem& p, int head)
+      : T(p.T), S(p.S), left(a.left), right(a.right), scale(a.scale), softcap(a.softcap), mask(a.mask) {
+    if (!mask.data) return;
+    const int size = mask.type == kBool ? 1 : mask.type == (int)DType::f64 ? 8 : mask.type == (int)DType::f32 ? 4 : 2;
+    mask.data = (const char*)mask.data + (p.b * mask.b + head * mask.h) * size;
+  }
+
+  FASTLM_DEVICE bool inside(int i, int j) const { return i < T && j < S && j - i <= right && i - j <= left; }
+  // Whether queries [i0, i1) attend to all keys [j0, j1), as far as sizes and window go.
+  FASTLM_DEVICE bool all_inside(int i0, int i1, int j0, int j1) const {
+    return j1 <= S && j1 - 1 - i0 <= right && smaller(i1, T) - 1 - j0 <= left;
+  }
+
+  FASTLM_DEVICE float masked(float x, int i, int j) const {
+    const int64_t at = i * mask.t + j * mask.s;
+    switch (mask.type) {
+      case kBool: return Global<const uint8_t>((const uint8_t*)mask.data)[at] ? x : -kInfinity;
+      case (int)DType::f32: return x + Global<const float>((const float*)mask.data)[at];
+      case (int)DType::f64: return x + (float)Global<const double>((const double*)mask.data)[at];
+      case (int)DType::bf16: return x + to_float(Global<const bf16>((const bf16*)mask.data)[at]);
+      default: return x + to_float(Global<const fp16>((const fp16*)mask.data)[at]);
+    }
+  }
+
+  // The score of a product; slope is its derivative by scale times the product.
+  FASTLM_DEVICE float score(float product, int i, int j, float& slope) const {
+    slope = 1;
+    if (!inside(i, j)) return -kInfinity;
+    float x = product * scale;
+    if (softcap > 0) {
+      const float bent = tanhf(x / softcap);
+      x = softcap * bent;
+      slope = 1 - bent * bent;
+    }
+    if (mask.data) x = masked(x, i, j);
+    return x * kLog2e;
+  }
+};
+
+// Dropout's factors of a warp's accumulator (16, 8) whose rows are queries; `row` and `column` are of this lane's group
+// g and of the accumulator's column 0. Two lanes share the four columns of a Philox call: the even one draws for the
+// upper row, the odd one for the lower, and they swap halves.
+FASTLM_DEVICE void dropout_of_queries(float (&factor)[4], const Dropout& d, int64_t row, int column) {
+  const int t = lane_index() % 4;
+  const bool odd = t % 2 != 0;
+  const Vec<float, 4> mine = d.factors(row + (odd ? 8 : 0), column / 4 + t / 2);
+  const float first = shuffle_xor(odd ? mine[0] : mine[2], 1);
+  const float second = shuffle_xor(odd ? mine[1] : mine[3], 1);
+  factor[0] = odd ? first : mine[0];
+  factor[1] = odd ? second : mine[1];
+  factor[2] = odd ? mine[2] : first;
+  factor[3] = odd ? mine[3] : second;
+}
+
+// The same where rows are keys and columns queries; `row` is of the accumulator's column 0, `key` of its row 0. Four
+// lanes share the four keys of a Philox call: each draws for one of the four elements they all have, then they
+// transpose the 4 x 4 factors.
+FASTLM_DEVICE void dropout_of_keys(float (&factor)[4], const Dropout& d, int64_t row, int key) {
+  const int g = lane_index() / 4, t = lane_index() % 4, element = g % 4;
+  Vec<float, 4> mine = d.factors(row + 2 * t + element % 2, key / 4 + element / 2 * 2 + g / 4);
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = (element & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const float got = shuffle_xor(upper ? mine[i] : mine[i | bit], 4 * bit);
+      if (upper)
+        mine[i] = got;
+      else
+        mine[i | bit] = got;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) factor[i] = mine[i];
+}
+
+}  // namespace fastlm::cuda

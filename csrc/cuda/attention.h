@@ -1,0 +1,43 @@
+// Attention's arguments as the bindings fill them in; plain C++. Python has checked shapes and allocated every output
+// and workspace.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlm::cuda {
+
+// A (B, H, T, D) view whose last dimension is contiguous; strides in elements. Packed sequences have b = 0.
+struct Heads {
+  void* data;
+  int64_t b, h, t;
+};
+
+// A (B, H, T, S) view; broadcast dimensions have stride 0. type: a DType, or kBool.
+struct Mask {
+  const void* data;  // null: no mask
+  int64_t b, h, t, s;
+  int type;
+};
+constexpr int kBool = 4;
+
+struct AttentionArgs {
+  Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; any of dq, dk and dv may be null
+  Mask mask;
+  float* lse;          // (B, H, T), or (H, T) of packed sequences; null in a forward pass that does not want it
+  const float* dlse;   // the same, or null
+  float* stats;        // backward's workspace: (2, B, H, T)
+  float* dscores;      // (B, H, T, S) zeros for the gradient of the masked scores, or null
+  const int32_t* cu_q;  // (B + 1) first rows of packed sequences, T and S the totals; null for a batch of equal ones
+  const int32_t* cu_k;
+  int64_t B, H, Hkv, T, S, D, Dv;
+  int64_t left, right;  // query i attends to keys i - left to i + right; negative: unlimited
+  double scale, softcap, dropout_p;
+  int64_t seed;
+  int type;
+  void* stream;
+};
+
+void attention_fwd(const AttentionArgs& args);
+void attention_bwd(const AttentionArgs& args);
+
+}  // namespace fastlm::cuda

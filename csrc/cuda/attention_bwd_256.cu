@@ -1,0 +1,10 @@
+// Attention backward for head sizes up to 256; attention_bwd.cuh has the kernel.
+#include "attention_bwd.cuh"
+
+namespace fastlm::cuda {
+
+template void attention_bwd<bf16, 256>(const AttentionParams&, const AttentionArgs&);
+template void attention_bwd<fp16, 256>(const AttentionParams&, const AttentionArgs&);
+template void attention_bwd<float, 256>(const AttentionParams&, const AttentionArgs&);
+
+}  // namespace fastlm::cuda

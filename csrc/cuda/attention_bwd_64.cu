@@ -1,0 +1,10 @@
+// Attention backward for head sizes up to 64; attention_bwd.cuh has the kernel.
+#include "attention_bwd.cuh"
+
+namespace fastlm::cuda {
+
+template void attention_bwd<bf16, 64>(const AttentionParams&, const AttentionArgs&);
+template void attention_bwd<fp16, 64>(const AttentionParams&, const AttentionArgs&);
+template void attention_bwd<float, 64>(const AttentionParams&, const AttentionArgs&);
+
+}  // namespace fastlm::cuda

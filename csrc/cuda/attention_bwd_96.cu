@@ -1,0 +1,9 @@
+// Attention backward for head sizes up to 96; attention_bwd.cuh has the kernel.
+#include "attention_bwd.cuh"
+
+namespace fastlm::cuda {
+
+template void attention_bwd<bf16, 96>(const AttentionParams&, const AttentionArgs&);
+template void attention_bwd<fp16, 96>(const AttentionParams&, const AttentionArgs&);
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,9 @@
+// Attention forward for head sizes up to 192; attention_fwd.cuh has the kernel.
+#include "attention_fwd.cuh"
+
+namespace fastlm::cuda {
+
+template void attention_fwd<bf16, 192>(const AttentionParams&, const AttentionArgs&);
+template void attention_fwd<fp16, 192>(const AttentionParams&, const AttentionArgs&);
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,10 @@
+// Attention forward for head sizes up to 64; attention_fwd.cuh has the kernel.
+#include "attention_fwd.cuh"
+
+namespace fastlm::cuda {
+
+template void attention_fwd<bf16, 64>(const AttentionParams&, const AttentionArgs&);
+template void attention_fwd<fp16, 64>(const AttentionParams&, const AttentionArgs&);
+template void attention_fwd<float, 64>(const AttentionParams&, const AttentionArgs&);
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,287 @@
+// Tiles in shared memory and products of tiles by a warp: what attention's forward and backward kernels are made of.
+//
+// A tile has rows of D elements. Its 16-byte chunks are permuted within each row (swizzled), so that the eight rows
+// that one ldmatrix reads lie in different banks. fp32 operands are split into two tf32 numbers each, and three
+// products of them (all but the smallest) give fp32's accuracy on the tensor cores.
+#pragma once
+
+#include <matrix.cuh>
+
+namespace fastlm::cuda {
+
+template <class T, int D>
+struct Tile {
+  static constexpr int kChunk = 16 / (int)sizeof(T);  // elements
+  static constexpr int kChunks = D / kChunk;
+  static_assert(D % 16 == 0 && (kChunks % 8 == 0 || (sizeof(T) == 2 && kChunks % 4 == 0)));
+
+  T* data;
+
+  FASTLM_ANY static constexpr int elements(int rows) { return rows * D; }
+
+  FASTLM_DEVICE T* chunk(int row, int index) const {
+    int swizzle;
+    if constexpr (sizeof(T) == 4)
+      swizzle = 2 * row % 8;
+    else if constexpr (kChunks % 8 == 0)
+      swizzle = row % 8;
+    else
+      swizzle = row / 2 % 4;
+    return data + row * D + (index ^ swizzle) * kChunk;
+  }
+  FASTLM_DEVICE T* at(int row, int column) const { return chunk(row, column / kChunk) + column % kChunk; }
+};
+
+// A number as the sum of two tf32 numbers.
+struct Split {
+  uint32_t high, low;
+};
+FASTLM_DEVICE Split split(float x) {
+  const uint32_t high = to_tf32(x);
+  return {high, to_tf32(x - from_tf32(high))};
+}
+
+// The left operand: 16 rows, 16 columns k.
+template <class T>
+struct Left {
+  uint32_t word[4];
+
+  template <int D>
+  FASTLM_DEVICE void load(const Tile<T, D>& tile, int row, int k) {
+    const int lane = lane_index();
+    ldmatrix(word, tile.chunk(row + lane % 16, k / 8 + lane / 16));
+  }
+  // From two accumulators of 8 columns each.
+  FASTLM_DEVICE void take(const float (&first)[4], const float (&second)[4]) {
+    word[0] = packed<T>(first[0], first[1]);
+    word[1] = packed<T>(first[2], first[3]);
+    word[2] = packed<T>(second[0], second[1]);
+    word[3] = packed<T>(second[2], second[3]);
+  }
+};
+
+// In fp32 a step of 16 is two products of 8, and both operands number their k in the order 0, 2, 4, 6, 1, 3, 5, 7, so
+// that a lane's elements are neighbours in memory and in accumulators.
+template <>
+struct Left<float> {
+  uint32_t high[2][4], low[2][4];
+
+  FASTLM_DEVICE void set(int step, int i, float x) {
+    const Split s = split(x);
+    high[step][i] = s.high;
+    low[step][i] = s.low;
+  }
+  template <int D>
+  FASTLM_DEVICE void load(const Tile<float, D>& tile, int row, int k) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* pair = tile.at(row + g + 8 * half, k + 8 * step + 2 * t);
+        set(step, half, pair[0]);
+        set(step, half + 2, pair[1]);
+      }
+  }
+  FASTLM_DEVICE void take(const float (&first)[4], const float (&second)[4]) {
+    constexpr int order[4] = {0, 2, 1, 3};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      set(0, i, first[order[i]]);
+      set(1, i, second[order[i]]);
+    }
+  }
+};
+
+// The right operand: 16 rows k, 16 columns n.
+template <class T>
+struct Right {
+  uint32_t word[4];
+
+  // From a tile whose rows are n.
+  template <int D>
+  FASTLM_DEVICE void load(const Tile<T, D>& tile, int n, int k) {
+    const int lane = lane_index();
+    ldmatrix(word, tile.chunk(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+  }
+  // From a tile whose rows are k.
+  template <int D>
+  FASTLM_DEVICE void load_transposed(const Tile<T, D>& tile, int k, int n) {
+    const int lane = lane_index();
+    ldmatrix_transposed(word, tile.chunk(k + lane % 16, n / 8 + lane / 16));
+  }
+};
+
+template <>
+struct Right<float> {
+  Split at[2][2][2];  // n / 8, step, k
+
+  template <int D>
+  FASTLM_DEVICE void load(const Tile<float, D>& tile, int n, int k) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const float* pair = tile.at(n + 8 * part + g, k + 8 * step + 2 * t);
+        at[part][step][0] = split(pair[0]);
+        at[part][step][1] = split(pair[1]);
+      }
+  }
+  template <int D>
+  FASTLM_DEVICE void load_transposed(const Tile<float, D>& tile, int k, int n) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) at[part][step][i] = split(*tile.at(k + 8 * step + 2 * t + i, n + 8 * part + g));
+  }
+};
+
+// c (16, 16), as two accumulators, += a (16, 16) b (16, 16).
+template <class T>
+FASTLM_DEVICE void multiply(float (&c0)[4], float (&c1)[4], const Left<T>& a, const Right<T>& b) {
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const auto product = [&](float(&c)[4], const Split(&x)[2]) {
+        mma_16x8x8_tf32(c, a.low[step], x[0].high, x[1].high);
+        mma_16x8x8_tf32(c, a.high[step], x[0].low, x[1].low);
+        mma_16x8x8_tf32(c, a.high[step], x[0].high, x[1].high);
+      };
+      product(c0, b.at[0][step]);
+      product(c1, b.at[1][step]);
+    }
+  } else {
+    mma_16x8x16<T>(c0, a.word, b.word[0], b.word[1]);
+    mma_16x8x16<T>(c1, a.word, b.word[2], b.word[3]);
+  }
+}
+
+// A warp's accumulators of 16 ROWS rows and 8 N columns are float[ROWS][N][4].
+template <int ROWS, int N>
+FASTLM_DEVICE void clear(float (&c)[ROWS][N][4]) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[r][n][i] = 0;
+}
+
+template <int ROWS, int N>
+FASTLM_DEVICE void multiply_rows(float (&c)[ROWS][N][4], const float (&factor)[ROWS][2]) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c[r][n][e] *= factor[r][e / 2];
+}
+
+// c = rows of `a` from `row` on times the rows of `b`, over D.
+template <class T, int D, int ROWS, int N>
+FASTLM_DEVICE void product_of_rows(float (&c)[ROWS][N][4], const Tile<T, D>& a, int row, const Tile<T, D>& b) {
+  clear(c);
+#pragma unroll
+  for (int k = 0; k < D; k += 16) {
+    Left<T> left[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) left[r].load(a, row + 16 * r, k);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      Right<T> right;
+      right.load(b, 8 * n, k);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) multiply(c[r][n], c[r][n + 1], left[r], right);
+    }
+  }
+}
+
+// c += weights, K columns of accumulators, times columns of `b` from `column` on, over b's K rows.
+template <class T, int D, int ROWS, int K, int N>
+FASTLM_DEVICE void add_weighted(float (&c)[ROWS][N][4], const float (&weights)[ROWS][K][4], const Tile<T, D>& b,
+                                int column) {
+#pragma unroll
+  for (int k = 0; k < K; k += 2) {
+    Left<T> left[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) left[r].take(weights[r][k], weights[r][k + 1]);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      Right<T> right;
+      right.load_transposed(b, 8 * k, column + 8 * n);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) multiply(c[r][n], c[r][n + 1], left[r], right);
+    }
+  }
+}
+
+// Rows of a matrix in global memory, `stride` elements apart; `width` of their elements and `rows` of them exist, and
+// where `vectors` holds, each 16-byte chunk of a row is aligned and exists whole or not at all.
+template <class T>
+struct Rows {
+  Global<T> data;
+  int64_t stride;
+  int rows, width;
+  bool vectors;
+};
+
+// Starts copying rows first to first + ROWS into the tile, zeros where there are none; they belong to the group of the
+// next commit.
+template <int ROWS, int THREADS, class T, int D>
+FASTLM_DEVICE void load_tile(const Tile<T, D>& tile, const Rows<const T>& from, int first) {
+  constexpr int kChunk = Tile<T, D>::kChunk, kChunks = Tile<T, D>::kChunks;
+#pragma unroll 4
+  for (int i = thread_index(); i < ROWS * kChunks; i += THREADS) {
+    const int row = i / kChunks, column = i % kChunks * kChunk;
+    const bool inside = first + row < from.rows && column < from.width;
+    T* const to = tile.chunk(row, i % kChunks);
+    const Global<const T> source = inside ? from.data + ((first + row) * from.stride + column) : from.data;
+    if (from.vectors) {
+      cp_async<16>(to, source, inside ? 16 : 0);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        to[j] = inside && column + j < from.width ? load<1>(source + j)[0] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// Writes a warp's accumulators to rows first to first + 16 ROWS, columns from `column` on, by way of
+// the tile's rows from `row` on, which no other warp uses any more.
+template <class T, int D, int ROWS, int N>
+FASTLM_DEVICE void store_rows(const Rows<T>& to, int first, const Tile<T, D>& tile, int row, int column,
+                              const float (&c)[ROWS][N][4]) {
+  constexpr int kChunk = Tile<T, D>::kChunk, kChunks = 8 * N / kChunk;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        T* const pair = tile.at(row + 16 * r + 8 * half + g, column + 8 * n + 2 * t);
+        const float x = c[r][n][2 * half], y = c[r][n][2 * half + 1];
+        if constexpr (std::is_same_v<T, float>)
+          *reinterpret_cast<Vec<float, 2>*>(pair) = {{x, y}};
+        else
+          *reinterpret_cast<uint32_t*>(pair) = packed<T>(x, y);
+      }
+  sync_warp();
+#pragma unroll 4
+  for (int i = lane_index(); i < 16 * ROWS * kChunks; i += kWarp) {
+    const int line = i / kChunks, start = column + i % kChunks * kChunk;
+    if (first + line >= to.rows || start >= to.width) continue;
+    const auto* chunk = reinterpret_cast<const Vec<T, kChunk>*>(tile.at(row + line, start));
+    const Global<T> target = to.data + ((first + line) * to.stride + start);
+    if (to.vectors)
+      store(target, *chunk);
+    else
+      for (int j = 0; j < kChunk && start + j < to.width; ++j) store(target + j, Vec<T, 1>{{(*chunk)[j]}});
+  }
+}
+
+}  // namespace fastlm::cuda
