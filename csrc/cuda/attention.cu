@@ -30,6 +30,7 @@ AttentionParams params_of(const AttentionArgs& a) {
   p.B = (int)a.B, p.H = (int)a.H, p.Hkv = (int)a.Hkv, p.T = (int)a.T, p.S = (int)a.S, p.D = (int)a.D, p.Dv = (int)a.Dv;
   p.left = reach(a.left), p.right = reach(a.right);
   p.scale = (float)a.scale, p.softcap = (float)a.softcap;
+  p.softcap_inverse = a.softcap > 0 ? (float)(1 / a.softcap) : 0.0f;
   p.dropout = Dropout::of(a.dropout_p, a.seed);
   p.drops = a.dropout_p > 0;
   const int64_t element = a.type == (int)DType::f32 ? 4 : 2;

@@ -19,7 +19,7 @@ struct AttentionParams {
   float* dscores;
   const int32_t *cu_q, *cu_k;
   int B, H, Hkv, T, S, D, Dv, left, right;
-  float scale, softcap;
+  float scale, softcap, softcap_inverse;
   Dropout dropout;
   bool drops, vectors;
   int64_t stat_rows;  // B H T, or H T of packed sequences
@@ -95,46 +95,44 @@ FASTLM_DEVICE Rows<T> rows_of(const Heads& x, int b, int head, int64_t row, int 
 }
 
 // Turns products q.k of one head into scores, in units of log2: exp2(score) is the softmax's numerator.
+template <class Element>
 struct ScoreRules {
-  int T, S, left, right;
-  float scale, softcap;
-  Mask mask;  // with data at (b, head, 0, 0)
+  const AttentionParams& a;
+  int T, S;
+  const char* mask;  // at (b, head, 0, 0); null: none
 
-  FASTLM_DEVICE ScoreRules(const AttentionParams& a, const Problem& p, int head)
-      : T(p.T), S(p.S), left(a.left), right(a.right), scale(a.scale), softcap(a.softcap), mask(a.mask) {
-    if (!mask.data) return;
-    const int size = mask.type == kBool ? 1 : mask.type == (int)DType::f64 ? 8 : mask.type == (int)DType::f32 ? 4 : 2;
-    mask.data = (const char*)mask.data + (p.b * mask.b + head * mask.h) * size;
+  FASTLM_DEVICE ScoreRules(const AttentionParams& params, const Problem& p, int head)
+      : a(params), T(p.T), S(p.S), mask(nullptr) {
+    if (!a.mask.data) return;
+    const int size = a.mask.type == kBool ? 1 : a.mask.type == (int)DType::f32 ? 4 : (int)sizeof(Element);
+    mask = (const char*)a.mask.data + (p.b * a.mask.b + head * a.mask.h) * size;
   }
 
-  FASTLM_DEVICE bool inside(int i, int j) const { return i < T && j < S && j - i <= right && i - j <= left; }
+  FASTLM_DEVICE bool inside(int i, int j) const { return i < T && j < S && j - i <= a.right && i - j <= a.left; }
   // Whether queries [i0, i1) attend to all keys [j0, j1), as far as sizes and window go.
   FASTLM_DEVICE bool all_inside(int i0, int i1, int j0, int j1) const {
-    return j1 <= S && j1 - 1 - i0 <= right && smaller(i1, T) - 1 - j0 <= left;
+    return j1 <= S && j1 - 1 - i0 <= a.right && smaller(i1, T) - 1 - j0 <= a.left;
   }
 
   FASTLM_DEVICE float masked(float x, int i, int j) const {
-    const int64_t at = i * mask.t + j * mask.s;
-    switch (mask.type) {
-      case kBool: return Global<const uint8_t>((const uint8_t*)mask.data)[at] ? x : -kInfinity;
-      case (int)DType::f32: return x + Global<const float>((const float*)mask.data)[at];
-      case (int)DType::f64: return x + (float)Global<const double>((const double*)mask.data)[at];
-      case (int)DType::bf16: return x + to_float(Global<const bf16>((const bf16*)mask.data)[at]);
-      default: return x + to_float(Global<const fp16>((const fp16*)mask.data)[at]);
-    }
+    const int64_t at = i * a.mask.t + j * a.mask.s;
+    if (a.mask.type == kBool) return Global<const uint8_t>((const uint8_t*)mask)[at] ? x : -kInfinity;
+    if (std::is_same_v<Element, float> || a.mask.type == (int)DType::f32)
+      return x + Global<const float>((const float*)mask)[at];
+    return x + to_float(Global<const Element>((const Element*)mask)[at]);
   }
 
   // The score of a product; slope is its derivative by scale times the product.
   FASTLM_DEVICE float score(float product, int i, int j, float& slope) const {
     slope = 1;
     if (!inside(i, j)) return -kInfinity;
-    float x = product * scale;
-    if (softcap > 0) {
-      const float bent = tanhf(x / softcap);
-      x = softcap * bent;
+    float x = product * a.scale;
+    if (a.softcap > 0) {
+      const float bent = tanhf(x * a.softcap_inverse);
+      x = a.softcap * bent;
       slope = 1 - bent * bent;
     }
-    if (mask.data) x = masked(x, i, j);
+    if (mask) x = masked(x, i, j);
     return x * kLog2e;
   }
 };

@@ -12,7 +12,7 @@ struct Heads {
   int64_t b, h, t;
 };
 
-// A (B, H, T, S) view; broadcast dimensions have stride 0. type: a DType, or kBool.
+// A (B, H, T, S) view; broadcast dimensions have stride 0. type: kBool, f32, or the type of q.
 struct Mask {
   const void* data;  // null: no mask
   int64_t b, h, t, s;

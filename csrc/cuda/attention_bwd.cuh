@@ -23,9 +23,9 @@ namespace fastlm::cuda {
 template <class T, int D, bool KEYS>
 struct BackwardTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
-  static constexpr int PARTS = KEYS && D >= 192 ? 2 : 1;
+  static constexpr int PARTS = KEYS && (D >= 192 || kWide >= 512) ? 2 : 1;
   static constexpr int WARPS = kWide <= 256 ? 8 : kWide <= 512 ? 4 * PARTS : PARTS;
-  static constexpr int N = kWide <= 128 ? 64 : kWide <= 384 ? 32 : 16;
+  static constexpr int N = kWide <= 128 ? 64 : kWide <= 384 && !(KEYS && D == 128) ? 32 : 16;
   static constexpr int M = 16 * WARPS / PARTS;  // rows of the owner
   static constexpr size_t kSharedBytes = (size_t)(2 * M + 4 * N) * kWide + 4 * N * sizeof(float);
 };
@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_bwd_kernel(const __gri
   const int warp_row = warp_index() / PARTS * 16, column = warp_index() % PARTS * kColumns;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const bool general = a.general();
+  const Global<float> dmasked(a.dscores);
   const float unit = a.scale * kLog2e;
   float grad[1][kColumns / 8][4], grad_v[1][KEYS ? kColumns / 8 : 2][4];
   clear(grad);
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_bwd_kernel(const __gri
     const int head = KEYS ? kv_head * group + step / tiles : p.head, first = begin + step % tiles * N;
     const Tile<T, D> one{walked + step % 2 * 2 * own.elements(N)}, two{one.data + own.elements(N)};
     const float* const stats = walked_stats + step % 2 * 2 * N;
-    const ScoreRules rules(a, p, head);
+    const ScoreRules<T> rules(a, p, head);
     float weights[1][N / 8][4], dscores[1][N / 8][4];
     product_of_rows(weights, own, warp_row, one);
     product_of_rows(dscores, own_grad, warp_row, two);
@@ -152,7 +153,8 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_bwd_kernel(const __gri
         else
           weight = exp2_approx(rules.score(weights[0][n][e], i, j, slope) - lse);
         float dscore = weight * (dscores[0][n][e] * factor[e] - delta);
-        if (!KEYS && a.dscores && i < p.T && j < p.S) Global<float>(a.dscores)[(p.row(head) + i) * p.S + j] = dscore;
+        if constexpr (!KEYS)
+          if (dmasked && i < p.T && j < p.S) dmasked[(p.row(head) + i) * p.S + j] = dscore;
         weights[0][n][e] = weight * factor[e];
         dscores[0][n][e] = dscore * slope;
       }

@@ -22,7 +22,7 @@ struct ForwardTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
   static constexpr int ROWS = kWide <= 192 ? 2 : 1;
   static constexpr int WARPS = kWide == 256 || kWide == 384 ? 8 : 4;
-  static constexpr int N = kWide <= 512 ? 64 : 16;
+  static constexpr int N = ROWS == 2 || (sizeof(T) == 4 && D == 128) ? 32 : kWide <= 512 ? 64 : 16;
   static constexpr int M = 16 * ROWS * WARPS;
   static constexpr size_t kSharedBytes = (size_t)(M + 2 * N) * kWide;
 };
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_fwd_kernel(const __gri
   const int kv_head = p.head / (a.H / a.Hkv);
   const auto keys = rows_of<const T>(a.k, p.b, kv_head, p.k_row, p.S, a.D, a.vectors);
   const auto values = rows_of<const T>(a.v, p.b, kv_head, p.k_row, p.S, a.Dv, a.vectors);
-  const ScoreRules rules(a, p, p.head);
+  const ScoreRules<T> rules(a, p, p.head);
   const Tile<T, D> q{shared_memory<T>()}, k{q.data + q.elements(M)}, v{k.data + k.elements(N)};
 
   const int warp_row = warp_index() * 16 * ROWS;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_fwd_kernel(const __gri
   }
   cp_async_wait<0>();
 
-  finish_softmax(state, unit, a.lse ? a.lse + p.row(p.head) : nullptr, i, p.T, factor);
+  finish_softmax(state, unit, Global<float>(a.lse ? a.lse + p.row(p.head) : nullptr), i, p.T, factor);
   multiply_rows(out, factor);
   const auto target = rows_of<T>(a.out, p.b, p.head, p.q_row, p.T, a.Dv, a.vectors);
   store_rows(target, p.first + warp_row, q, warp_row, 0, out);

@@ -18,8 +18,9 @@ struct SoftmaxState {
 
 // Applies the rules to products of this lane's first query i and first key j on, in a tile that they do not leave alone.
 // Without mask and soft cap, scores stay products, in units of 1 / scale.
-template <int ROWS, int N>
-FASTLM_DEVICE void apply_rules(float (&scores)[ROWS][N][4], const ScoreRules& rules, bool general, int i, int j) {
+template <class T, int ROWS, int N>
+FASTLM_DEVICE void apply_rules(float (&scores)[ROWS][N][4], const ScoreRules<T>& rules, bool general, int i,
+                               int j) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -80,7 +81,7 @@ FASTLM_DEVICE void drop_weights(float (&weights)[ROWS][N][4], const Dropout& dro
 // Finishes the sums, writes each row's log-sum-exp where it is wanted, and gives the factors that normalize the rows:
 // 0 for a row that attends to nothing. `i` is this lane's first query, of `queries`; lse is of the head's query 0.
 template <int ROWS>
-FASTLM_DEVICE void finish_softmax(const SoftmaxState<ROWS>& state, float unit, float* lse, int i, int queries,
+FASTLM_DEVICE void finish_softmax(const SoftmaxState<ROWS>& state, float unit, Global<float> lse, int i, int queries,
                                   float (&normalize)[ROWS][2]) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
@@ -90,7 +91,7 @@ FASTLM_DEVICE void finish_softmax(const SoftmaxState<ROWS>& state, float unit, f
       const int query = i + 16 * r + 8 * half;
       normalize[r][half] = total == 0 ? 0 : 1 / total;
       if (lse && lane_index() % 4 == 0 && query < queries)
-        Global<float>(lse)[query] = total == 0 ? -kInfinity : (state.highest[r][half] * unit + log2f(total)) * kLn2;
+        lse[query] = total == 0 ? -kInfinity : (state.highest[r][half] * unit + log2f(total)) * kLn2;
     }
 }
 

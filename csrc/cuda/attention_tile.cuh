@@ -185,7 +185,7 @@ FASTLM_DEVICE void multiply_rows(float (&c)[ROWS][N][4], const float (&factor)[R
 template <class T, int D, int ROWS, int N>
 FASTLM_DEVICE void product_of_rows(float (&c)[ROWS][N][4], const Tile<T, D>& a, int row, const Tile<T, D>& b) {
   clear(c);
-#pragma unroll
+#pragma unroll(sizeof(T) == 4 ? 1 : 2)  // more would keep too many addresses in registers
   for (int k = 0; k < D; k += 16) {
     Left<T> left[ROWS];
 #pragma unroll
@@ -234,18 +234,20 @@ struct Rows {
 template <int ROWS, int THREADS, class T, int D>
 FASTLM_DEVICE void load_tile(const Tile<T, D>& tile, const Rows<const T>& from, int first) {
   constexpr int kChunk = Tile<T, D>::kChunk, kChunks = Tile<T, D>::kChunks;
+  if (from.vectors) {
 #pragma unroll 4
-  for (int i = thread_index(); i < ROWS * kChunks; i += THREADS) {
-    const int row = i / kChunks, column = i % kChunks * kChunk;
-    const bool inside = first + row < from.rows && column < from.width;
-    T* const to = tile.chunk(row, i % kChunks);
-    const Global<const T> source = inside ? from.data + ((first + row) * from.stride + column) : from.data;
-    if (from.vectors) {
-      cp_async<16>(to, source, inside ? 16 : 0);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j)
-        to[j] = inside && column + j < from.width ? load<1>(source + j)[0] : from_float<T>(0.0f);
+    for (int i = thread_index(); i < ROWS * kChunks; i += THREADS) {
+      const int row = i / kChunks, column = i % kChunks * kChunk;
+      const bool inside = first + row < from.rows && column < from.width;
+      cp_async<16>(tile.chunk(row, i % kChunks), from.data + (inside ? (first + row) * from.stride + column : 0),
+                   inside ? 16 : 0);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread_index(); i < ROWS * D; i += THREADS) {
+      const int row = i / D, column = i % D;
+      const bool inside = first + row < from.rows && column < from.width;
+      *tile.at(row, column) = inside ? from.data[(first + row) * from.stride + column] : from_float<T>(0.0f);
     }
   }
 }
@@ -271,16 +273,21 @@ FASTLM_DEVICE void store_rows(const Rows<T>& to, int first, const Tile<T, D>& ti
           *reinterpret_cast<uint32_t*>(pair) = packed<T>(x, y);
       }
   sync_warp();
+  if (to.vectors) {
 #pragma unroll 4
-  for (int i = lane_index(); i < 16 * ROWS * kChunks; i += kWarp) {
-    const int line = i / kChunks, start = column + i % kChunks * kChunk;
-    if (first + line >= to.rows || start >= to.width) continue;
-    const auto* chunk = reinterpret_cast<const Vec<T, kChunk>*>(tile.at(row + line, start));
-    const Global<T> target = to.data + ((first + line) * to.stride + start);
-    if (to.vectors)
-      store(target, *chunk);
-    else
-      for (int j = 0; j < kChunk && start + j < to.width; ++j) store(target + j, Vec<T, 1>{{(*chunk)[j]}});
+    for (int i = lane_index(); i < 16 * ROWS * kChunks; i += kWarp) {
+      const int line = i / kChunks, start = column + i % kChunks * kChunk;
+      if (first + line < to.rows && start < to.width)
+        store(to.data + ((first + line) * to.stride + start),
+              *reinterpret_cast<const Vec<T, kChunk>*>(tile.at(row + line, start)));
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane_index(); i < 16 * ROWS * 8 * N; i += kWarp) {
+      const int line = i / (8 * N), start = column + i % (8 * N);
+      if (first + line < to.rows && start < to.width)
+        to.data[(first + line) * to.stride + start] = *tile.at(row + line, start);
+    }
   }
 }
 
