@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/attention.h"
 #include "cuda/ops.h"
 
 namespace py = pybind11;
@@ -15,6 +16,34 @@ using ptr = std::uintptr_t;
 #ifndef FASTLM_CUDA_ARCHS  // "80;90a": what the kernels were compiled for
 #define FASTLM_CUDA_ARCHS ""
 #endif
+
+namespace {
+
+Heads heads(ptr data, const py::tuple& strides) {
+  if (!data) return {};
+  return {P(data), strides[0].cast<int64_t>(), strides[1].cast<int64_t>(), strides[2].cast<int64_t>()};
+}
+
+// What both directions of attention share, as Python passes it; sizes are (B, H, Hkv, T, S, D, Dv, left, right).
+// `mask_owner` keeps a converted mask alive.
+AttentionArgs attention_args(int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
+                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object&,
+                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
+                             int64_t seed, int type) {
+  AttentionArgs a{};
+  a.device = device, a.stream = P(stream);
+  a.q = heads(q, qs), a.k = heads(k, ks), a.v = heads(v, vs);
+  if (mask)
+    a.mask = {P(mask), ms[0].cast<int64_t>(), ms[1].cast<int64_t>(), ms[2].cast<int64_t>(), ms[3].cast<int64_t>(),
+              mask_type};
+  a.cu_q = static_cast<const int32_t*>(P(cu_q)), a.cu_k = static_cast<const int32_t*>(P(cu_k));
+  int64_t* const size[] = {&a.B, &a.H, &a.Hkv, &a.T, &a.S, &a.D, &a.Dv, &a.left, &a.right};
+  for (size_t i = 0; i < 9; ++i) *size[i] = sizes[i].cast<int64_t>();
+  a.scale = scale, a.softcap = softcap, a.dropout_p = p, a.seed = seed, a.type = type;
+  return a;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   using nogil = py::call_guard<py::gil_scoped_release>;
@@ -65,4 +94,29 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
                    b_type);
         },
         nogil());
+  m.def("attention_fwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
+                            const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
+                            ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
+                            int64_t seed, int type, ptr out, const py::tuple& outs, ptr lse) {
+    AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
+                                     scale, softcap, p, seed, type);
+    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse));
+    const py::gil_scoped_release nogil_here;
+    attention_fwd(a);
+  });
+  m.def("attention_bwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
+                            const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
+                            ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
+                            int64_t seed, int type, ptr out, const py::tuple& outs, ptr lse, ptr dout,
+                            const py::tuple& douts, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk,
+                            const py::tuple& dks, ptr dv, const py::tuple& dvs, ptr stats, ptr dscores) {
+    AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
+                                     scale, softcap, p, seed, type);
+    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse));
+    a.dout = heads(dout, douts), a.dlse = static_cast<const float*>(P(dlse));
+    a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);
+    a.stats = static_cast<float*>(P(stats)), a.dscores = static_cast<float*>(P(dscores));
+    const py::gil_scoped_release nogil_here;
+    attention_bwd(a);
+  });
 }

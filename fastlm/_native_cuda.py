@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._native import TYPE_CODE, _weight_type
+from ._native import _BOOL, TYPE_CODE, _weight_type, heads_like
 
 _cuda: Any = None
 missing_reason: str | None = None
@@ -227,3 +227,104 @@ def gelu_bwd(
         TYPE_CODE[x.dtype], _weight_type(bias, None),
     )  # fmt: skip
     return dx, db
+
+
+def _attention_arguments(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, options: tuple
+) -> tuple[Any, ...]:
+    """What both directions take, q, k and v as (B, H, T, D); B is 1 for packed sequences."""
+    _, scale, dropout_p, seed, left, right, softcap = options
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    at, strides, kind = 0, (), 0
+    if mask is not None:
+        if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+            mask = mask.float()
+        at, strides, kind = _ptr(mask), mask.expand(B, H, T, S).stride(), TYPE_CODE.get(mask.dtype, _BOOL)
+    batch = B if cu_q is None else cu_q.shape[0] - 1
+    return (
+        *_place(q), *_attention_heads(q), *_attention_heads(k), *_attention_heads(v), at, strides, kind, mask,
+        _ptr(cu_q), _ptr(cu_k), (batch, H, k.shape[1], T, S, D, v.shape[3], left, right),
+        scale, softcap, dropout_p, seed, TYPE_CODE[q.dtype],
+    )  # fmt: skip
+
+
+def _attention_heads(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    return (0, ()) if x is None else (_ptr(x), x.stride())
+
+
+def _attention_fwd(q, k, v, mask, cu_q, cu_k, options, lse) -> tuple[Tensor, Tensor | None]:
+    B, H, T, _ = q.shape
+    out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
+    sums = q.new_empty(B, H, T, dtype=torch.float32) if lse else None
+    arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
+    _cuda.attention_fwd(*arguments, *_attention_heads(out), _ptr(sums))
+    return out, sums
+
+
+def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, grads, mask_grad) -> Tensor | None:
+    """Writes dq, dk and dv into `grads`, those that are not None, and returns the mask's."""
+    B, H, T, _ = q.shape
+    stats = lse.new_empty(2, B, H, T)
+    # One number a score: summed over the mask's broadcast dimensions afterwards, in torch's fixed order.
+    dscores = lse.new_zeros(B, H, T, k.shape[2]) if mask is not None and mask_grad else None
+    arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
+    _cuda.attention_bwd(
+        *arguments, *_attention_heads(out), _ptr(lse), *_attention_heads(dout), _ptr(dlse),
+        *(part for grad in grads for part in _attention_heads(grad)), _ptr(stats), _ptr(dscores),
+    )  # fmt: skip
+    return None if dscores is None else dscores.sum_to_size(mask.shape)
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """As fastlm._native.attention_fwd."""
+    return _attention_fwd(q, k, v, mask, None, None, options, lse)
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *options,
+    inputs: bool = True,
+    mask_grad: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As fastlm._native.attention_bwd."""
+    grads = (heads_like(q), heads_like(k), heads_like(v)) if inputs else (None, None, None)
+    dmask = _attention_bwd(dout, dlse, q, k, v, mask, None, None, out, lse, options, grads, mask_grad)
+    return *grads, dmask
+
+
+def attention_varlen_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options, lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """As fastlm._native.attention_varlen_fwd."""
+    packed = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, sums = _attention_fwd(*packed, None, cu_q, cu_k, options, lse)
+    return out[0].transpose(0, 1), None if sums is None else sums[0]
+
+
+def attention_varlen_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As fastlm._native.attention_varlen_bwd."""
+    grads = heads_like(q), heads_like(k), heads_like(v)
+    dout, q, k, v, out, *packed = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out, *grads))
+    _attention_bwd(dout, dlse, q, k, v, None, cu_q, cu_k, out, lse, options, packed, False)
+    return grads

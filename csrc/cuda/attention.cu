@@ -25,6 +25,8 @@ bool aligned(const Heads& x, int64_t width, int64_t element) {
 AttentionParams params_of(const AttentionArgs& a) {
   AttentionParams p{};
   p.q = a.q, p.k = a.k, p.v = a.v, p.out = a.out, p.dout = a.dout, p.dq = a.dq, p.dk = a.dk, p.dv = a.dv;
+  if (a.cu_q)  // sequences differ in their rows alone
+    for (Heads* x : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv}) x->b = 0;
   p.mask = a.mask, p.lse = a.lse, p.dlse = a.dlse, p.stats = a.stats, p.dscores = a.dscores;
   p.cu_q = a.cu_q, p.cu_k = a.cu_k;
   p.B = (int)a.B, p.H = (int)a.H, p.Hkv = (int)a.Hkv, p.T = (int)a.T, p.S = (int)a.S, p.D = (int)a.D, p.Dv = (int)a.Dv;
@@ -35,8 +37,8 @@ AttentionParams params_of(const AttentionArgs& a) {
   p.drops = a.dropout_p > 0;
   const int64_t element = a.type == (int)DType::f32 ? 4 : 2;
   p.vectors = true;
-  for (const Heads* x : {&a.q, &a.k, &a.dq, &a.dk}) p.vectors = p.vectors && aligned(*x, a.D, element);
-  for (const Heads* x : {&a.v, &a.out, &a.dout, &a.dv}) p.vectors = p.vectors && aligned(*x, a.Dv, element);
+  for (const Heads* x : {&p.q, &p.k, &p.dq, &p.dk}) p.vectors = p.vectors && aligned(*x, a.D, element);
+  for (const Heads* x : {&p.v, &p.out, &p.dout, &p.dv}) p.vectors = p.vectors && aligned(*x, a.Dv, element);
   p.stat_rows = (a.cu_q ? 1 : a.B) * a.H * a.T;
   return p;
 }
@@ -64,11 +66,13 @@ void for_kernel(const AttentionArgs& a, F&& f) {
 }  // namespace
 
 void attention_fwd(const AttentionArgs& args) {
+  set_device(args.device);
   const AttentionParams params = params_of(args);
   for_kernel(args, [&](auto type, auto D) { attention_fwd<decltype(type), D()>(params, args); });
 }
 
 void attention_bwd(const AttentionArgs& args) {
+  set_device(args.device);
   const AttentionParams params = params_of(args);
   for_kernel(args, [&](auto type, auto D) { attention_bwd<decltype(type), D()>(params, args); });
 }

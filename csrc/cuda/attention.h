@@ -6,7 +6,7 @@
 
 namespace fastlm::cuda {
 
-// A (B, H, T, D) view whose last dimension is contiguous; strides in elements. Packed sequences have b = 0.
+// A (B, H, T, D) view whose last dimension is contiguous; strides in elements. Packed sequences have no b.
 struct Heads {
   void* data;
   int64_t b, h, t;
@@ -33,7 +33,7 @@ struct AttentionArgs {
   int64_t left, right;  // query i attends to keys i - left to i + right; negative: unlimited
   double scale, softcap, dropout_p;
   int64_t seed;
-  int type;
+  int type, device;
   void* stream;
 };
 

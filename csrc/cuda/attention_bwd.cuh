@@ -9,7 +9,7 @@
 // and P and dS go from accumulators to the left operand of the next product without passing through memory. The price
 // is that S and dP are computed twice: seven products instead of five.
 //
-// FLOPs: 14 D for each pair of query and key outside of skipped tiles (three times that in fp32). Bytes: q, k, v, dout,
+// FLOPs: 14 D for each pair of query and key outside of skipped tiles. Bytes: q, k, v, dout,
 // out, dq, dk and dv once, and the walked side once for each owner's tile, of which L2 serves most. Not measured on a
 // GPU yet.
 #pragma once
@@ -18,14 +18,14 @@
 
 namespace fastlm::cuda {
 
-// Tiles by element type and largest head size. PARTS warps share the rows of an owner of keys and split the columns of
+// Tiles by element type and largest head size, within 99 KB of shared memory as in the forward pass. PARTS warps share the rows of an owner of keys and split the columns of
 // dK and dV, which would not fit the registers of one; they repeat the scores.
 template <class T, int D, bool KEYS>
 struct BackwardTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
-  static constexpr int PARTS = KEYS && (D >= 192 || kWide >= 512) ? 2 : 1;
+  static constexpr int PARTS = !KEYS ? 1 : kWide == 1024 ? 4 : D >= 192 || kWide == 512 ? 2 : 1;
   static constexpr int WARPS = kWide <= 256 ? 8 : kWide <= 512 ? 4 * PARTS : PARTS;
-  static constexpr int N = kWide <= 128 ? 64 : kWide <= 384 && !(KEYS && D == 128) ? 32 : 16;
+  static constexpr int N = kWide <= 128 ? 64 : kWide > 384 || (KEYS && kWide == 256) ? 16 : 32;
   static constexpr int M = 16 * WARPS / PARTS;  // rows of the owner
   static constexpr size_t kSharedBytes = (size_t)(2 * M + 4 * N) * kWide + 4 * N * sizeof(float);
 };
@@ -58,7 +58,7 @@ FASTLM_DEVICE void load_stats(float* to, const float* from, int64_t row, int fir
 }
 
 template <class T, int D, int WARPS, int PARTS, int N, bool KEYS>
-__global__ void __launch_bounds__(WARPS* kWarp) attention_bwd_kernel(const __grid_constant__ AttentionParams a) {
+__global__ void __launch_bounds__(WARPS* kWarp, 1) attention_bwd_kernel(const __grid_constant__ AttentionParams a) {
   constexpr int M = 16 * WARPS / PARTS, kThreads = WARPS * kWarp, kColumns = D / PARTS;
   const Problem p = locate<M, KEYS>(a);
   const int size = KEYS ? p.S : p.T, others = KEYS ? p.T : p.S;

@@ -6,8 +6,7 @@
 // and the second product run. Only tiles that window or sizes cut, or all where there is a mask or a soft cap, pay for
 // the general rules; tiles outside of the window are never loaded.
 //
-// FLOPs: 2 (D + Dv) for each pair of query and key that is not in a skipped tile, in fp32 three times that (three tf32
-// products). Bytes: q, out and lse once; k and v once for each 16 ROWS WARPS queries, of which L2 serves most, since
+// FLOPs: 2 (D + Dv) for each pair of query and key that is not in a skipped tile. Bytes: q, out and lse once; k and v once for each 16 ROWS WARPS queries, of which L2 serves most, since
 // neighbouring blocks read the same head. Not measured on a GPU yet.
 #pragma once
 
@@ -22,13 +21,13 @@ struct ForwardTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
   static constexpr int ROWS = kWide <= 192 ? 2 : 1;
   static constexpr int WARPS = kWide == 256 || kWide == 384 ? 8 : 4;
-  static constexpr int N = ROWS == 2 || (sizeof(T) == 4 && D == 128) ? 32 : kWide <= 512 ? 64 : 16;
+  static constexpr int N = kWide == 1024 ? 16 : ROWS == 2 || kWide == 512 || sizeof(T) == 4 ? 32 : 64;
   static constexpr int M = 16 * ROWS * WARPS;
   static constexpr size_t kSharedBytes = (size_t)(M + 2 * N) * kWide;
 };
 
 template <class T, int D, int ROWS, int WARPS, int N>
-__global__ void __launch_bounds__(WARPS* kWarp) attention_fwd_kernel(const __grid_constant__ AttentionParams a) {
+__global__ void __launch_bounds__(WARPS* kWarp, 1) attention_fwd_kernel(const __grid_constant__ AttentionParams a) {
   constexpr int M = 16 * ROWS * WARPS, kThreads = WARPS * kWarp;
   const Problem p = locate<M, false>(a);
   if (p.first >= p.T) return;

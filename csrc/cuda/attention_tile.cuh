@@ -1,8 +1,8 @@
 // Tiles in shared memory and products of tiles by a warp: what attention's forward and backward kernels are made of.
 //
 // A tile has rows of D elements. Its 16-byte chunks are permuted within each row (swizzled), so that the eight rows
-// that one ldmatrix reads lie in different banks. fp32 operands are split into two tf32 numbers each, and three
-// products of them (all but the smallest) give fp32's accuracy on the tensor cores.
+// that one ldmatrix reads lie in different banks. 16-bit products run on the tensor cores. fp32 ones are plain
+// multiply-adds: sums of three tf32 products lose two of fp32's bits.
 #pragma once
 
 #include <matrix.cuh>
@@ -19,27 +19,16 @@ struct Tile {
 
   FASTLM_ANY static constexpr int elements(int rows) { return rows * D; }
 
-  FASTLM_DEVICE T* chunk(int row, int index) const {
-    int swizzle;
-    if constexpr (sizeof(T) == 4)
-      swizzle = 2 * row % 8;
-    else if constexpr (kChunks % 8 == 0)
-      swizzle = row % 8;
-    else
-      swizzle = row / 2 % 4;
-    return data + row * D + (index ^ swizzle) * kChunk;
+  // The chunk `first` + `next` of a row; `first` is even and known when compiling, `next` is 0 or 1. Written so that only
+  // the low bits of `first`, of which there are few patterns, need an address of their own.
+  FASTLM_DEVICE T* chunk(int row, int first, int next) const {
+    constexpr int kMask = kChunks % 8 == 0 ? 7 : 3;
+    const int swizzle = sizeof(T) == 4 ? 2 * row % 8 : kMask == 7 ? row % 8 : row / 2 % 4;
+    return data + row * D + ((first & kMask) ^ (next ^ swizzle)) * kChunk + (first & ~kMask) * kChunk;
   }
+  FASTLM_DEVICE T* chunk(int row, int index) const { return chunk(row, index & ~1, index & 1); }
   FASTLM_DEVICE T* at(int row, int column) const { return chunk(row, column / kChunk) + column % kChunk; }
 };
-
-// A number as the sum of two tf32 numbers.
-struct Split {
-  uint32_t high, low;
-};
-FASTLM_DEVICE Split split(float x) {
-  const uint32_t high = to_tf32(x);
-  return {high, to_tf32(x - from_tf32(high))};
-}
 
 // The left operand: 16 rows, 16 columns k.
 template <class T>
@@ -49,7 +38,7 @@ struct Left {
   template <int D>
   FASTLM_DEVICE void load(const Tile<T, D>& tile, int row, int k) {
     const int lane = lane_index();
-    ldmatrix(word, tile.chunk(row + lane % 16, k / 8 + lane / 16));
+    ldmatrix(word, tile.chunk(row + lane % 16, k / 8, lane / 16));
   }
   // From two accumulators of 8 columns each.
   FASTLM_DEVICE void take(const float (&first)[4], const float (&second)[4]) {
@@ -57,39 +46,6 @@ struct Left {
     word[1] = packed<T>(first[2], first[3]);
     word[2] = packed<T>(second[0], second[1]);
     word[3] = packed<T>(second[2], second[3]);
-  }
-};
-
-// In fp32 a step of 16 is two products of 8, and both operands number their k in the order 0, 2, 4, 6, 1, 3, 5, 7, so
-// that a lane's elements are neighbours in memory and in accumulators.
-template <>
-struct Left<float> {
-  uint32_t high[2][4], low[2][4];
-
-  FASTLM_DEVICE void set(int step, int i, float x) {
-    const Split s = split(x);
-    high[step][i] = s.high;
-    low[step][i] = s.low;
-  }
-  template <int D>
-  FASTLM_DEVICE void load(const Tile<float, D>& tile, int row, int k) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-    for (int step = 0; step < 2; ++step)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* pair = tile.at(row + g + 8 * half, k + 8 * step + 2 * t);
-        set(step, half, pair[0]);
-        set(step, half + 2, pair[1]);
-      }
-  }
-  FASTLM_DEVICE void take(const float (&first)[4], const float (&second)[4]) {
-    constexpr int order[4] = {0, 2, 1, 3};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      set(0, i, first[order[i]]);
-      set(1, i, second[order[i]]);
-    }
   }
 };
 
@@ -102,62 +58,21 @@ struct Right {
   template <int D>
   FASTLM_DEVICE void load(const Tile<T, D>& tile, int n, int k) {
     const int lane = lane_index();
-    ldmatrix(word, tile.chunk(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+    ldmatrix(word, tile.chunk(n + lane % 8 + lane / 16 * 8, k / 8, lane / 8 % 2));
   }
   // From a tile whose rows are k.
   template <int D>
   FASTLM_DEVICE void load_transposed(const Tile<T, D>& tile, int k, int n) {
     const int lane = lane_index();
-    ldmatrix_transposed(word, tile.chunk(k + lane % 16, n / 8 + lane / 16));
-  }
-};
-
-template <>
-struct Right<float> {
-  Split at[2][2][2];  // n / 8, step, k
-
-  template <int D>
-  FASTLM_DEVICE void load(const Tile<float, D>& tile, int n, int k) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const float* pair = tile.at(n + 8 * part + g, k + 8 * step + 2 * t);
-        at[part][step][0] = split(pair[0]);
-        at[part][step][1] = split(pair[1]);
-      }
-  }
-  template <int D>
-  FASTLM_DEVICE void load_transposed(const Tile<float, D>& tile, int k, int n) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int step = 0; step < 2; ++step)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) at[part][step][i] = split(*tile.at(k + 8 * step + 2 * t + i, n + 8 * part + g));
+    ldmatrix_transposed(word, tile.chunk(k + lane % 16, n / 8, lane / 16));
   }
 };
 
 // c (16, 16), as two accumulators, += a (16, 16) b (16, 16).
 template <class T>
 FASTLM_DEVICE void multiply(float (&c0)[4], float (&c1)[4], const Left<T>& a, const Right<T>& b) {
-  if constexpr (std::is_same_v<T, float>) {
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const auto product = [&](float(&c)[4], const Split(&x)[2]) {
-        mma_16x8x8_tf32(c, a.low[step], x[0].high, x[1].high);
-        mma_16x8x8_tf32(c, a.high[step], x[0].low, x[1].low);
-        mma_16x8x8_tf32(c, a.high[step], x[0].high, x[1].high);
-      };
-      product(c0, b.at[0][step]);
-      product(c1, b.at[1][step]);
-    }
-  } else {
-    mma_16x8x16<T>(c0, a.word, b.word[0], b.word[1]);
-    mma_16x8x16<T>(c1, a.word, b.word[2], b.word[3]);
-  }
+  mma_16x8x16<T>(c0, a.word, b.word[0], b.word[1]);
+  mma_16x8x16<T>(c1, a.word, b.word[2], b.word[3]);
 }
 
 // A warp's accumulators of 16 ROWS rows and 8 N columns are float[ROWS][N][4].
@@ -181,40 +96,100 @@ FASTLM_DEVICE void multiply_rows(float (&c)[ROWS][N][4], const float (&factor)[R
       for (int e = 0; e < 4; ++e) c[r][n][e] *= factor[r][e / 2];
 }
 
-// c = rows of `a` from `row` on times the rows of `b`, over D.
-template <class T, int D, int ROWS, int N>
-FASTLM_DEVICE void product_of_rows(float (&c)[ROWS][N][4], const Tile<T, D>& a, int row, const Tile<T, D>& b) {
-  clear(c);
-#pragma unroll(sizeof(T) == 4 ? 1 : 2)  // more would keep too many addresses in registers
-  for (int k = 0; k < D; k += 16) {
-    Left<T> left[ROWS];
+// In fp32, each lane multiplies for its own elements of the accumulators.
+template <int D, int ROWS, int N>
+FASTLM_DEVICE void product_of_rows_fp32(float (&c)[ROWS][N][4], const Tile<float, D>& a, int row,
+                                        const Tile<float, D>& b) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll 1
+  for (int k = 0; k < D / 4; ++k) {
+    Vec<float, 4> left[ROWS][2];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) left[r].load(a, row + 16 * r, k);
+    for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      Right<T> right;
-      right.load(b, 8 * n, k);
+      for (int half = 0; half < 2; ++half) left[r][half] = load_shared<4>(a.chunk(row + 16 * r + 8 * half + g, k));
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) multiply(c[r][n], c[r][n + 1], left[r], right);
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const Vec<float, 4> right = load_shared<4>(b.chunk(8 * n + 2 * t + e, k));
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              c[r][n][2 * half + e] = fmaf(left[r][half][i], right[i], c[r][n][2 * half + e]);
+      }
+  }
+}
+
+// A row's weights lie with four lanes, which hand them round.
+template <int D, int ROWS, int K, int N>
+FASTLM_DEVICE void add_weighted_fp32(float (&c)[ROWS][N][4], const float (&weights)[ROWS][K][4],
+                                     const Tile<float, D>& b, int column) {
+  const int lane = lane_index(), t = lane % 4;
+#pragma unroll
+  for (int k = 0; k < 8 * K; ++k) {
+    float weight[ROWS][2];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        weight[r][half] = shuffle(weights[r][k / 8][2 * half + k % 2], (lane & ~3) + k % 8 / 2);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const Vec<float, 2> right = load_shared<2>(b.chunk(k, column / 4 + 2 * n, t / 2) + t % 2 * 2);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[r][n][e] = fmaf(weight[r][e / 2], right[e % 2], c[r][n][e]);
     }
   }
 }
 
-// c += weights, K columns of accumulators, times columns of `b` from `column` on, over b's K rows.
+// c = rows of `a` from `row` on times the rows of `b`, over D.
+template <class T, int D, int ROWS, int N>
+FASTLM_DEVICE void product_of_rows(float (&c)[ROWS][N][4], const Tile<T, D>& a, int row, const Tile<T, D>& b) {
+  clear(c);
+  if constexpr (std::is_same_v<T, float>) {
+    product_of_rows_fp32(c, a, row, b);
+  } else {
+#pragma unroll 2  // more would keep too many addresses in registers
+    for (int k = 0; k < D; k += 16) {
+      Left<T> left[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) left[r].load(a, row + 16 * r, k);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        Right<T> right;
+        right.load(b, 8 * n, k);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) multiply(c[r][n], c[r][n + 1], left[r], right);
+      }
+    }
+  }
+}
+
+// c += weights, 8 K columns of accumulators, times columns of `b` from `column` on, over b's rows.
 template <class T, int D, int ROWS, int K, int N>
 FASTLM_DEVICE void add_weighted(float (&c)[ROWS][N][4], const float (&weights)[ROWS][K][4], const Tile<T, D>& b,
                                 int column) {
+  if constexpr (std::is_same_v<T, float>) {
+    add_weighted_fp32(c, weights, b, column);
+  } else {
 #pragma unroll
-  for (int k = 0; k < K; k += 2) {
-    Left<T> left[ROWS];
+    for (int k = 0; k < K; k += 2) {
+      Left<T> left[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) left[r].take(weights[r][k], weights[r][k + 1]);
+      for (int r = 0; r < ROWS; ++r) left[r].take(weights[r][k], weights[r][k + 1]);
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      Right<T> right;
-      right.load_transposed(b, 8 * k, column + 8 * n);
+      for (int n = 0; n < N; n += 2) {
+        Right<T> right;
+        right.load_transposed(b, 8 * k, column + 8 * n);
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) multiply(c[r][n], c[r][n + 1], left[r], right);
+        for (int r = 0; r < ROWS; ++r) multiply(c[r][n], c[r][n + 1], left[r], right);
+      }
     }
   }
 }

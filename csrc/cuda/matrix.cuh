@@ -1,10 +1,8 @@
 // Matrix instructions of sm_80: fragments are spread over a warp as the PTX ISA's "Matrix fragments for mma.m16n8k16"
-// and "mma.m16n8k8" say. With lane = 4 g + t, g in 0 to 7 and t in 0 to 3:
+// say. With lane = 4 g + t, g in 0 to 7 and t in 0 to 3:
 //   accumulator c (16, 8):   c0, c1 = (g, 2t), (g, 2t + 1);  c2, c3 = (g + 8, 2t), (g + 8, 2t + 1).
 //   16-bit a (16, 16):       a0 = (g, 2t..), a1 = (g + 8, 2t..), a2 = (g, 2t + 8..), a3 = (g + 8, 2t + 8..).
 //   16-bit b (16, 8):        b0 = (2t.., g), b1 = (2t + 8.., g).
-//   tf32 a (16, 8):          a0 = (g, t), a1 = (g + 8, t), a2 = (g, t + 4), a3 = (g + 8, t + 4).
-//   tf32 b (8, 8):           b0 = (t, g), b1 = (t + 4, g).
 // tests/emulation/matrix.cuh has the same functions for a CPU. Whole warps call them.
 #pragma once
 
@@ -29,6 +27,20 @@ FASTLM_DEVICE void ldmatrix_transposed(uint32_t (&word)[4], const void* row) {
                : "memory");
 }
 
+// N neighbouring numbers in shared memory, read where the program says so: the compiler would read whole tiles ahead.
+template <int N>
+FASTLM_DEVICE Vec<float, N> load_shared(const float* p) {
+  Vec<float, N> x;
+  if constexpr (N == 4)
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(shared_address(p))
+                 : "memory");
+  else
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(shared_address(p)) : "memory");
+  return x;
+}
+
 // c (16, 8) += a (16, 16) b (16, 8), T is bf16 or fp16.
 template <class T>
 FASTLM_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -43,21 +55,5 @@ FASTLM_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// c (16, 8) += a (16, 8) b (8, 8) of tf32 numbers, made by to_tf32.
-FASTLM_DEVICE void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// The nearest number of 11 significant bits, ties away from zero, as fp32 bits.
-FASTLM_DEVICE uint32_t to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-}
-FASTLM_DEVICE float from_tf32(uint32_t bits) { return __uint_as_float(bits); }
 
 }  // namespace fastlm::cuda

@@ -22,6 +22,7 @@ from .._dispatch import (
     always,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     must_trace,
     needs_grad,
     register,
@@ -42,8 +43,13 @@ from ._attention_inputs import (
 from ._attention_reference import Options, attention_backward_ref, attention_ref
 from ._autograd import reference_gradients
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.attention")}
+KERNELS: dict[str, Any] = {
+    "cpu": _native,
+    "triton": LazyModule("fastlm.kernels.attention"),
+    "cuda": LazyModule("fastlm._native_cuda"),
+}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
+PROVED_CUDA: frozenset[int] = frozenset()  # the same of the CUDA kernels
 _NAME = "scaled_dot_product_attention"
 OBSERVERS: list[Callable[..., None]] = []  # called with what decides the weights, while somebody watches
 
@@ -61,17 +67,24 @@ def _torch_unsupported(request: Request) -> str | None:
     return None
 
 
-def triton_attention_unsupported(request: Request) -> str | None:
+def _too_wide(request: Request) -> str | None:
     head_dim = dict(request.features)["head_dim"]
-    if head_dim > 256:
-        return f"its kernels take head sizes up to 256, not {head_dim}"
-    return triton_unsupported(request)
+    return f"its kernels take head sizes up to 256, not {head_dim}" if head_dim > 256 else None
+
+
+def triton_attention_unsupported(request: Request) -> str | None:
+    return _too_wide(request) or triton_unsupported(request)
+
+
+def cuda_attention_unsupported(request: Request) -> str | None:
+    return _too_wide(request) or cuda_unsupported(request)
 
 
 register(
     _NAME,
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_attention_unsupported, proved=PROVED),
+    Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
     Backend("torch", _torch_unsupported),
     Backend("reference", always),
 )

@@ -23,9 +23,20 @@ from ._attention_inputs import (
 )
 from ._attention_reference import Options, attention_varlen_backward_ref, attention_varlen_ref
 from ._autograd import reference_gradients
-from .attention import PROVED, op_options, traced_seed, triton_attention_unsupported
+from .attention import (
+    PROVED,
+    PROVED_CUDA,
+    cuda_attention_unsupported,
+    op_options,
+    traced_seed,
+    triton_attention_unsupported,
+)
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.attention")}
+KERNELS: dict[str, Any] = {
+    "cpu": _native,
+    "triton": LazyModule("fastlm.kernels.attention"),
+    "cuda": LazyModule("fastlm._native_cuda"),
+}
 _NAME = "attention_varlen"
 
 
@@ -33,6 +44,7 @@ register(
     _NAME,
     Backend("cpu", cpu_unsupported),
     Backend("triton", triton_attention_unsupported, proved=PROVED),
+    Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
     Backend("reference", always),
 )
 

@@ -67,6 +67,15 @@ inline void ldmatrix_transposed(uint32_t (&word)[4], const void* row, FASTLM_LIN
   warp::ldmatrix<true>("ldmatrix.trans", word, row, line);
 }
 
+template <int N>
+Vec<float, N> load_shared(const float* p) {
+  emulation::check_shared(p, sizeof(Vec<float, N>), "ld.shared");
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Vec<float, N>)) emulation::fail("ld.shared at a misaligned address");
+  Vec<float, N> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
 template <class T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FASTLM_LINE) {
   warp::Product mine{a, {b0, b1}, c};
@@ -80,26 +89,6 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
         for (int j = 0; j < 2; ++j) b[2 * t + 8 * i + j][g] = warp::half_of<T>(lanes[lane]->b[i], j);
     }
     warp::multiply<16>(lanes, a, b);
-  });
-}
-
-inline uint32_t to_tf32(float x) {
-  const uint32_t b = bits::of(x);
-  return (b & 0x7F800000) == 0x7F800000 ? b : (b + 0x1000) & ~0x1FFFu;
-}
-inline float from_tf32(uint32_t word) { return bits::number(word); }
-
-inline void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FASTLM_LINE) {
-  warp::Product mine{a, {b0, b1}, c};
-  emulation::meet_warp("mma.m16n8k8", line, &mine, [](warp::Product** lanes) {
-    const auto number = [](uint32_t word) { return bits::number(word & ~0x1FFFu); };  // the unit ignores the rest
-    float a[16][8], b[8][8];
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const int g = lane / 4, t = lane % 4;
-      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = number(lanes[lane]->a[i]);
-      for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = number(lanes[lane]->b[i]);
-    }
-    warp::multiply<8>(lanes, a, b);
   });
 }
 
