@@ -243,7 +243,7 @@ def _attention_arguments(
         at, strides, kind = _ptr(mask), mask.expand(B, H, T, S).stride(), TYPE_CODE.get(mask.dtype, _BOOL)
     batch = B if cu_q is None else cu_q.shape[0] - 1
     return (
-        *_place(q), *_attention_heads(q), *_attention_heads(k), *_attention_heads(v), at, strides, kind, mask,
+        *_attention_heads(q), *_attention_heads(k), *_attention_heads(v), at, strides, kind, mask,
         _ptr(cu_q), _ptr(cu_k), (batch, H, k.shape[1], T, S, D, v.shape[3], left, right),
         scale, softcap, dropout_p, seed, TYPE_CODE[q.dtype],
     )  # fmt: skip
@@ -258,7 +258,7 @@ def _attention_fwd(q, k, v, mask, cu_q, cu_k, options, lse) -> tuple[Tensor, Ten
     out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
     sums = q.new_empty(B, H, T, dtype=torch.float32) if lse else None
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
-    _cuda.attention_fwd(*arguments, *_attention_heads(out), _ptr(sums))
+    _call(_cuda.attention_fwd, q, *arguments, *_attention_heads(out), _ptr(sums))
     return out, sums
 
 
@@ -269,8 +269,8 @@ def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, gra
     # One number a score: summed over the mask's broadcast dimensions afterwards, in torch's fixed order.
     dscores = lse.new_zeros(B, H, T, k.shape[2]) if mask is not None and mask_grad else None
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
-    _cuda.attention_bwd(
-        *arguments, *_attention_heads(out), _ptr(lse), *_attention_heads(dout), _ptr(dlse),
+    _call(
+        _cuda.attention_bwd, q, *arguments, *_attention_heads(out), _ptr(lse), *_attention_heads(dout), _ptr(dlse),
         *(part for grad in grads for part in _attention_heads(grad)), _ptr(stats), _ptr(dscores),
     )  # fmt: skip
     return None if dscores is None else dscores.sum_to_size(mask.shape)

@@ -1,4 +1,6 @@
-"""Attention's shared cases on the CUDA backend, and what is its own: the order of blocks, repeatability, products."""
+"""Attention's shared cases on the CUDA backend, and what is its own: head sizes by tile, the order of blocks."""
+
+# ruff: noqa: F401  (the imported tests are collected here as well, with this file's fixture)
 
 import pytest
 import torch
@@ -6,7 +8,6 @@ import torch
 import fastlm
 from conftest import CUDA
 from test_attention import (
-    _inputs,
     test_any_strides,
     test_dropout,
     test_empty,
@@ -28,8 +29,6 @@ from test_attention_varlen import test_dropout as test_dropout_of_packed_sequenc
 from test_attention_varlen import test_parity as test_parity_of_packed_sequences
 from test_attention_window import test_all_together, test_boolean_mask_and_dropout, test_softcap, test_window
 
-__all__ = [name for name in dir() if name.startswith("test_")]
-
 pytestmark = pytest.mark.parametrize("kernels", [CUDA], indirect=True)
 
 
@@ -44,3 +43,29 @@ def attention_kernels(kernels):
 @pytest.mark.parametrize("head_size", [96, 128, 192])
 def test_head_sizes(attention_kernels, poisoned, head_size, dtype):
     test_parity(attention_kernels, poisoned, (1, 2, 1, 67, 69, head_size, head_size, "causal"), dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes blocks in its own order")
+def test_the_order_of_blocks_does_not_matter(attention_kernels, emulation):
+    """Same bits for every order of blocks, warps and lanes: no sum depends on who comes first."""
+    q = torch.randn(2, 4, 70, 40, requires_grad=True)
+    k, v = (torch.randn(2, 2, 150, 40, requires_grad=True) for _ in range(2))
+    mask = torch.randn(70, 150, requires_grad=True)
+    dout = torch.randn(2, 4, 70, 40)
+    results = []
+    for order in (0, 1, 2):
+        emulation.set_order(order)
+        out = fastlm.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        results.append((out, *torch.autograd.grad(out, (q, k, v, mask), dout)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masks_of_other_dtypes(attention_kernels, dtype):
+    """A mask wider or narrower than the queries is added as it is, without being rounded to their dtype."""
+    q, k, v = (torch.randn(1, 2, 40, 32).to(dtype) for _ in range(3))
+    narrow = torch.randn(40, 40).half().bfloat16()
+    for mask in (narrow.half(), narrow.float(), narrow.double()):
+        out = fastlm.scaled_dot_product_attention(q, k, v, mask)
+        assert torch.equal(out, fastlm.scaled_dot_product_attention(q, k, v, narrow.float()))
