@@ -2,11 +2,15 @@
 
 # ruff: noqa: F401  (the imported tests are collected here as well, with this file's fixture)
 
+import ctypes
+
 import pytest
 import torch
 
 import fastlm
 from conftest import CUDA
+from emulation import build
+from fastlm._native import TYPE_CODE
 from test_attention import (
     test_any_strides,
     test_dropout,
@@ -69,3 +73,16 @@ def test_masks_of_other_dtypes(attention_kernels, dtype):
     for mask in (narrow.half(), narrow.float(), narrow.double()):
         out = fastlm.scaled_dot_product_attention(q, k, v, mask)
         assert torch.equal(out, fastlm.scaled_dot_product_attention(q, k, v, narrow.float()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_emulated_products(kernels, dtype):
+    """Fragments land where the PTX ISA puts them: small integers make every product exact."""
+    a, b = (torch.randint(-3, 4, (16, 32)).to(dtype) for _ in range(2))
+    rows, weighted = torch.empty(16, 16), torch.empty(16, 32)
+    products = ctypes.CDLL(str(build.build())).fastlm_emulation_products
+    products(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, rows, weighted)), TYPE_CODE[dtype])
+    expected = a.float() @ b.float().T
+    assert torch.equal(rows, expected)
+    assert torch.equal(weighted, expected @ b.float())
