@@ -33,11 +33,7 @@ def _rows(case, against=("torch",), **kwargs):
 
 
 SHAPES = {"attention": (1, 3, 17, 8), "cross_entropy": (5, 33), "linear_cross_entropy": (5, 8, 33)}
-<<<<<<< HEAD
-SHAPES |= {"train": (1, 32), "generate": (1, 5, 4), "linear": (2, 40, 96)}
-=======
-SHAPES |= {"train": (1, 32), "bert": (3, 16), "generate": (1, 5, 4)}
->>>>>>> cd7d4e4 (Test the encoder-decoder, loading and saving; benchmark BERT with and without padding)
+SHAPES |= {"train": (1, 32), "bert": (3, 16), "generate": (1, 5, 4), "linear": (2, 40, 96)}
 
 
 @pytest.mark.parametrize("name", registry.BENCHMARKS)
@@ -49,11 +45,8 @@ def test_every_benchmark_is_right_and_timed(name):
     assert set(stock) == set(case.passes)
     assert all(row.status == "ok" and row.ratio_to_torch == 1.0 for row in stock.values())
     served = [row for row in rows if row.provider in ("fastlm", "fastlm-cpu") and row.status != "unsupported"]
-<<<<<<< HEAD
-    if _native.missing_reason is None and name in ("layer_norm", "gelu", "train", "generate", "linear"):
-=======
-    if _native.missing_reason is None and name in ("layer_norm", "gelu", "train", "bert", "generate"):
->>>>>>> cd7d4e4 (Test the encoder-decoder, loading and saving; benchmark BERT with and without padding)
+    own = ("layer_norm", "gelu", "train", "bert", "generate", "linear")
+    if _native.missing_reason is None and name in own:
         assert served
     for row in served:
         assert row.status == "ok", row.reason
