@@ -21,7 +21,7 @@ from .._dispatch import must_trace, needs_grad
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    pass
+    from ..models.gpt import GPT
 
 Scheme = Literal["int8", "int4"]
 FORMAT = "fastlm-quantized-1"
