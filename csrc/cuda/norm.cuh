@@ -45,7 +45,7 @@ FASTLM_DEVICE Columns columns_of(int vectors, int warps) {
 
 // A thread's vectors of the row that starts at element `row`, 0 where it holds none. All loads are issued before the
 // first is used.
-template <Cache CACHE, int VEC, int PER, class T>
+template <int VEC, int PER, class T>
 FASTLM_DEVICE void read_row(Global<const T> p, int64_t row, const Columns& mine, Vec<float, VEC> (&out)[PER]) {
   constexpr int kEach = smaller(VEC, 16 / (int)sizeof(T)), kParts = VEC / kEach;
   Vec<T, kEach> raw[PER][kParts] = {};
@@ -54,18 +54,18 @@ FASTLM_DEVICE void read_row(Global<const T> p, int64_t row, const Columns& mine,
     if (mine.holds(j))
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
-        raw[j][part] = load<kEach, CACHE>(p + row + (int64_t)mine.vector(j) * VEC + part * kEach);
+        raw[j][part] = load<kEach, Cache::stream>(p + row + (int64_t)mine.vector(j) * VEC + part * kEach);
 #pragma unroll
   for (int j = 0; j < PER; ++j)
 #pragma unroll
     for (int i = 0; i < VEC; ++i) out[j][i] = to_float(raw[j][i / kEach][i % kEach]);
 }
-template <Cache CACHE, int VEC, int PER>
+template <int VEC, int PER>
 FASTLM_DEVICE void load_row(const Floats& f, int64_t row, const Columns& mine, Vec<float, VEC> (&out)[PER]) {
   switch ((DType)f.type) {
-    case DType::bf16: return read_row<CACHE>(recast<const bf16>(f.data), row, mine, out);
-    case DType::f16: return read_row<CACHE>(recast<const fp16>(f.data), row, mine, out);
-    default: return read_row<CACHE>(recast<const float>(f.data), row, mine, out);
+    case DType::bf16: return read_row(recast<const bf16>(f.data), row, mine, out);
+    case DType::f16: return read_row(recast<const fp16>(f.data), row, mine, out);
+    default: return read_row(recast<const float>(f.data), row, mine, out);
   }
 }
 

@@ -34,24 +34,6 @@ FASTLM_DEVICE void store_statistics(const ForwardArgs& a, int64_t row, float mea
   a.rstd[row] = rstd;
 }
 
-// v rstd w + b in place, the loads of all vectors together.
-template <int VEC, int PER>
-FASTLM_DEVICE void scale_and_shift(const ForwardArgs& a, const Columns& mine, float rstd, Vec<float, VEC> (&v)[PER]) {
-  Vec<float, VEC> parameter[PER];
-  const bool scales = a.w.present();
-  if (scales) load_row<Cache::keep>(a.w, 0, mine, parameter);
-#pragma unroll
-  for (int j = 0; j < PER; ++j)
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) v[j][i] = v[j][i] * rstd * (scales ? parameter[j][i] : 1);
-  if (!a.b.present()) return;
-  load_row<Cache::keep>(a.b, 0, mine, parameter);
-#pragma unroll
-  for (int j = 0; j < PER; ++j)
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) v[j][i] += parameter[j][i];
-}
-
 template <class Z, int PER, bool CENTRED>
 __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(ForwardArgs a, Global<Z> z) {
   constexpr int VEC = kVec<Z>;
@@ -63,10 +45,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(ForwardArgs a, 
   for (int64_t row = rows.row; row < a.M; row += rows.step) {
     Vec<float, VEC> v[PER];
     float sum[1] = {0}, squares[1] = {0}, mean = 0;
-    load_row<Cache::stream>(a.x, row * a.N, mine, v);
+    load_row(a.x, row * a.N, mine, v);
     if (a.residual.present()) {
       Vec<float, VEC> r[PER];
-      read_row<Cache::stream>(recast<const Z>(a.residual.data), row * a.N, mine, r);
+      read_row(recast<const Z>(a.residual.data), row * a.N, mine, r);
 #pragma unroll
       for (int j = 0; j < PER; ++j)
         if (mine.holds(j)) add_residual<CENTRED>(v[j], r[j], z, row, (int64_t)mine.vector(j) * VEC, a.N, a.dropout);
@@ -89,10 +71,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(ForwardArgs a, 
         }
     row_sums(squares, a.warps, buffer + sums);
     const float rstd = inverse_root(a.length.divide(squares[0]) + a.eps);
-    scale_and_shift(a, mine, rstd, v);
 #pragma unroll
     for (int j = 0; j < PER; ++j)
-      if (mine.holds(j)) store_floats(a.y, row * a.N + (int64_t)mine.vector(j) * VEC, v[j]);
+      if (mine.holds(j)) {
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) v[j][i] *= rstd;
+        scale_and_shift(a.w, a.b, (int64_t)mine.vector(j) * VEC, v[j]);
+        store_floats(a.y, row * a.N + (int64_t)mine.vector(j) * VEC, v[j]);
+      }
     store_statistics<CENTRED>(a, row, mean, rstd, mine.first == 0);
     if (!CENTRED) buffer = buffer == shared_memory<float>() ? buffer + 2 * sums : shared_memory<float>();
   }
