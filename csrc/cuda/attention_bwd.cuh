@@ -9,23 +9,25 @@
 // and P and dS go from accumulators to the left operand of the next product without passing through memory. The price
 // is that S and dP are computed twice: seven products instead of five.
 //
-// FLOPs: 14 D for each pair of query and key outside of skipped tiles. Bytes: q, k, v, dout,
-// out, dq, dk and dv once, and the walked side once for each owner's tile, of which L2 serves most. Not measured on a
-// GPU yet.
+// FLOPs: 14 D for each pair of query and key outside of skipped tiles. Bytes: q, k, v, dout, out, dq, dk and dv once,
+// and the walked side once for each owner's tile, of which L2 serves most. Not measured on a GPU yet.
 #pragma once
 
 #include "attention.cuh"
 
 namespace fastlm::cuda {
 
-// Tiles by element type and largest head size, within 99 KB of shared memory as in the forward pass. PARTS warps share the rows of an owner of keys and split the columns of
-// dK and dV, which would not fit the registers of one; they repeat the scores.
+// Tiles by element type and largest head size, within 99 KB of shared memory as in the forward pass and without spills
+// on any architecture. PARTS warps share the rows of an owner of keys and split the columns of dK and dV, which would
+// not fit the registers of one; they repeat the scores.
 template <class T, int D, bool KEYS>
 struct BackwardTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
   static constexpr int PARTS = !KEYS ? 1 : kWide == 1024 ? 4 : D >= 192 || kWide == 512 ? 2 : 1;
   static constexpr int WARPS = kWide <= 256 ? 8 : kWide <= 512 ? 4 * PARTS : PARTS;
-  static constexpr int N = kWide <= 128 ? 64 : kWide > 384 || (KEYS && kWide == 256) ? 16 : 32;
+  static constexpr int N = kWide <= (KEYS ? 64 : 128)               ? 64
+                           : kWide > 384 || (KEYS && kWide == 256) ? 16
+                                                                   : 32;
   static constexpr int M = 16 * WARPS / PARTS;  // rows of the owner
   static constexpr size_t kSharedBytes = (size_t)(2 * M + 4 * N) * kWide + 4 * N * sizeof(float);
 };

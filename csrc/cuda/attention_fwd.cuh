@@ -6,8 +6,9 @@
 // and the second product run. Only tiles that window or sizes cut, or all where there is a mask or a soft cap, pay for
 // the general rules; tiles outside of the window are never loaded.
 //
-// FLOPs: 2 (D + Dv) for each pair of query and key that is not in a skipped tile. Bytes: q, out and lse once; k and v once for each 16 ROWS WARPS queries, of which L2 serves most, since
-// neighbouring blocks read the same head. Not measured on a GPU yet.
+// FLOPs: 2 (D + Dv) for each pair of query and key that is not in a skipped tile. Bytes: q, out and lse once; k and v
+// once for each 16 ROWS WARPS queries, of which L2 serves most, since neighbouring blocks read the same head. Not
+// measured on a GPU yet.
 #pragma once
 
 #include "attention_softmax.cuh"
