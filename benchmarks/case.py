@@ -28,6 +28,7 @@ class Case:
         passes: what is timed: "fwd" without gradients, "bwd" alone, "full" for both.
         headline: whether it is measured with every allocator.
         slow: whether the providers that take long to build or to run, such as torch.compile, run it too.
+        extra: whether it runs only if its benchmark is asked for by name, not under "all".
     """
 
     op: str
@@ -37,6 +38,7 @@ class Case:
     passes: tuple[str, ...] = PASSES
     headline: bool = False
     slow: bool = False
+    extra: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:

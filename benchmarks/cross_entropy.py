@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import fastlm
 
 from .case import Case, Counts
-from .kernel import Inputs, KernelBenchmark, each_dtype
+from .kernel import Inputs, KernelBenchmark, each_dtype, slow_in_16_bits
 from .peers import attribute
 from .providers import interpreted, need_cuda
 
@@ -19,7 +19,8 @@ def _table(quick: bool, device: str) -> list[Case]:
     if quick:
         return each_dtype([Case("cross_entropy", (256, 8192), "", passes=("fwd", "full"), headline=True)])
     shapes = [(1024, 50257)] if device == "cpu" else [(8192, 50257), (8192, 128256)]
-    return each_dtype([Case("cross_entropy", s, "", passes=("fwd", "full"), headline=True, slow=True) for s in shapes])
+    cases = each_dtype([Case("cross_entropy", s, "", passes=("fwd", "full"), headline=True) for s in shapes])
+    return slow_in_16_bits(cases, lambda c: True)
 
 
 def _inputs(case: Case, device: str) -> Inputs:

@@ -86,6 +86,8 @@ class GenerateSession:
             from .ctranslate2_gpt import build_ctranslate2
 
             return build_ctranslate2(self.config, self.state, self.tokens, self.case)
+        if provider == "transformers" and self.scheme:
+            raise Unavailable("its weights are those of the plain case, whose time is the same")
         model = build(provider, self.config, self.state).to(self.device, self.case.torch_dtype).eval()
         if provider == "fastlm" and self.scheme:
             model = quantize(model, SCHEMES[f" {self.scheme}"], GROUP_SIZE)

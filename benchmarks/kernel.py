@@ -153,3 +153,8 @@ def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def each_dtype(cases: list[Case], dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Case]:
     """The cases in every dtype, those of one shape side by side."""
     return [dataclasses.replace(c, dtype=dtype) for c in cases for dtype in dtypes]
+
+
+def slow_in_16_bits(cases: list[Case], chosen: Callable[[Case], bool]) -> list[Case]:
+    """The cases, those in bfloat16 that are `chosen` marked slow: one dtype tells what compiling is worth."""
+    return [dataclasses.replace(c, slow=c.dtype == "bfloat16" and chosen(c)) for c in cases]

@@ -9,7 +9,7 @@ from torch import Tensor
 import fastlm
 
 from .case import Case, Counts
-from .kernel import Inputs, KernelBenchmark, each_dtype
+from .kernel import Inputs, KernelBenchmark, each_dtype, slow_in_16_bits
 from .peers import attribute, onnx_session
 from .providers import interpreted, need_cuda
 
@@ -23,8 +23,9 @@ def _table(quick: bool, device: str, name: str) -> list[Case]:
     shapes = [(4096, 768), (16384, 1024)] if name == "layer_norm" else [(4096, 768)]
     if device != "cpu":
         shapes = [(16384, N) for N in (768, 1024, 2048, 4096, 8192)]
-    cases = [Case(name, s, "", passes=("fwd", "bwd"), headline=i == 0, slow=i == 0) for i, s in enumerate(shapes)]
-    return each_dtype([*cases, *(Case(name, (rows, 768), "", passes=("fwd",)) for rows in (1, 64, 512))])
+    cases = [Case(name, s, "", passes=("fwd", "bwd"), headline=i == 0) for i, s in enumerate(shapes)]
+    cases = each_dtype([*cases, *(Case(name, (rows, 768), "", passes=("fwd",)) for rows in (1, 64, 512))])
+    return slow_in_16_bits(cases, lambda c: c.headline and (device != "cpu" or name == "layer_norm"))
 
 
 def _inputs(case: Case, device: str) -> Inputs:

@@ -53,6 +53,8 @@ def select(
     known(passes, PASSES, "pass")
     chosen = BENCHMARKS.values() if op == "all" else [BENCHMARKS[op]]
     cases = [case for b in chosen for case in _cases(b, device, dtypes, shapes, quick)]
+    if op == "all":
+        cases = [case for case in cases if not case.extra]
     if passes:
         # "full" replaces the passes of a case that has gradients at all; the others are taken where they exist.
         cases = [dataclasses.replace(case, passes=_passes(case, passes)) for case in cases]

@@ -171,6 +171,7 @@ def environment(device: str) -> dict[str, Any]:
         "fastlm": fastlm.__version__,
         "revision": revision(),
         "packages": {name: v for name in doctor.PACKAGES + doctor.PEERS if (v := doctor.version(name))},
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "settings": doctor.settings(),
     }
 

@@ -17,7 +17,7 @@ from .case import Case
 from .results import Results, Row
 
 ALLOCATORS = ("kept", "default")
-COMPUTE_BOUND = ("attention", "gelu", "bias_gelu", "cross_entropy", "linear_cross_entropy")  # timed on one thread too
+COMPUTE_BOUND = ("attention", "gelu", "cross_entropy")  # timed on one thread too
 KILLED = -9  # what the kernel does to a process when memory runs out
 
 

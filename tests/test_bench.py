@@ -33,7 +33,7 @@ def _rows(case, against=("torch",), **kwargs):
 
 
 SHAPES = {"attention": (1, 3, 17, 8), "cross_entropy": (5, 33), "linear_cross_entropy": (5, 8, 33)}
-SHAPES |= {"train": (1, 32), "bert": (3, 16), "generate": (1, 5, 4), "linear": (2, 40, 96)}
+SHAPES |= {"train": (1, 32), "bert": (3, 16), "generate": (1, 5, 4), "linear": (2, 40, 96), "adamw": (1, 32, 64)}
 
 
 @pytest.mark.parametrize("name", registry.BENCHMARKS)
@@ -57,7 +57,7 @@ def test_every_benchmark_is_right_and_timed(name):
 
 
 def _gemm(row):
-    if row.op in ("attention", "linear_cross_entropy", "train", "bert", "generate"):
+    if row.op in ("attention", "linear_cross_entropy", "train", "bert", "generate", "huggingface"):
         return "float32", row.op == "generate"
     return None, row.op == "linear"
 
@@ -362,7 +362,7 @@ def test_command_line(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert status == 0, err
     assert "x torch" in out
-    assert "fastlm-cuda: unsupported: the op has no cuda backend" in out
+    assert "fastlm-cuda: unsupported: the tensors are on cpu" in out
     results = load(files[0])
     timed = [row for row in results.rows if row.status == "ok"]
     assert {row.provider for row in timed} >= {"torch"}
@@ -460,3 +460,11 @@ def test_dropout_is_off_while_results_are_compared():
         registry.select("cross_entropy", "cpu", ["float32"], ["4x5"], ["bwd"]) and registry.select(
             "generate", "cpu", ["float32"], [], ["bwd"]
         )
+
+
+def test_all_leaves_out_the_cases_that_are_extra():
+    everything = registry.select("all", "cpu", [], [], [])
+    assert not any(case.extra for case in everything)
+    for name, count in (("bert", 8), ("huggingface", 12)):
+        assert sum(case.op == name for case in everything) == 2
+        assert len(registry.select(name, "cpu", [], [], [])) == count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,14 +168,15 @@ def _names(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def _progress(plan: Plan) -> Iterator[tuple[Callable[[Case, str], None], Callable[[Row], None]]]:
-    """A bar with the time left on a terminal, a line a case elsewhere; both on standard error."""
+    """A bar with the time left on a terminal, a line a case with the time so far elsewhere; both on standard error."""
     if not sys.stderr.isatty():
-        done = 0
+        done, begun = 0, time.monotonic()
 
         def note(case: Case, allocator: str) -> None:
             nonlocal done
             done += 1
-            print(f"{done}/{plan.total} {case.describe()} ({allocator} memory)", file=sys.stderr, flush=True)
+            elapsed = f"{time.monotonic() - begun:.0f} s"
+            print(f"{done}/{plan.total} {elapsed} {case.describe()} ({allocator} memory)", file=sys.stderr, flush=True)
 
         yield note, lambda row: None
         return
@@ -194,12 +196,12 @@ def _progress(plan: Plan) -> Iterator[tuple[Callable[[Case, str], None], Callabl
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
         task = bar.add_task("measuring the roof", total=plan.total)
-        begun = False
+        running = False
 
         def start(case: Case, allocator: str) -> None:
-            nonlocal begun
-            bar.update(task, advance=1 if begun else 0, description=f"{case.describe()} ({allocator} memory)")
-            begun = True
+            nonlocal running
+            bar.update(task, advance=1 if running else 0, description=f"{case.describe()} ({allocator} memory)")
+            running = True
 
         yield start, lambda row: None
         bar.update(task, completed=plan.total)
