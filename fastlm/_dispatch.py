@@ -46,6 +46,8 @@ class Backend(NamedTuple):
         proved: for GPU kernels, the architectures (90 for sm_90) whose results file shows them right and measured.
             On any other they are chosen automatically over the reference alone, never over PyTorch's operator.
             None where that needs no such proof.
+        slower: maps a request that PyTorch's operator serves faster to the reason why automatic choice leaves it that
+            request; None where it is never so.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Backend(NamedTuple):
     automatic: bool = True
     why_not_automatic: str = ""
     proved: frozenset[int] | None = None
+    slower: Callable[[Request], str | None] | None = None
 
 
 _TABLE: dict[str, list[Backend]] = {}
@@ -159,12 +162,14 @@ def held_back(op: str, row: Backend, request: Request) -> str | None:
     """Why automatic choice passes over a backend that supports the request, or None where it does not."""
     if not row.automatic:
         return row.why_not_automatic
+    stock = any(other.name == "torch" and other.unsupported(request) is None for other in _TABLE[op])
+    if row.slower is not None and stock:
+        return row.slower(request)
     if row.proved is None:
         return None
     if request.device != "cuda":
         return "interpreted kernels serve only an explicit choice"
     arch = oldest_architecture()
-    stock = any(other.name == "torch" and other.unsupported(request) is None for other in _TABLE[op])
     if stock and arch not in row.proved:
         return f"unproved on this architecture (sm_{arch}): no results file yet"
     return None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import _dispatch
+from fastlm import _dispatch, _native
 
 
 def _python(code, **env):
@@ -97,3 +97,22 @@ def test_import_is_light():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(_native.missing_reason is not None, reason="without the CPU kernels")
+def test_small_calls_are_left_to_torch_unless_a_backend_is_forced():
+    q, k, long = (torch.randn(1, 2, t, 8) for t in (1, 16, 2**14))
+    attend = fastlm.scaled_dot_product_attention
+    small = fastlm.explain(attend, q, k, k)
+    assert small.selected == "torch"
+    assert "PyTorch's is faster" in small.reasons["cpu"]
+    assert fastlm.explain(attend, q, long, long).selected == "cpu"
+    assert fastlm.explain(attend, q, k, k, softcap=3.0).selected == "cpu"
+    assert fastlm.explain(attend, q.clone().requires_grad_(), k, k).selected == "cpu"
+    x, weight = torch.randn(1, 64), torch.randn(4096, 64)
+    assert fastlm.explain(fastlm.linear, x, weight[:64]).selected == "torch"
+    assert fastlm.explain(fastlm.linear, x, weight).selected == "cpu"
+    with fastlm.backend("cpu"):
+        assert fastlm.explain(attend, q, k, k).selected == "cpu"
+        assert fastlm.explain(fastlm.linear, x, weight[:64]).selected == "cpu"
+    torch.testing.assert_close(attend(q, k, k), torch.softmax(q @ k.mT / 8**0.5, -1) @ k)

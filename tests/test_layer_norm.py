@@ -319,3 +319,13 @@ def test_func_transforms():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(2, 768))
+
+
+def test_the_short_way_of_the_sum_gives_the_bits_of_the_general_one():
+    x, residual, weight, bias = (torch.randn(shape) for shape in ((3, 40), (3, 40), (40,), (40,)))
+    general = fastlm.add_layer_norm(x, residual, weight, bias)
+    with torch.no_grad():
+        short = fastlm.add_layer_norm(x, residual, weight, bias)
+    assert all(torch.equal(a, b) for a, b in zip(general, short, strict=True))
+    with torch.no_grad(), pytest.raises(ValueError, match="residual has shape"):
+        fastlm.add_layer_norm(x, residual[:2], weight, bias)

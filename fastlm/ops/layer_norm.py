@@ -266,18 +266,39 @@ def _inference(
 
     On one row the general path's questions take twice as long as the kernel; these are all that this case needs.
     """
-    if weight is None or bias is None or must_trace(x, weight, bias):
+    if weight is None or bias is None or not _plain_rows(x, weight, bias):
         return None
+    N = weight.shape[0]
+    if normalized_shape not in (N, weight.shape):
+        return None
+    if choose("layer_norm", ("cpu" if x.is_cpu else x.device.type, x.dtype, ())) != "cpu":
+        return None
+    return _native.layer_norm(x, weight, bias, N, eps)
+
+
+def _add_inference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """As `_inference`, of the sum of two tensors alike."""
+    if weight is None or bias is None or type(residual) is not type(x) or not _plain_rows(x, weight, bias):
+        return None
+    if residual.shape != x.shape or residual.dtype is not x.dtype or not (x.is_cpu and residual.is_cpu):
+        return None
+    if not residual.is_contiguous() or choose("add_layer_norm", ("cpu", x.dtype, ())) != "cpu":
+        return None
+    return _native.add_layer_norm(x, residual, weight, bias, weight.shape[0], eps)
+
+
+def _plain_rows(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether all are contiguous and of one dtype, the parameters on the CPU and vectors of x's last extent."""
+    if must_trace(x, weight, bias):
+        return False
     shape, dtype = weight.shape, x.dtype
-    if len(shape) != 1 or normalized_shape not in (shape[0], shape) or x.shape[-1:] != shape or bias.shape != shape:
-        return None
+    if len(shape) != 1 or x.shape[-1:] != shape or bias.shape != shape:
+        return False
     if not (weight.dtype is dtype is bias.dtype and weight.is_cpu and bias.is_cpu and shape[0]):
-        return None
-    if not (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()):
-        return None
-    if choose("layer_norm", ("cpu" if x.is_cpu else x.device.type, dtype, ())) != "cpu":
-        return None
-    return _native.layer_norm(x, weight, bias, shape[0], eps)
+        return False
+    return x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()
 
 
 def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
@@ -392,6 +413,10 @@ def add_layer_norm(
         TypeError: if a tensor is not floating-point.
         BackendError: if a forced backend cannot serve the call.
     """
+    if out_dtype is None and dropout_p == 0 and not torch.is_grad_enabled():
+        found = _add_inference(x, residual, weight, bias, eps)
+        if found is not None:
+            return found
     op = "add_layer_norm"
     _check(op, x, tuple(x.shape[-1:]), weight, bias)
     if residual.shape != x.shape:
