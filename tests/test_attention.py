@@ -529,7 +529,8 @@ def test_the_short_way_is_the_long_one(every_isa, poisoned):
         for T, is_causal in ((1, False), (40, True)):
             q, k, v = (x.detach() for x in _inputs(2, 3, 3, T, 70, 40, 40, dtype))
             long, _ = fastlm.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3, return_lse=True)
-            short = fastlm.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3)
+            with fastlm.backend("cpu"):
+                short = fastlm.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3)
             assert torch.equal(long, short)
             assert short.stride() == long.stride()
 
