@@ -136,6 +136,54 @@ def test_attention_alone_by_its_name(name):
     assert_parity(model, reference, inputs_of(name))
 
 
+@pytest.mark.parametrize(("name", "sliding"), [("mistral", 2), ("gemma2", 1), ("gemma3", 2), ("gpt_oss", 1)])
+@pytest.mark.parametrize(("padded", "cached"), [(False, 0), (True, 0), (False, 3)])
+def test_a_sliding_window_is_a_window_of_the_kernel(name, sliding, padded, cached, monkeypatch):
+    """Instead of a mask where nothing is padded and nothing cached, and with the same results everywhere."""
+    reference = build(name).eval()
+    model = copy.deepcopy(reference)
+    model.set_attn_implementation("fastlm")
+    reference.set_attn_implementation("eager")
+    windows = []
+
+    def spy(*args, **options):
+        assert options["window"] is None or args[3] is None
+        windows.append(options["window"])
+        return fastlm.scaled_dot_product_attention(*args, **options)
+
+    inputs = inputs_of(name, padded)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    outputs = []
+    for each in (reference, model):
+        past = each(ids[:, :cached], use_cache=True).past_key_values if cached else None
+        monkeypatch.setattr(fastlm.integrations.huggingface, "scaled_dot_product_attention", spy)
+        outputs.append(each(ids[:, cached:], attention_mask=mask, past_key_values=past).logits)
+    real = mask[:, cached:].bool()
+    torch.testing.assert_close(outputs[1][real], outputs[0][real], rtol=1e-4, atol=1e-4)
+    assert windows[-2:].count((5, None)) == (0 if padded or cached else sliding)
+
+
+def test_only_a_sliding_mask_carries_a_window():
+    from transformers import masking_utils as masks
+
+    sliding = masks.sliding_window_causal_mask_function(3)
+    plain = {"batch_size": 1, "q_length": 5, "kv_length": 5, "q_offset": 0, "kv_offset": 0, "local_size": 3}
+
+    def window(mask_function=sliding, **changes):
+        mask = fastlm.integrations.huggingface.boolean_mask(**plain | changes, mask_function=mask_function)
+        expected = masks.sdpa_mask(**plain | changes, mask_function=mask_function)
+        assert torch.equal(mask, expected)
+        return getattr(mask, "_fastlm_window", None)
+
+    assert window() == (2, None)
+    assert window(q_offset=2) is None
+    assert window(local_size=4) is None  # another window than the function's
+    assert window(allow_is_causal_skip=False) is None
+    assert window(attention_mask=torch.tensor([[True, True, True, True, False]])) is None
+    assert window(masks.chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))) is None
+    assert window(masks.and_masks(sliding, masks.sliding_window_overlay(2))) is None
+
+
 @pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generates_the_same(name, beams):
@@ -253,7 +301,7 @@ def test_unpadded_encoder(name, holes):
     assert [x.shape for x in shown.hidden_states] == [(B, T, 32)] * 3
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "t5", "gpt_oss"])
+@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gemma2", "t5", "gpt_oss"])
 def test_attention_weights_on_request(name):
     reference = build(name).eval()
     model = copy.deepcopy(reference)

@@ -9,6 +9,7 @@ Importing this module, or `fastlm.accelerate(model)` of one of its models, regis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from . import rules
 
 NAME = "fastlm"
 _PREVIOUS = "_fastlm_attention"  # of a model: the attention implementation that it had
+_WINDOW = "_fastlm_window"  # of a mask: the window of the kernel that it stands for
 
 
 def attention_forward(
@@ -45,6 +47,8 @@ def attention_forward(
         query: (B, H, T, D).
         key, value: (B, Hkv, S, D), one key head for a group of query heads.
         attention_mask: (B, 1 or H, T, S), boolean (True attends) or added; it has the model's sliding window in it.
+            One of `boolean_mask` that is nothing but causal with a window is left to the kernel, whose tiles
+            outside the window cost nothing.
         is_causal: module.is_causal if None; holds where there is no mask and more than one query.
         position_bias: (1 or B, H, T, S), added to the scores (T5).
         s_aux: (H,) attention sinks: the score of one more key, whose value is 0.
@@ -70,6 +74,9 @@ def attention_forward(
         )
         return out.unsqueeze(0), None
     T, S = query.shape[2], key.shape[2]
+    window = getattr(attention_mask, _WINDOW, None)
+    if window is not None:
+        attention_mask, causal = None, True
     causal = bool(causal) and T > 1 and attention_mask is None
     mask = attention_mask if attention_mask is None else attention_mask[..., :S]
     if position_bias is not None:
@@ -78,12 +85,14 @@ def attention_forward(
     if kwargs.get("output_attentions"):
         from .interpret import attention_weights
 
-        weights = attention_weights(query, key, mask, is_causal=causal, scale=scaling, softcap=softcap, sinks=s_aux)
-    arguments = (query, key, value, mask, dropout, causal, scaling, True)
+        weights = attention_weights(
+            query, key, mask, is_causal=causal, scale=scaling, window=window, softcap=softcap, sinks=s_aux
+        )
+    arguments: Any = (query, key, value, mask, dropout, causal, scaling, True)
     if s_aux is None:
-        out = scaled_dot_product_attention(*arguments, softcap=softcap)
+        out = scaled_dot_product_attention(*arguments, window=window, softcap=softcap)
     else:
-        out, lse = scaled_dot_product_attention(*arguments, softcap=softcap, return_lse=True)
+        out, lse = scaled_dot_product_attention(*arguments, window=window, softcap=softcap, return_lse=True)
         out = out * torch.sigmoid(lse - s_aux.view(-1, 1)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2), weights
 
@@ -113,16 +122,44 @@ def boolean_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' boolean mask for SDPA; one that only leaves keys out is a view with one row for all queries."""
+    """transformers' boolean mask for SDPA.
+
+    One that only leaves keys out is a view with one row for all queries; one that is causal with a sliding window
+    and nothing else carries the window. It is right without it too: a model may slice it, or move it.
+    """
     if mask_function is not None:
         kwargs["mask_function"] = mask_function
-    make: Any = masking_utils.sdpa_mask
-    mask = make(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+    sdpa_mask: Any = masking_utils.sdpa_mask
+    make = partial(sdpa_mask, batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+    mask = make()
+    # Without a local size, transformers writes no mask where a causal one is all that is needed.
+    if mask is not None and _is_sliding(mask_function, kwargs) and make(local_size=None) is None:
+        setattr(mask, _WINDOW, (kwargs["local_size"] - 1, None))
+        return mask
     both_ways = getattr(masking_utils, "bidirectional_mask_function", None)  # transformers before 5.0 has none
     only_keys = mask_function is not None and mask_function is both_ways
     if mask is None or not only_keys or mask.dim() != 4:
         return mask
     return mask[:, :, :1].expand(-1, -1, mask.shape[2], -1)
+
+
+def _is_sliding(mask_function: Callable | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the mask is causal with a sliding window and nothing else, and starts with the first key."""
+    size = kwargs.get("local_size")
+    if size is None or mask_function is None or torch.compiler.is_compiling():
+        return False
+    if not (isinstance(kwargs.get("q_offset"), int) and kwargs["q_offset"] == kwargs.get("kv_offset")):
+        return False
+    return _contents(mask_function) == _contents(masking_utils.sliding_window_causal_mask_function(size))
+
+
+def _contents(value: Any) -> Any:
+    """A function as its code and what it encloses: equal for functions made in the same way."""
+    if isinstance(value, tuple):
+        return tuple(map(_contents, value))
+    if not hasattr(value, "__code__"):
+        return value
+    return value.__code__, tuple(_contents(cell.cell_contents) for cell in value.__closure__ or ())
 
 
 def register() -> None:

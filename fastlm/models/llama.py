@@ -147,14 +147,15 @@ class LlamaAttention(nn.Module):
         if self.window is not None and self.window + T <= S:  # what no query of these sees is not read
             seen = self.window + T - 1
             k, v, S = k[:, :, -seen:], v[:, :, -seen:], seen
+        before = None if self.window is None or self.window >= S else self.window - 1  # tokens that a query looks back
         mask = None
-        windowed = self.window is not None and self.window < S
-        if T > 1 and (S > T or windowed):
+        if 1 < T < S:  # is_causal and window would have the first query look at the first key
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-            mask = mask.triu(S - T - self.window + 1) if windowed else mask  # type: ignore[operator]
+            mask = mask if before is None else mask.triu(S - T - before)
+        window = None if before is None or T < S else (before, None)
         dropout = self.config.dropout if self.training else 0.0
         is_causal = T > 1 and mask is None
-        return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=True)
+        return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=True, window=window)
 
 
 class LlamaMLP(nn.Module):
