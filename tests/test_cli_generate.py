@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
+import fastlm
 from fastlm.cli import main
 from fastlm.inference import generate
-from fastlm.models import GPT, GPTConfig
+from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
 
 tokenizers = pytest.importorskip("tokenizers")
 data = pytest.importorskip("fastlm.data")
@@ -179,6 +180,56 @@ def test_run_folder_and_checkpoint_give_what_their_model_gives(bytes_tokenizer, 
     assert expected[0] == 0
     assert run(monkeypatch, tmp_path / "run", *args) == expected
     assert run(monkeypatch, last, *args) == expected
+
+
+def random_llama(vocab_size: int = 257) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size, 32, 2, 4, 16, 24, n_kv_head=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("format", ["hf", "fastlm"])
+def test_a_llama_continues_after_what_its_tokenizer_puts_first(format, bytes_tokenizer, monkeypatch):
+    raw, path = bytes_tokenizer
+    start = raw.token_to_id("<|endoftext|>")
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
+    )
+    raw.save(str(path / "tokenizer.json"))
+    model = random_llama()
+    fastlm.save(model, path, format=format)
+    prompt = torch.tensor([[start, *raw.encode("the ", add_special_tokens=False).ids]])
+    steps = generate(model, prompt, 9, temperature=0, stop_token=start)
+    expected = raw.decode(torch.stack(list(steps), 1)[0].tolist())
+    args = ("--prompt", "the ", "--temperature", 0, "--max-new-tokens", 9)
+    status, writes = run(monkeypatch, path, *args)
+    assert (status, "".join(writes)) == (0, f"the {expected}\n")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [BERT(BERTConfig(257, 24, 1, 2, 16)), Seq2Seq(Seq2SeqConfig(257, 24, 1, 1, 2, 16, output_bias=True))],
+    ids=["BERT", "Seq2Seq"],
+)
+@pytest.mark.parametrize("format", ["hf", "fastlm"])
+def test_refuses_models_that_do_not_continue_text(model, format, bytes_tokenizer, monkeypatch, capsys):
+    _, path = bytes_tokenizer
+    fastlm.save(model, path, format=format)
+    assert run(monkeypatch, path, "--prompt", "a") == (1, [])
+    error = capsys.readouterr().err
+    assert f"holds a {type(model).__name__}, expected one that continues text: GPT or Llama" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_says_which_token_ends_a_text(bytes_tokenizer, monkeypatch, capsys):
+    raw, path = bytes_tokenizer
+    (end,) = byte_ids(raw, "d")
+    successor_model(raw, "abcdef").save_huggingface(path, eot_id=end)
+    assert "".join(run(monkeypatch, path, "--prompt", "a", "--temperature", 0)[1]) == "abc\n"
+    assert capsys.readouterr().err.startswith("3 tokens in")
 
 
 def test_an_empty_prompt_starts_a_document(bytes_tokenizer, model_folder, monkeypatch):

@@ -197,7 +197,7 @@ def test_names_tensors_that_do_not_fit(folder, edit, message):
         ({"n_layer": 1}, "unexpected h.1.attn.c_attn.bias, .* and 6 more"),
         ({"n_layer": 3}, "missing h.2.attn.c_attn.bias"),
         ({"vocab_size": 62}, r"wte.weight has shape \(61, 16\) instead of \(62, 16\)"),
-        ({"n_head": 3}, "n_embd 16 is not divisible by n_head 3"),
+        ({"n_head": 3}, "n_embd is 16, expected a multiple of n_head 3"),
         ({"n_embd": "16"}, "n_embd is '16', expected an integer"),
         ({"activation_function": "relu"}, 'activation_function is "relu", expected "gelu_new" or'),
         ({"model_type": "bert"}, 'model_type is "bert", expected "gpt2"'),
@@ -452,7 +452,7 @@ def test_empty_input_gives_empty_logits(shape):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_head": 3}, "n_embd 16 is not divisible by n_head 3"),
+        ({"n_head": 3}, "n_embd is 16, expected a multiple of n_head 3"),
         ({"n_layer": 0}, "n_layer is 0, expected an integer of at least 1"),
         ({"vocab_size": 61.0}, "vocab_size is 61.0"),
         ({"n_inner": -1}, "n_inner is -1"),

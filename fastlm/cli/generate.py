@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..inference.sampling import check_sampling
 
 if TYPE_CHECKING:
     from ..data import Tokenizer
-    from ..models import GPT
+    from ..models import GPT, Llama
 
 SEPARATOR = "\n" + "-" * 40 + "\n"
 
@@ -34,7 +35,7 @@ class Options:
     """
 
     model: Annotated[str, arg(metavar="RUN_OR_FOLDER")]
-    """run folder or checkpoint of `fastlm train`, or a Hugging Face GPT-2 folder"""
+    """run folder or checkpoint of `fastlm train`, Hugging Face folder of a GPT-2 or Llama type, or GGUF file"""
     prompt: Annotated[str | None, arg(metavar="TEXT")] = None
     """text to continue"""
     prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -87,31 +88,49 @@ def run(options: Options) -> int:
     return 0
 
 
-def load(source: str) -> tuple[GPT, Tokenizer]:
-    """Load a model and its tokenizer from a run folder, a checkpoint or a Hugging Face GPT-2 folder.
+def load(source: str) -> tuple[GPT | Llama, Tokenizer]:
+    """Load a model that continues text, and its tokenizer, from whatever `fastlm.load` reads.
+
+    The tokenizer is tokenizer.json in the folder or beside the file, or else what a GGUF file holds of it.
 
     Raises:
-        CheckpointError: if there is nothing at `source`, or the model and the tokenizer do not fit.
+        CheckpointError: if there is nothing at `source`, a model that does not continue text, or one that the
+            tokenizer does not fit.
         DataError: for a missing or damaged tokenizer.
     """
-    path = Path(source)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    if (path / "config.json").is_file():
-        from ..data import Tokenizer
-        from ..models import GPT
+    from ..models import GPT, Llama, loading
+    from ..training.checkpoint import check_tokenizer, load_checkpoint
 
-        model, tokenizer = GPT.from_huggingface(path, dropout=0.0), Tokenizer.load(path)
-    else:
-        from ..training.checkpoint import load_model
-
-        model, tokenizer = load_model(path)
+    path = loading.resolve(source)
+    checkpoint = load_checkpoint(path, model_only=True) if path.suffix == ".safetensors" else None
+    model = loading.load(path) if checkpoint is None else loading.restore(checkpoint).eval()
+    if not isinstance(model, (GPT, Llama)):
+        raise CheckpointError(f"{path}: holds a {type(model).__name__}, expected one that continues text: GPT or Llama")
+    tokenizer = _tokenizer(path)
+    if checkpoint is not None and checkpoint.tokenizer_fingerprint:  # `fastlm.save` knows of no tokenizer
+        check_tokenizer(checkpoint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, "
             f"but the model's vocabulary is {model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    from ..data import Tokenizer
+
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".gguf" and not (folder / "tokenizer.json").is_file():
+        from ..models.gguf_tokenizer import load_tokenizer
+
+        return load_tokenizer(path)
+    tokenizer = Tokenizer.load(folder if path.is_dir() else folder / "tokenizer.json")
+    if path.is_dir():  # a vocabulary may hold several names for an end; the model was trained to give one
+        end = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        if isinstance(end, int) and 0 <= end < tokenizer.vocab_size:
+            tokenizer.eot_id = end
+    return tokenizer
 
 
 def _check(options: Options) -> None:
@@ -161,7 +180,7 @@ def _dtype(options: Options, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def _held(model: GPT, options: Options) -> GPT:
+def _held(model: GPT | Llama, options: Options) -> GPT | Llama:
     """The model with its weights in the format asked for."""
     if options.weights in ("int8", "int4"):
         quantize(model, options.weights, options.group_size)
@@ -169,7 +188,7 @@ def _held(model: GPT, options: Options) -> GPT:
 
 
 def _prompt_ids(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[int]:
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.start_ids + tokenizer.encode(prompt)
     if not ids:
         if tokenizer.eot_id is None:
             raise ConfigError("the prompt is empty, and this tokenizer has no end-of-text token to start from")
@@ -206,7 +225,7 @@ class _Text:
         return "" if self.finished else self.stream.flush()
 
 
-def _emit(options: Options, model: GPT, tokenizer: Tokenizer, prompt: str, ids: list[int]) -> None:
+def _emit(options: Options, model: GPT | Llama, tokenizer: Tokenizer, prompt: str, ids: list[int]) -> None:
     """Generate and print; the first sample goes out piece by piece, the others when all are done."""
     texts = [_Text(tokenizer, ids) for _ in range(options.num_samples)]
     pieces: list[list[str]] = [[prompt] for _ in texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ class Tokenizer:
             raise DataError(f"{source}: the tokenizer has an empty vocabulary")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eot_id: int | None = next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
+        self.start_ids: list[int] = _start_ids(backend)
         self.fingerprint: str = hashlib.sha256(self._definition).hexdigest()
         self._alphabet = _alphabet(backend)
 
@@ -224,6 +226,15 @@ class TokenStream:
         self._context = len(self._ids)
         self._shown = self._tokenizer.decode(self._ids)
         return new
+
+
+def _start_ids(backend: tokenizers.Tokenizer) -> list[int]:
+    """What the definition puts before every text, such as Llama's <s>; `Tokenizer.encode` leaves it out."""
+    if backend.post_processor is None:
+        return []
+    encoding = backend.encode("a")
+    marks = itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+    return [token for token, _ in marks]
 
 
 def byte_level_words(text: str) -> list[str]:

@@ -40,11 +40,8 @@ def load_gguf(path: Path, dropout: float | None = None, dtype: torch.dtype | Non
             tensors do not fit its settings.
     """
     gguf = _package()
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # a cut file fails in numpy, in any way
-        raise CheckpointError(f"{path}: cut short or not a GGUF file: {error}") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    reader = _open(path)
+    fields = _fields(reader, "tokenizer.")
     kind = fields.get("general.architecture")
     if kind not in KINDS:
         raise CheckpointError(f"{path}: general.architecture is {kind!r}, expected {' or '.join(KINDS)}")
@@ -55,6 +52,29 @@ def load_gguf(path: Path, dropout: float | None = None, dtype: torch.dtype | Non
         return _named(path, gguf, tensors, settings, permuted=kind == "llama")
 
     return assemble(LLAMA_FOLDER, settings, read, path, dropout, dtype)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """All settings of a GGUF file.
+
+    Raises:
+        CheckpointError: if the `gguf` package is missing or the file is damaged.
+    """
+    return _fields(_open(path))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return _package().GGUFReader(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a cut file fails in numpy, in any way
+        raise CheckpointError(f"{path}: cut short or not a GGUF file: {error}") from error
+
+
+def _fields(reader: Any, but: str = "\0") -> dict[str, Any]:
+    """Without those that begin with `but`, which for a vocabulary would be long."""
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith(but)}
 
 
 def _package() -> ModuleType:

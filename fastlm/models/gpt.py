@@ -10,7 +10,6 @@ the raw one, and is told which LayerNorm comes next.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from os import PathLike
@@ -20,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..nn._plain import plain
 from ..ops._products import linear, tied_embedding
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from .config import ModelConfig
 
 if TYPE_CHECKING:
     from ..inference.kv_cache import KVCache
@@ -35,7 +34,7 @@ IGNORED_TARGET = -100
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(ModelConfig):
     """The sizes and rates that define a GPT.
 
     Attributes:
@@ -60,43 +59,18 @@ class GPTConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner"):
-            size = getattr(self, name)
-            if name == "n_inner" and size is None:
-                continue
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"GPTConfig: {name} is {size!r}, expected an integer of at least 1")
+        self._check_sizes("vocab_size", "context_length", "n_layer", "n_head", "n_embd")
+        if self.n_inner is not None:
+            self._check_sizes("n_inner")
         if self.n_embd % self.n_head:
-            raise ConfigError(f"GPTConfig: n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"GPTConfig: dropout is {self.dropout!r}, expected a number in [0, 1)")
-        if not isinstance(self.layer_norm_eps, (int, float)) or not 0 < self.layer_norm_eps < math.inf:
-            raise ConfigError(f"GPTConfig: layer_norm_eps is {self.layer_norm_eps!r}, expected a number above 0")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"GPTConfig: tie_embeddings is {self.tie_embeddings!r}, expected true or false")
+            self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+        self._check_rates("dropout")
+        self._check_positive("layer_norm_eps")
+        self._check_flags("tie_embeddings")
 
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> GPTConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ConfigError: for an unknown or missing name, or a value that the constructor refuses.
-        """
-        fields = dataclasses.fields(cls)
-        unknown = sorted(settings.keys() - {field.name for field in fields})
-        required = {field.name for field in fields if field.default is dataclasses.MISSING}
-        missing = sorted(required - settings.keys())
-        if unknown or missing:
-            text = ", ".join([f"unknown {name}" for name in unknown] + [f"missing {name}" for name in missing])
-            raise ConfigError(f"GPTConfig: {text}")
-        return cls(**settings)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from .huggingface import load as load_folder
 from .huggingface import save as save_folder
 from .llama import Llama, LlamaConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
+
+if TYPE_CHECKING:
+    from ..training.checkpoint import Checkpoint
 
 MODELS: dict[str, tuple[type[nn.Module], Any]] = {
     "GPT": (GPT, GPTConfig),
@@ -54,11 +57,9 @@ def load(
             are; a setting that is not supported; missing, extra or misshapen tensors, by name; a pickle that
             holds more than tensors.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+    path = resolve(path)
     if path.is_dir():
-        model = _load_folder(path, dropout, dtype)
+        model = load_folder(path, dropout, dtype)
     elif path.suffix == ".gguf":
         from .gguf import load_gguf
 
@@ -71,6 +72,48 @@ def load(
     else:
         model = _load_checkpoint(path)
     return model.to(device, dtype).eval()
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """What `path` stands for: a Hugging Face folder, a GGUF file, a checkpoint, or whatever file it names.
+
+    Raises:
+        CheckpointError: if there is nothing at `path`, or a folder that holds none of these.
+    """
+    from ..training.checkpoint import BEST, LAST
+
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_file() or (path / CONFIG).is_file():
+        return path
+    for name in (BEST, LAST):
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise CheckpointError(f"{path}: expected {CONFIG}, {BEST}, {LAST} or one .gguf file in it")
+    return files[0]
+
+
+def restore(checkpoint: Checkpoint) -> nn.Module:
+    """The model that a checkpoint is of.
+
+    Raises:
+        CheckpointError: for a class or a configuration that is not known, and tensors that do not fit it.
+    """
+    from ..training.checkpoint import restore_model
+
+    name = checkpoint.state.get("model", "GPT")  # training's own checkpoints are of GPTs
+    if name not in MODELS:
+        raise CheckpointError(f"{checkpoint.path}: holds a {name}, expected one of {', '.join(MODELS)}")
+    kind, config = MODELS[name]
+    try:
+        model = kind(config.from_dict(checkpoint.model_config))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: its model configuration is not one of a {name}: {error}") from None
+    restore_model(checkpoint, model)
+    return model
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", shard_bytes: int = SHARD_BYTES) -> None:
@@ -96,36 +139,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", sha
         raise ConfigError(f"format is {format!r}, expected hf or fastlm")
 
 
-def _load_folder(folder: Path, dropout: float | None, dtype: torch.dtype) -> nn.Module:
-    from ..training.checkpoint import BEST, LAST
-
-    if (folder / CONFIG).is_file():
-        return load_folder(folder, dropout, dtype)
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            return _load_checkpoint(folder / name)
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1:
-        from .gguf import load_gguf
-
-        return load_gguf(files[0], dropout, dtype)
-    raise CheckpointError(f"{folder}: expected {CONFIG}, {BEST}, {LAST} or one .gguf file in it")
-
-
 def _load_checkpoint(path: Path) -> nn.Module:
-    from ..training.checkpoint import load_checkpoint, restore_model
+    from ..training.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(path, model_only=True)
-    name = checkpoint.state.get("model", "GPT")  # training's own checkpoints are of GPTs
-    if name not in MODELS:
-        raise CheckpointError(f"{path}: holds a {name}, expected one of {', '.join(MODELS)}")
-    kind, config = MODELS[name]
-    try:
-        model = kind(config.from_dict(checkpoint.model_config))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its model configuration is not one of a {name}: {error}") from None
-    restore_model(checkpoint, model)
-    return model
+    return restore(load_checkpoint(path, model_only=True))
 
 
 def _save_checkpoint(model: nn.Module, path: Path) -> None:

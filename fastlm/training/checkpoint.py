@@ -157,8 +157,8 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
         raise CheckpointError(f"{checkpoint.path}: {_some(stored)} belong to no parameter of this model")
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
-    """Load a trained model, in eval mode, and its tokenizer.
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, Tokenizer]:
+    """Load a trained model, of whatever class, in eval mode, and its tokenizer.
 
     Args:
         path: a run folder, which stands for its best checkpoint or, without one, its last; or one
@@ -170,20 +170,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
         DataError: if the tokenizer file is missing or damaged.
     """
     from ..data import Tokenizer
-    from ..models.gpt import GPT, GPTConfig
+    from ..models.loading import restore
 
     path = Path(path)
     if path.is_dir():
         path /= BEST if (path / BEST).is_file() else LAST
     checkpoint = load_checkpoint(path, model_only=True)
     tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
-    check_tokenizer(checkpoint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
-    try:
-        model = GPT(GPTConfig.from_dict(checkpoint.model_config))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its model configuration is not one of a GPT: {error}") from None
-    restore_model(checkpoint, model)
-    return model.to(device).eval(), tokenizer
+    if checkpoint.tokenizer_fingerprint:  # `fastlm.save` knows of no tokenizer
+        check_tokenizer(checkpoint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
+    return restore(checkpoint).to(device).eval(), tokenizer
 
 
 def check_tokenizer(checkpoint: Checkpoint, fingerprint: str, source: str) -> None:
