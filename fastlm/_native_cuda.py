@@ -236,7 +236,8 @@ def _attention_arguments(
     _, scale, dropout_p, seed, left, right, softcap = options
     B, H, T, D = q.shape
     S = k.shape[2]
-    at, strides, kind = 0, (), 0
+    at, kind = 0, 0
+    strides: tuple[int, ...] = ()
     if mask is not None:
         if mask.dtype not in (torch.bool, torch.float32, q.dtype):
             mask = mask.float()
@@ -306,8 +307,8 @@ def attention_varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options, lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """As fastlm._native.attention_varlen_fwd."""
-    packed = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out, sums = _attention_fwd(*packed, None, cu_q, cu_k, options, lse)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, sums = _attention_fwd(q, k, v, None, cu_q, cu_k, options, lse)
     return out[0].transpose(0, 1), None if sums is None else sums[0]
 
 

@@ -29,7 +29,7 @@ ALIGNMENT = 64
 QUANTIZED = 4  # kQuantized of decode.h, beside the codes of dtypes
 
 
-def unsupported(model: GPT, batch_size: int) -> str | None:
+def unsupported(model: nn.Module, batch_size: int) -> str | None:
     """Why this model cannot be decoded by `Decoder`, or None where it can."""
     from ..models.gpt import GPT
 

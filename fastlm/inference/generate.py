@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def _steps(
                 cache.clear()
                 unread = window = window[:, -max(1, context // 2) :]
             if step == 1 and decoder.unsupported(model, tokens.shape[0]) is None:
-                one_token = decoder.Decoder(model, cache, max_new_tokens >= decoder.STEPS_WORTH_PACKING)
+                one_token = decoder.Decoder(cast("GPT", model), cache, max_new_tokens >= decoder.STEPS_WORTH_PACKING)
             if one_token is not None and unread.shape[1] == 1:
                 logits = one_token.step(unread[:, 0])
             else:

@@ -221,7 +221,7 @@ def quantize(model: nn.Module, scheme: Scheme = "int8", group_size: int = 32) ->
     made = [QuantizedLinear.from_weight(layer.weight, layer.bias, scheme, group_size) for _, _, layer in found]
     if isinstance(model, GPT) and model.config.tie_embeddings:
         head = QuantizedLinear.from_weight(model.wte.weight, None, scheme, group_size)
-        model.lm_head = head.train(model.training)
+        model.add_module("lm_head", head.train(model.training))
         model.config = dataclasses.replace(model.config, tie_embeddings=False)
     for (parent, name, _), quantized in zip(found, made, strict=True):
         setattr(parent, name, quantized.train(parent.training))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def plain(module: nn.Module, *types: type) -> bool:
+
+def plain(module: nn.Module, *types: type[Module]) -> TypeGuard[Module]:
     """Whether calling `module` is calling the forward of one of `types`, with no hook that would notice."""
     hooks = nn.modules.module
     return type(module) in types and not (

@@ -32,8 +32,9 @@ def attach_copy(parameter: Tensor) -> None:
 def copy_of(parameter: Tensor) -> Tensor | None:
     """The copy that a parameter carries, if it still fits it; its values may be old."""
     copy = getattr(parameter, "fastlm_copy", None)
-    fits = copy is not None and copy.tensor.shape == parameter.shape and copy.tensor.device == parameter.device
-    return copy.tensor if fits else None
+    if copy is None or copy.tensor.shape != parameter.shape or copy.tensor.device != parameter.device:
+        return None
+    return copy.tensor
 
 
 def rounded(parameter: Tensor) -> Tensor:

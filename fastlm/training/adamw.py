@@ -35,7 +35,7 @@ class AdamW(torch.optim.AdamW):
         return float(nn.utils.get_total_norm(grads))
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None, norm: float | None = None
     ) -> Any:
         """Update every parameter that has a gradient.
