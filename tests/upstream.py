@@ -7,9 +7,11 @@
 The database (torch.testing._internal.common_modules.module_db) holds, for every torch.nn class, constructor and
 forward arguments, plain reference functions and wrong arguments. Each entry of a class that fastlm.nn has is run on
 fastlm's class: the forward against PyTorch's reference function and class, gradients, copies, saving and loading,
-inputs that are not contiguous, and errors. A test file is run as PyTorch runs it, with the database's classes, and
-torch.nn's names, replaced by fastlm's. Both print passed, failed, and every failure's reason. Exit status: 0 if
-nothing failed. PyTorch's database needs the package expecttest.
+inputs that are not contiguous, and errors. Results are compared with torch.testing's tolerances. One outside them
+passes if PyTorch's own class is no nearer: if the largest error, of outputs or of gradients, against the class in fp64
+or the reference function, is at most twice that of PyTorch's class. A test file is run as PyTorch runs it, with the
+database's classes, and torch.nn's names, replaced by fastlm's. A table of passed and failed is printed, and every
+failure's reason. Exit status: 0 if nothing failed. PyTorch's database needs the package expecttest.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.testing._internal.common_modules import ModuleInfo, module_db
+from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, module_db
 
 import fastlm.nn
 from fastlm.integrations.rules import CLASSES
@@ -37,7 +39,6 @@ RAW = "https://raw.githubusercontent.com/pytorch/pytorch/v{version}/test/{name}"
 FETCHED = ("test_modules.py", "nn/test_multihead_attention.py")
 OURS = {**CLASSES, nn.Embedding: fastlm.nn.Embedding, nn.Transformer: fastlm.nn.Transformer}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7, torch.bfloat16: 2e-2}
 
 
 def inputs_of(info: ModuleInfo, dtype: torch.dtype, training: bool):
@@ -56,9 +57,54 @@ def call(module: nn.Module, given):
     return module(*given.forward_input.args, **given.forward_input.kwargs)
 
 
-def close(actual, expected, dtype: torch.dtype) -> None:
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+def close(actual, expected, no_worse_than=None, truth=None) -> None:
+    """Raise unless within torch.testing's tolerances, or as near to the truth as other results are.
+
+    Args:
+        no_worse_than, truth: make these when asked, results as `actual`; see `no_worse`.
+    """
+    try:
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+    except AssertionError:
+        if no_worse_than is None or not no_worse(actual, no_worse_than(), truth()):
+            raise
+
+
+def no_worse(actual: tuple, other: tuple, truth: tuple) -> bool:
+    """Whether the largest error of the outputs, and that of the gradients, is at most twice the other's.
+
+    Half a unit of the last place comes on top. Each gradient by itself would not do: where the terms of its sum
+    cancel, the rounding of those terms, which either may be lucky in, is all that there is to compare.
+    """
+    for mine, theirs, exact in zip(actual, other, truth, strict=True):
+        exact = flat(exact)
+        if not exact:
+            continue
+        rounding = max(torch.finfo(x.dtype).eps / 2 * y.abs().amax() for x, y in zip(flat(mine), exact, strict=True))
+        error, their_error = (
+            max((x.double() - y).abs().amax() for x, y in zip(flat(each), exact, strict=True))
+            for each in (mine, theirs)
+        )
+        if not error <= 2 * their_error + rounding:
+            return False
+    return True
+
+
+def flat(results) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(results) if torch.is_tensor(x)]
+
+
+def widened(given):
+    """The same arguments in fp64."""
+
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    given = copy.copy(given)
+    forward = given.forward_input
+    args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, wide, (forward.args, forward.kwargs))
+    given.forward_input = FunctionInput(*args, **kwargs)
+    return given
 
 
 def gradients(module: nn.Module, given, output) -> list:
@@ -77,22 +123,34 @@ def against_torch(cls, theirs, given, dtype, training):
     if stochastic(theirs, given, training):
         return
     ours, other = build(cls, given, dtype, training), build(theirs, given, dtype, training)
-    actual, expected = call(ours, given), call(other, given)
-    close(actual, expected, dtype)
-    close(gradients(ours, given, actual), gradients(other, given, expected), dtype)
+
+    def exact():
+        return results(build(theirs, given, dtype, training).double(), widened(given))
+
+    expected = results(other, given)
+    close(results(ours, given), expected, lambda: expected, exact)
+
+
+def results(module: nn.Module, given) -> tuple:
+    output = call(module, given)
+    return output, gradients(module, given, output)
 
 
 def against_reference(cls, theirs, given, dtype, training):
     """Outputs are those of the database's reference function."""
     if given.reference_fn is None or stochastic(theirs, given, training):
         return
+
+    forward = given.forward_input
+    detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (forward.args, forward.kwargs))
     module = build(cls, given, dtype, training)
-    detached = torch.utils._pytree.tree_map_only(
-        torch.Tensor, torch.Tensor.detach, (given.forward_input.args, given.forward_input.kwargs)
-    )
     torch.manual_seed(0)
     expected = given.reference_fn(module, *detached[0], **detached[1])
-    close(call(module, given), expected, dtype)
+
+    def by_torch():
+        return (call(build(theirs, given, dtype, training), given),)
+
+    close((call(module, given),), (expected,), by_torch, lambda: (expected,))
 
 
 def copies_and_state(cls, theirs, given, dtype, training):
@@ -100,7 +158,7 @@ def copies_and_state(cls, theirs, given, dtype, training):
     module = build(cls, given, dtype, training)
     expected = call(module, given)
     for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        close(call(clone, given), expected, dtype)
+        close(call(clone, given), expected)
     other = build(theirs, given, dtype, training)
     assert list(other.state_dict()) == list(module.state_dict()), "state dict keys differ"
     buffer = io.BytesIO()
@@ -115,7 +173,7 @@ def strided_inputs(cls, theirs, given, dtype, training):
     expected = call(module, given)
     arguments = [strided(x) if torch.is_tensor(x) else x for x in given.forward_input.args]
     torch.manual_seed(0)
-    close(module(*arguments, **given.forward_input.kwargs), expected, dtype)
+    close(module(*arguments, **given.forward_input.kwargs), expected)
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -223,7 +281,7 @@ def fetch(folder: str) -> list[Path]:
 
 
 def report(title: str, outcomes: collections.Counter, failures: list[str]) -> int:
-    print(f"{title}: " + ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()))
+    print(f"{title:<28}{outcomes['passed']:>8} passed{outcomes['failed']:>6} failed{outcomes['skipped']:>6} skipped")
     for line in failures:
         print(f"  {line}")
     sys.stdout.flush()
