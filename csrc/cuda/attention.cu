@@ -1,5 +1,6 @@
 // Chooses attention's kernel by element type and head size; attention_fwd.cuh and attention_bwd.cuh have the kernels,
-// attention_fwd_<head size>.cu and attention_bwd_<head size>.cu compile them.
+// attention_fwd_<head size>.cu and attention_bwd_<head size>.cu compile them. Hopper has a forward kernel of its own for
+// the calls that attention_sm90.cu serves.
 #include "attention.cuh"
 
 namespace fastlm::cuda {
@@ -68,6 +69,7 @@ void for_kernel(const AttentionArgs& a, F&& f) {
 void attention_fwd(const AttentionArgs& args) {
   set_device(args.device);
   const AttentionParams params = params_of(args);
+  if (attention_fwd_serves_sm90(params, args)) return attention_fwd_sm90(params, args);
   for_kernel(args, [&](auto type, auto D) { attention_fwd<decltype(type), D()>(params, args); });
 }
 

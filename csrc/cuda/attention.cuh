@@ -25,8 +25,12 @@ struct AttentionParams {
   int64_t stat_rows;  // B H T, or H T of packed sequences
 
   // Scores that are not just q.k times a positive factor.
-  FASTLM_DEVICE bool general() const { return mask.data || softcap > 0 || !(scale > 0); }
+  FASTLM_ANY bool general() const { return mask.data || softcap > 0 || !(scale > 0); }
 };
+
+// attention_sm90.cu: whether this call runs on Hopper's own forward kernel, and that.
+bool attention_fwd_serves_sm90(const AttentionParams& params, const AttentionArgs& args);
+void attention_fwd_sm90(const AttentionParams& params, const AttentionArgs& args);
 
 // The sequence, head and rows of a block. `first` is its first query, or key where blocks own keys.
 struct Problem {

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -66,7 +67,7 @@ struct Block {
   std::vector<Meeting> warps;       // one a warp: shuffles and everything else that a warp does together
   std::vector<Meeting> warpgroups;  // one a group of four warps
   Meeting barriers[16];
-  std::map<const void*, std::vector<char>> objects;  // state that other headers keep by shared address (mbarriers)
+  std::map<const void*, std::shared_ptr<void>> objects;  // state that other headers keep: mbarriers, products in flight
 };
 
 // The thread that runs; only inside a launch.

@@ -1,0 +1,212 @@
+// Attention forward for Hopper (sm_90a): out = softmax(scale q k^T) v, full or causal, head sizes 64 and 128, bf16 and
+// fp16, by an online softmax.
+//
+// A block owns 128 queries of one head. A producer thread has TMA load the queries once, and keys and values in tiles of
+// 128 into a ring of two stages each. Two consumer warpgroups own 64 queries each: S = q k^T by wgmma from shared
+// memory, the softmax in registers, the weights straight from S's accumulators into the left operand of the product with
+// v, which wgmma reads transposed. The next tile's S runs together with this tile's product with v, and the
+// warpgroups take turns, so that the softmax of one runs under the products of the other. The producer gives its
+// registers to the consumers. Tiles beyond the diagonal are never loaded; only tiles that the diagonal or the sizes cut
+// pay for the rules. Everything else (masks, dropout, soft cap, windows, packed sequences) is attention_fwd.cuh's.
+//
+// FLOPs: 4 D for each pair of query and key in a tile that is not skipped. Bytes: q, out and lse once; k and v once for
+// each 128 queries, mostly from L2. Has not run on a GPU; hopper.cuh says what the emulation leaves open.
+#pragma once
+
+#include <hopper.cuh>
+
+#include "attention_softmax.cuh"
+
+namespace fastlm::cuda {
+
+template <class T, int D>
+struct HopperTile {
+  static constexpr int kConsumers = 2, kRows = 64;  // rows of a warpgroup's wgmma
+  static constexpr int M = kConsumers * kRows, N = 128, kStages = 2, kPanels = D / kPanelColumns;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 64 * 1024);
+
+  // Each warpgroup has its own tile of queries: (panel, row). Keys and values: (stage, panel, row).
+  T q[kConsumers][kPanels][kRows][kPanelColumns];
+  T k[kStages][kPanels][N][kPanelColumns];
+  T v[kStages][kPanels][N][kPanelColumns];
+  Barrier q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+
+  // Where tile n stands in the ring, and the parity of its turn.
+  FASTLM_DEVICE static int stage(int n) { return n % kStages; }
+  FASTLM_DEVICE static int turn(int n) { return n / kStages % 2; }
+
+  FASTLM_DEVICE void init() {
+    barrier_init(&q_full, 1);
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(&k_full[s], 1), barrier_init(&v_full[s], 1);
+      const int warps = kConsumers * kWarpgroup / kWarp;
+      barrier_init(&k_empty[s], warps), barrier_init(&v_empty[s], warps);
+    }
+    publish_barriers();
+  }
+};
+
+struct HopperMaps {
+  TensorMap q, k, v;
+};
+
+// The producer: one thread.
+template <class T, int D>
+FASTLM_DEVICE void produce(HopperTile<T, D>& tile, const HopperMaps& maps, const Problem& p, int kv_head, int tiles) {
+  using C = HopperTile<T, D>;
+  barrier_expect(&tile.q_full, (int)sizeof(tile.q));
+#pragma unroll
+  for (int w = 0; w < C::kConsumers; ++w)
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel)
+      copy_panel(tile.q[w][panel], maps.q, &tile.q_full, panel * kPanelColumns, p.first + w * C::kRows, p.head, p.b);
+#pragma unroll 1
+  for (int n = 0; n < tiles; ++n) {
+    const int s = C::stage(n), emptied = C::turn(n) ^ 1;  // the first turn waits for nothing
+    const auto load = [&](T(&to)[C::kPanels][C::N][kPanelColumns], const TensorMap& map, Barrier* full,
+                          Barrier* empty) {
+      barrier_wait(empty, emptied);
+      barrier_expect(full, (int)sizeof(to));
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel)
+        copy_panel(to[panel], map, full, panel * kPanelColumns, n * C::N, kv_head, p.b);
+    };
+    load(tile.k[s], maps.k, &tile.k_full[s], &tile.k_empty[s]);
+    load(tile.v[s], maps.v, &tile.v_full[s], &tile.v_empty[s]);
+  }
+}
+
+// scores (64, 128) = q k^T, of a warpgroup's queries and a tile of keys; issued, not waited for.
+template <class T, int PANELS, int ROWS, int N>
+FASTLM_DEVICE void issue_scores(float (&scores)[1][N / 8][4], const T (&q)[PANELS][ROWS][kPanelColumns],
+                                const T (&k)[PANELS][N][kPanelColumns]) {
+#pragma unroll
+  for (int panel = 0; panel < PANELS; ++panel)
+#pragma unroll
+    for (int column = 0; column < kPanelColumns; column += 16) {
+      const uint64_t a = wgmma_descriptor(&q[panel][0][column], 16, 8 * kPanelRowBytes);
+      const uint64_t b = wgmma_descriptor(&k[panel][0][column], 16, 8 * kPanelRowBytes);
+      if (panel == 0 && column == 0)
+        wgmma_rows<T, false>(scores, a, b);
+      else
+        wgmma_rows<T, true>(scores, a, b);
+    }
+  wgmma_commit();
+}
+
+// out (64, D) += weights (64, N) v, likewise.
+template <class T, int PANELS, int N, int COLUMNS>
+FASTLM_DEVICE void issue_weighted(float (&out)[1][COLUMNS][4], const Left<T> (&weights)[N / 16],
+                                  const T (&v)[PANELS][N][kPanelColumns]) {
+#pragma unroll
+  for (int row = 0; row < N; row += 16)
+    wgmma_weighted<T>(out, weights[row / 16].word, wgmma_descriptor(&v[0][row], (int)sizeof(v[0]), 8 * kPanelRowBytes));
+  wgmma_commit();
+}
+
+// Tells the producer that this warp needs a stage no more.
+FASTLM_DEVICE void release(Barrier* empty) {
+  if (lane_index() == 0) barrier_arrive(empty);
+}
+
+// The warpgroups' turns at issuing products: barrier 1 + w is warpgroup w's, 3 + w is for its own threads.
+FASTLM_DEVICE void await_turn(int w) { sync_named(1 + w, 2 * kWarpgroup); }
+FASTLM_DEVICE void pass_turn(int w) { arrive_named(2 - w, 2 * kWarpgroup); }
+
+// A consumer warpgroup, number w.
+template <class T, int D>
+FASTLM_DEVICE void consume(HopperTile<T, D>& tile, const AttentionParams& a, const Problem& p, int w, int tiles) {
+  using C = HopperTile<T, D>;
+  const ScoreRules<T> rules(a, p, p.head);
+  const float unit = a.scale * kLog2e;
+  const int warp_row = warp_index() % 4 * 16, first = p.first + w * C::kRows;
+  const int i = first + warp_row + lane_index() / 4;  // this lane's first query
+  float out[1][D / 8][4], scores[1][C::N / 8][4], factor[1][2];
+  Left<T> weights[C::N / 16];
+  SoftmaxState<1> state;
+  const auto soften = [&](int n) {
+    const int j0 = n * C::N;
+    if (!rules.all_inside(first, first + C::kRows, j0, j0 + C::N))
+      apply_rules(scores, rules, false, i, j0 + 2 * (lane_index() % 4));
+    softmax_step(scores, state, unit, factor);
+  };
+  const auto take_weights = [&] {
+#pragma unroll
+    for (int n = 0; n < C::N / 16; ++n) weights[n].take(scores[0][2 * n], scores[0][2 * n + 1]);
+  };
+
+  clear(out);
+  if (w == 1 && tiles > 1) pass_turn(w);  // warpgroup 0 begins
+  barrier_wait(&tile.q_full, 0);
+  barrier_wait(&tile.k_full[0], 0);
+  hold(scores);
+  wgmma_fence();
+  issue_scores(scores, tile.q[w], tile.k[0]);
+  wgmma_wait<0>();
+  hold(scores);
+  release(&tile.k_empty[0]);
+  soften(0);
+  take_weights();
+#pragma unroll 1
+  for (int n = 1; n < tiles; ++n) {
+    const int s = C::stage(n), before = C::stage(n - 1);
+    barrier_wait(&tile.k_full[s], C::turn(n));
+    await_turn(w);
+    hold(scores), hold(out);
+    wgmma_fence();
+    issue_scores(scores, tile.q[w], tile.k[s]);
+    barrier_wait(&tile.v_full[before], C::turn(n - 1));
+    issue_weighted(out, weights, tile.v[before]);
+    if (w == 0 || n + 1 < tiles) pass_turn(w);
+    wgmma_wait<1>();
+    hold(scores);
+    release(&tile.k_empty[s]);
+    soften(n);
+    wgmma_wait<0>();
+    hold(out);
+    release(&tile.v_empty[before]);
+    multiply_rows(out, factor);
+    take_weights();
+  }
+  const int last = C::stage(tiles - 1);
+  barrier_wait(&tile.v_full[last], C::turn(tiles - 1));
+  hold(out);
+  wgmma_fence();
+  issue_weighted(out, weights, tile.v[last]);
+  wgmma_wait<0>();
+  hold(out);
+
+  finish_softmax(state, unit, Global<float>(a.lse ? a.lse + p.row(p.head) : nullptr), i, p.T, factor);
+  multiply_rows(out, factor);
+  sync_named(3 + w, kWarpgroup);  // no warp needs the queries any more: their place takes the result
+  const auto target = rows_of<T>(a.out, p.b, p.head, 0, p.T, D, true);
+  store_rows(target, first + warp_row, Tile<T, D>{&tile.q[w][0][0][0]}, warp_row, 0, out);
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(HopperTile<T, D>::kThreads, 1)
+    attention_fwd_sm90_kernel(const __grid_constant__ AttentionParams a, const __grid_constant__ HopperMaps maps) {
+#if FASTLM_SM90A
+  using C = HopperTile<T, D>;
+  const Problem p = locate<C::M, false>(a);
+  C& tile = *shared_memory<C>();
+  const int end = smaller(p.S, smaller(p.first + C::M, p.T) + a.right);
+  const int tiles = divided_up(end, C::N);
+  if (thread_index() == 0) tile.init();
+  sync_threads();
+  if (thread_index() < kWarpgroup) {
+    give_registers<C::kProducerRegisters>();
+    if (thread_index() == 0) produce(tile, maps, p, p.head / (a.H / a.Hkv), tiles);
+  } else {
+    take_registers<C::kConsumerRegisters>();
+    consume(tile, a, p, thread_index() / kWarpgroup - 1, tiles);
+  }
+#else
+  refuse_to_run();
+#endif
+}
+
+}  // namespace fastlm::cuda

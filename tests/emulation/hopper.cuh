@@ -1,0 +1,367 @@
+// The names of csrc/cuda/hopper.cuh on a CPU, as strict as the PTX ISA allows a program to rely on: a copy lands only when
+// somebody polls its barrier, until then its place holds NaN; products are done when they are waited for, until then
+// their accumulators are NaN, and an operand that changes meanwhile is an error; descriptors are decoded from their bits.
+#pragma once
+
+#include <primitives.cuh>
+
+#define FASTLM_SM90A 1
+
+namespace fastlm::cuda {
+
+constexpr int kWarpgroup = 128;
+constexpr int kPanelColumns = 64, kPanelRowBytes = 128;
+
+using Barrier = uint64_t;
+
+// 16-bit elements, as cuTensorMapEncodeTiled takes them; sizes are columns, rows, heads, batch.
+struct TensorMap {
+  const char* data;
+  int64_t size[4], stride[3];
+  int rows;
+};
+
+namespace hopper {
+
+// The block's state of a kind, or the one kept for an address.
+template <class State>
+State& state_of(const void* at) {
+  auto& kept = emulation::block().objects[at];
+  if (!kept) kept = std::make_shared<State>();
+  return *std::static_pointer_cast<State>(kept);
+}
+
+inline int shared_offset(const void* p) {
+  return (int)(static_cast<const unsigned char*>(p) - emulation::block().shared);
+}
+inline int swizzled(int address) { return address ^ (address >> 7 & 7) << 4; }
+
+struct Copy {
+  void* to;
+  TensorMap map;
+  int at[4];
+
+  int bytes() const { return map.rows * kPanelRowBytes; }
+
+  // By chunks of 16 bytes: they lie inside of the tensor or outside, since its columns are whole chunks.
+  void land() const {
+    auto* shared = emulation::block().shared;
+    for (int r = 0; r < map.rows; ++r)
+      for (int c = 0; c < kPanelColumns; c += 8) {
+        const int64_t place[4] = {at[0] + c, at[1] + r, at[2], at[3]};
+        bool inside = true;
+        int64_t offset = 2 * place[0];
+        for (int i = 0; i < 4; ++i) inside = inside && place[i] >= 0 && place[i] < map.size[i];
+        for (int i = 0; i < 3; ++i) offset += place[i + 1] * map.stride[i];
+        auto* target = shared + swizzled(shared_offset(to) + r * kPanelRowBytes + 2 * c);
+        if (inside) emulation::check_global(map.data + offset, 16, "a tile's copy");
+        if (inside)
+          std::memcpy(target, map.data + offset, 16);
+        else
+          std::memset(target, 0, 16);
+      }
+  }
+};
+
+struct BarrierState {
+  int arrivals = 0, missing = 0;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  bool published = false;
+  std::vector<Copy> copies;
+
+  void advance() {
+    if (missing < 0) emulation::fail("an mbarrier got more arrivals than it was made for");
+    if (missing > 0 || bytes != 0) return;
+    missing = arrivals;
+    ++phase;
+  }
+  void poll() {
+    for (const Copy& copy : std::exchange(copies, {})) {
+      copy.land();
+      bytes -= copy.bytes();
+      advance();
+    }
+  }
+};
+
+struct Barriers {
+  std::map<const Barrier*, BarrierState> made;
+};
+inline Barriers& barriers() {
+  static const char key = 0;
+  return state_of<Barriers>(&key);
+}
+
+constexpr Barrier kMade = 0x6d62617272696572;
+
+inline BarrierState& barrier(const Barrier* b) {
+  const auto found = barriers().made.find(b);
+  if (found == barriers().made.end() || *b != kMade) emulation::fail("an mbarrier that was not made or is overwritten");
+  if (!found->second.published) emulation::fail("an mbarrier that was not published");
+  return found->second;
+}
+
+// One product of a warpgroup; the operands as 16-bit words, b as (16, n).
+struct Product {
+  bool brain, add, from_registers;
+  int n;
+  uint64_t a_descriptor, b_descriptor;
+  bool transposed;
+  const uint32_t* a[kWarpgroup];
+  float* c[kWarpgroup];
+  std::vector<uint16_t> left, right;
+
+  static int field(uint64_t descriptor, int bit) { return (int)(descriptor >> bit & 0x3FFF) * 16; }
+
+  // The element at the row of 8-row group `group`, line `line` in it, `bytes` into the row.
+  static uint16_t element(uint64_t descriptor, int64_t offset) {
+    if (descriptor >> 62 != 1) emulation::fail("a wgmma descriptor without the 128-byte swizzle");
+    const int start = field(descriptor, 0);
+    if ((descriptor >> 49 & 7) || start % 1024 >= 128)
+      emulation::fail("a wgmma descriptor of a panel that does not start at a multiple of 1024 bytes");
+    const auto* at = emulation::block().shared + swizzled(start + (int)offset);
+    emulation::check_shared(at, 2, "wgmma");
+    uint16_t word;
+    std::memcpy(&word, at, sizeof word);
+    return word;
+  }
+  static uint16_t of_rows(uint64_t descriptor, int row, int k) {
+    return element(descriptor, (int64_t)row / 8 * field(descriptor, 32) + row % 8 * kPanelRowBytes + 2 * k);
+  }
+  static uint16_t of_columns(uint64_t descriptor, int k, int n) {
+    return element(descriptor, (int64_t)n / 64 * field(descriptor, 16) + n % 64 * 2 +
+                                   (int64_t)k / 8 * field(descriptor, 32) + k % 8 * kPanelRowBytes);
+  }
+
+  std::vector<uint16_t> read_left() const {
+    std::vector<uint16_t> found(64 * 16);
+    for (int row = 0; row < 64; ++row)
+      for (int k = 0; k < 16; ++k) {
+        if (!from_registers) {
+          found[(size_t)(16 * row + k)] = of_rows(a_descriptor, row, k);
+          continue;
+        }
+        const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2, word = row % 16 / 8 + k / 8 * 2;
+        found[(size_t)(16 * row + k)] = (uint16_t)(a[thread][word] >> k % 2 * 16);
+      }
+    return found;
+  }
+  std::vector<uint16_t> read_right() const {
+    std::vector<uint16_t> found((size_t)(16 * n));
+    for (int k = 0; k < 16; ++k)
+      for (int column = 0; column < n; ++column)
+        found[(size_t)(n * k + column)] =
+            transposed ? of_columns(b_descriptor, k, column) : of_rows(b_descriptor, column, k);
+    return found;
+  }
+  float value(uint16_t word) const { return brain ? to_float(bf16{word}) : to_float(fp16{word}); }
+
+  void run(std::vector<float>& sums) const {
+    if (left != read_left() || right != read_right())
+      emulation::fail("an operand of wgmma changed before the product was waited for");
+    if (!add) std::fill(sums.begin(), sums.end(), 0.0f);
+    std::vector<float> b((size_t)(16 * n));
+    for (size_t i = 0; i < b.size(); ++i) b[i] = value(right[i]);
+    for (int row = 0; row < 64; ++row)
+      for (int k = 0; k < 16; ++k) {
+        const float x = value(left[(size_t)(16 * row + k)]);
+        for (int column = 0; column < n; ++column)
+          sums[(size_t)(row * n + column)] += x * b[(size_t)(n * k + column)];
+      }
+  }
+};
+
+// Accumulators that products in flight hold, by thread 0's registers.
+struct Accumulator {
+  float* c[kWarpgroup];
+  int n, pending = 0;
+  std::vector<float> sums;
+
+  // f(a thread's register, its place in the sums).
+  template <class F>
+  void each(F f) {
+    for (int thread = 0; thread < kWarpgroup; ++thread)
+      for (int i = 0; i < n / 2; ++i) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        f(c[thread][i], sums[(size_t)(row * n + column)]);
+      }
+  }
+};
+
+struct Warpgroup {
+  bool fenced = false;
+  std::vector<Product> open;
+  std::vector<std::vector<Product>> groups;  // committed, oldest first
+  std::map<const float*, Accumulator> accumulators;
+  int registers = 0;
+
+  void issue(Product product) {
+    if (!fenced) emulation::fail("wgmma without a wgmma_fence since the last wait");
+    product.left = product.read_left(), product.right = product.read_right();
+    auto [found, fresh] = accumulators.try_emplace(product.c[0]);
+    Accumulator& sums = found->second;
+    if (fresh) {
+      std::copy(product.c, product.c + kWarpgroup, sums.c);
+      sums.n = product.n, sums.sums.resize((size_t)(64 * product.n));
+      sums.each([&](float& mine, float& sum) {
+        if (product.add) sum = mine;
+        mine = __builtin_nanf("");
+      });
+    }
+    ++sums.pending;
+    open.push_back(std::move(product));
+  }
+  void finish(size_t groups_left) {
+    fenced = false;
+    while (groups.size() > groups_left) {
+      for (const Product& product : groups.front()) {
+        Accumulator& sums = accumulators.at(product.c[0]);
+        product.run(sums.sums);
+        if (--sums.pending > 0) continue;
+        sums.each([](float& mine, float& sum) { mine = sum; });
+        accumulators.erase(product.c[0]);
+      }
+      groups.erase(groups.begin());
+    }
+  }
+};
+
+inline Warpgroup& warpgroup() {
+  return state_of<Warpgroup>(&emulation::block().warpgroups[(size_t)thread_index() / kWarpgroup]);
+}
+
+// All threads of the warpgroup meet, one of them acts.
+template <class Act>
+void together(const char* what, int line, Act act) {
+  int nothing = 0;
+  emulation::meet_warpgroup(what, line, &nothing, [&](int**) { act(); });
+}
+
+struct Operands {
+  Product product;
+  float* c;
+  const uint32_t* a;
+};
+
+inline void issue(const char* what, int line, const Product& product, float* c, const uint32_t* a) {
+  Operands mine{product, c, a};
+  emulation::meet_warpgroup(what, line, &mine, [](Operands** all) {
+    Product whole = all[0]->product;
+    for (int i = 0; i < kWarpgroup; ++i) {
+      const Product& other = all[i]->product;
+      if (other.a_descriptor != whole.a_descriptor || other.b_descriptor != whole.b_descriptor)
+        emulation::fail("descriptors differ within a warpgroup");
+      whole.c[i] = all[i]->c, whole.a[i] = all[i]->a;
+    }
+    warpgroup().issue(std::move(whole));
+  });
+}
+
+struct RegisterPool {
+  int left = -1;  // for each thread of a warpgroup
+};
+inline void set_registers(const char* what, int line, int count, bool more) {
+  static const char key = 0;
+  RegisterPool& pool = state_of<RegisterPool>(&key);
+  const int groups = (int)emulation::block().warpgroups.size(), at_start = 512 / groups / 8 * 8;
+  if (pool.left < 0) pool.left = 512 - groups * at_start;
+  Warpgroup& mine = warpgroup();
+  if (mine.registers == 0) mine.registers = at_start;
+  if (count % 8 || count < 24 || count > 256 || (more ? count < mine.registers : count > mine.registers))
+    emulation::fail("setmaxnreg of " + std::to_string(count) + " from " + std::to_string(mine.registers));
+  const int needed = count - mine.registers;
+  emulation::wait(what, line, [&] { return pool.left >= needed; });
+  together(what, line, [&] { pool.left -= needed, mine.registers = count; });
+}
+
+}  // namespace hopper
+
+inline void barrier_init(Barrier* b, int arrivals) {
+  emulation::check_shared(b, sizeof *b, "mbarrier");
+  if (hopper::shared_offset(b) % 8) emulation::fail("an mbarrier at a misaligned address");
+  *b = hopper::kMade;
+  auto& state = hopper::barriers().made[b];
+  state = {};
+  state.arrivals = state.missing = arrivals;
+}
+inline void publish_barriers() {
+  for (auto& [b, state] : hopper::barriers().made) state.published = true;
+}
+inline void barrier_arrive(Barrier* b) {
+  auto& state = hopper::barrier(b);
+  --state.missing;
+  state.advance();
+}
+inline void barrier_expect(Barrier* b, int bytes) {
+  hopper::barrier(b).bytes += bytes;
+  barrier_arrive(b);
+}
+inline void barrier_wait(Barrier* b, int parity, FASTLM_LINE) {
+  auto& state = hopper::barrier(b);
+  emulation::wait("an mbarrier", line, [&] {
+    state.poll();
+    return (int)(state.phase % 2) != parity;
+  });
+}
+
+inline bool has_tensor_maps() { return true; }
+template <class T>
+TensorMap tensor_map(const void* data, const int64_t (&size)[4], const int64_t (&stride)[3], int rows) {
+  static_assert(sizeof(T) == 2);
+  bool right = reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows > 0 && rows <= 256 && size[0] % 8 == 0;
+  for (const int64_t n : size) right = right && n > 0 && n <= (int64_t)1 << 32;
+  for (const int64_t n : stride) right = right && n > 0 && n % 16 == 0 && n < (int64_t)1 << 40;
+  if (!right) throw std::runtime_error("cuTensorMapEncodeTiled would refuse this tensor");
+  return {static_cast<const char*>(data), {size[0], size[1], size[2], size[3]}, {stride[0], stride[1], stride[2]}, rows};
+}
+inline void copy_panel(void* to, const TensorMap& map, Barrier* b, int column, int row, int head, int batch) {
+  hopper::Copy copy{to, map, {column, row, head, batch}};
+  emulation::check_shared(to, (size_t)copy.bytes(), "a tile");
+  if (hopper::shared_offset(to) % 1024) emulation::fail("a tile at a misaligned address");
+  std::memset(to, 0xFF, (size_t)copy.bytes());
+  hopper::barrier(b).copies.push_back(copy);
+}
+
+template <int REGISTERS>
+void take_registers(FASTLM_LINE) {
+  hopper::set_registers("setmaxnreg.inc", line, REGISTERS, true);
+}
+template <int REGISTERS>
+void give_registers(FASTLM_LINE) {
+  hopper::set_registers("setmaxnreg.dec", line, REGISTERS, false);
+}
+
+inline void wgmma_fence(FASTLM_LINE) {
+  hopper::together("wgmma.fence", line, [] { hopper::warpgroup().fenced = true; });
+}
+inline void wgmma_commit(FASTLM_LINE) {
+  hopper::together("wgmma.commit_group", line, [] {
+    auto& mine = hopper::warpgroup();
+    mine.groups.push_back(std::exchange(mine.open, {}));
+  });
+}
+template <int GROUPS>
+void wgmma_wait(FASTLM_LINE) {
+  hopper::together("wgmma.wait_group", line, [] { hopper::warpgroup().finish(GROUPS); });
+}
+template <int N>
+void hold(float (&)[1][N][4]) {}
+
+inline uint64_t wgmma_descriptor(const void* start, int leading_bytes, int stride_bytes) {
+  const auto field = [](int bytes) { return (uint64_t)(bytes >> 4 & 0x3FFF); };
+  return field(hopper::shared_offset(start)) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | (uint64_t)1 << 62;
+}
+
+template <class T, bool ADD>
+void wgmma_rows(float (&c)[1][16][4], uint64_t a, uint64_t b, FASTLM_LINE) {
+  const hopper::Product product{std::is_same_v<T, bf16>, ADD, false, 128, a, b, false, {}, {}, {}, {}};
+  hopper::issue("wgmma.m64n128k16", line, product, &c[0][0][0], nullptr);
+}
+template <class T, int N>
+void wgmma_weighted(float (&c)[1][N][4], const uint32_t (&a)[4], uint64_t b, FASTLM_LINE) {
+  const hopper::Product product{std::is_same_v<T, bf16>, true, true, 8 * N, 0, b, true, {}, {}, {}, {}};
+  hopper::issue("wgmma.m64n128k16 with a in registers", line, product, &c[0][0][0], a);
+}
+
+}  // namespace fastlm::cuda
