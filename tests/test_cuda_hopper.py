@@ -5,29 +5,94 @@ The emulation takes its instructions' encodings from the PTX ISA; csrc/cuda/hopp
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastlm
 from conftest import CUDA
 from fastlm.ops._attention_reference import attention_ref
 from tolerances import assert_as_close_as_torch
 
-pytestmark = pytest.mark.parametrize("kernels", [CUDA], indirect=True)
+on_cuda = pytest.mark.parametrize("kernels", [CUDA], indirect=True)
+emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation alone")
+
+# (B, H, Hkv, T, S): one row, one tile less a row, whole tiles, tails of both kinds, more keys than the ring holds, grouped
+# heads, more queries than keys and the reverse.
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (1, 2, 1, 63, 200),
+    (2, 2, 2, 128, 128),
+    (1, 3, 1, 200, 63),
+    (1, 1, 1, 200, 300),
+    (1, 2, 2, 300, 1),
+    (1, 1, 1, 1, 700),
+]
 
 
 def _inputs(B, H, Hkv, T, S, D, dtype):
-    return (torch.randn(B, heads, rows, D).to(dtype) for heads, rows in ((H, T), (Hkv, S), (Hkv, S)))
+    return [torch.randn(B, heads, rows, D).to(dtype) for heads, rows in ((H, T), (Hkv, S), (Hkv, S))]
 
 
-def _check(q, k, v, causal, **others):
+def _check(q, k, v, causal=False, scale=None):
     out, lse = fastlm.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, enable_gqa=True, return_lse=True, **others
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=True, return_lse=True
     )
-    expected, expected_lse = attention_ref(q.double(), k.double(), v.double(), is_causal=causal, **others)
-    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True, **others)
-    print((out.double()-expected).abs().max(), (plain.double()-expected).abs().max(), (lse-expected_lse).abs().max())
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    truth, truth_lse = attention_ref(q.double(), k.double(), v.double(), None, causal, factor)
+    stock = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    assert_as_close_as_torch(out, truth, stock, k.shape[2], "out")
+    assert_as_close_as_torch(lse.to(q.dtype), truth_lse, truth_lse.to(q.dtype), k.shape[2], "lse")
+    return out
 
 
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("D", [64, 128])
-def test_parity(kernels, D):
-    q, k, v = _inputs(1, 2, 1, 200, 300, D, torch.bfloat16)
-    _check(q, k, v, False)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_parity(kernels, poisoned, sizes, D, causal, dtype):
+    _check(*_inputs(*sizes, D, dtype), causal)
+
+
+@emulated
+@on_cuda
+@pytest.mark.parametrize("architecture", [80, 100])
+@pytest.mark.parametrize("D", [64, 128])
+def test_other_architectures_take_the_portable_kernel(kernels, emulation, D, architecture):
+    """It sums in another order, so that its bits tell the two apart."""
+    q, k, v = _inputs(1, 2, 1, 90, 200, D, torch.bfloat16)
+    hopper = _check(q * 3, k, v, True)
+    emulation.set_device(architecture)
+    assert not torch.equal(_check(q * 3, k, v, True), hopper)
+
+
+@on_cuda
+def test_strides(kernels, poisoned):
+    """A fused projection's views are read in place, and views that TMA can't describe by the portable kernel."""
+    q, k, v = torch.randn(2, 90, 3, 2, 64).bfloat16().permute(2, 0, 3, 1, 4)
+    _check(q, k, v, True)
+    _check(q[:, :1], k[:, :1].expand(2, 1, 90, 64), v[:1, :1].expand(2, 1, 90, 64))
+    odd = torch.randn(2, 2, 90, 65).bfloat16()[..., 1:]
+    _check(odd, k, v, True)
+
+
+@on_cuda
+@pytest.mark.parametrize("scale", [0.5, -0.5, 0.0])
+def test_scales(kernels, scale):
+    _check(*_inputs(1, 1, 1, 70, 140, 64, torch.float16), True, scale)
+
+
+@on_cuda
+def test_extreme_scores(kernels):
+    q, k, v = _inputs(1, 1, 1, 70, 260, 64, torch.bfloat16)
+    _check(q * 60, k * 10, v)
+
+
+@emulated
+@on_cuda
+def test_any_order_gives_the_same_bits(kernels, emulation):
+    inputs = _inputs(1, 2, 1, 140, 400, 64, torch.bfloat16)
+    results = []
+    for order in (0, 1, 2):
+        emulation.set_order(order)
+        results.append(fastlm.scaled_dot_product_attention(*inputs, enable_gqa=True))
+    assert all(torch.equal(results[0], other) for other in results[1:])

@@ -159,6 +159,7 @@ FASTLM_DEVICE void consume(HopperTile<T, D>& tile, const AttentionParams& a, con
     wgmma_fence();
     issue_scores(scores, tile.q[w], tile.k[s]);
     barrier_wait(&tile.v_full[before], C::turn(n - 1));
+    wgmma_fence();
     issue_weighted(out, weights, tile.v[before]);
     if (w == 0 || n + 1 < tiles) pass_turn(w);
     wgmma_wait<1>();
@@ -197,12 +198,13 @@ __global__ void __launch_bounds__(HopperTile<T, D>::kThreads, 1)
   const int tiles = divided_up(end, C::N);
   if (thread_index() == 0) tile.init();
   sync_threads();
-  if (thread_index() < kWarpgroup) {
+  const int warpgroup = shuffle(thread_index() / kWarpgroup, 0);  // tells the compiler that a warp's lanes agree
+  if (warpgroup == 0) {
     give_registers<C::kProducerRegisters>();
     if (thread_index() == 0) produce(tile, maps, p, p.head / (a.H / a.Hkv), tiles);
   } else {
     take_registers<C::kConsumerRegisters>();
-    consume(tile, a, p, thread_index() / kWarpgroup - 1, tiles);
+    consume(tile, a, p, warpgroup - 1, tiles);
   }
 #else
   refuse_to_run();
