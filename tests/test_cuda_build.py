@@ -93,6 +93,24 @@ def test_registers_fit_a_block(kernels_built):
 
 
 @pytest.mark.slow
+def test_hopper_kernels_use_its_instructions(built):
+    """wgmma, TMA and setmaxnreg are in the machine code; the compiler neither serializes products nor ignores them."""
+    tool = Path(_nvcc()).parent / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("no cuobjdump beside nvcc")
+    (made,) = (built[0].parent / "objects" / "cuda").glob("attention_sm90-*.o")
+    command = [tool, "--dump-sass", "--gpu-architecture", "sm_90a", made]
+    code = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    kernels = [part for part in code.split("Function : ")[1:] if "attention_fwd_sm90" in part]
+    assert len(kernels) == 4  # two head sizes, two dtypes
+    for kernel in kernels:
+        for instruction in ("HGMMA.64x128x16", "UTMALDG.4D", "SYNCS", "USETMAXREG"):
+            assert instruction in kernel, instruction
+        assert "HMMA" not in kernel
+    assert not re.findall(r".*\(C75\d\d\).*", built[1])
+
+
+@pytest.mark.slow
 def test_the_module_imports_without_a_driver(built, tmp_path):
     (module,) = built[0].glob("_cuda*" + importlib.machinery.EXTENSION_SUFFIXES[0])
     libraries = subprocess.run(["ldd", module], capture_output=True, text=True, timeout=60).stdout

@@ -1,6 +1,6 @@
 // Chooses attention's kernel by element type and head size; attention_fwd.cuh and attention_bwd.cuh have the kernels,
-// attention_fwd_<head size>.cu and attention_bwd_<head size>.cu compile them. Hopper has a forward kernel of its own for
-// the calls that attention_sm90.cu serves.
+// attention_fwd_<head size>.cu and attention_bwd_<head size>.cu compile them. Hopper has its own forward kernel
+// for the calls that attention_sm90.cu serves.
 #include "attention.cuh"
 
 namespace fastlm::cuda {

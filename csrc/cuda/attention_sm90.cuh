@@ -1,10 +1,10 @@
 // Attention forward for Hopper (sm_90a): out = softmax(scale q k^T) v, full or causal, head sizes 64 and 128, bf16 and
 // fp16, by an online softmax.
 //
-// A block owns 128 queries of one head. A producer thread has TMA load the queries once, and keys and values in tiles of
-// 128 into a ring of two stages each. Two consumer warpgroups own 64 queries each: S = q k^T by wgmma from shared
-// memory, the softmax in registers, the weights straight from S's accumulators into the left operand of the product with
-// v, which wgmma reads transposed. The next tile's S runs together with this tile's product with v, and the
+// A block owns 128 queries of one head. A producer thread has TMA load the queries once, and keys and values in tiles
+// of 128 into a ring of two stages each. Two consumer warpgroups own 64 queries each: S = q k^T by wgmma from shared
+// memory, the softmax in registers, the weights straight from S's accumulators into the left operand of the product
+// with v, which wgmma reads transposed. The next tile's S runs together with this tile's product with v, and the
 // warpgroups take turns, so that the softmax of one runs under the products of the other. The producer gives its
 // registers to the consumers. Tiles beyond the diagonal are never loaded; only tiles that the diagonal or the sizes cut
 // pay for the rules. Everything else (masks, dropout, soft cap, windows, packed sequences) is attention_fwd.cuh's.

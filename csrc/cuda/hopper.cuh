@@ -4,8 +4,8 @@
 // Encodings, by the PTX ISA (sections "Matrix Descriptor Format" and "Shared Memory Matrix Layout" of wgmma):
 //   Tiles lie in shared memory as panels of 64 16-bit columns: rows of 128 bytes whose 16-byte chunk c is stored at
 //   c ^ (row % 8), as TMA's 128-byte swizzle writes them. Panels start at multiples of 1024 bytes.
-//   A descriptor has the start address / 16 in bits 0 to 13, the leading offset / 16 in 16 to 29, the stride offset / 16
-//   in 32 to 45, a base offset of 0 in 49 to 51, and the swizzle in 62 and 63: 1 for 128 bytes.
+//   A descriptor has the start address / 16 in bits 0 to 13, the leading offset / 16 in 16 to 29, the stride offset /
+//   16 in 32 to 45, a base offset of 0 in 49 to 51, and the swizzle in 62 and 63: 1 for 128 bytes.
 //   Rows are m or n, columns k (K-major): the stride offset is from 8 rows to the next, the leading one is not used.
 //   Rows are k, columns n (MN-major): the stride offset is from 8 rows to the next, the leading one from 64 columns to
 //   the next, that is, from panel to panel.
@@ -13,8 +13,8 @@
 //   The accumulators (64, N) of a warpgroup: warp w has rows 16 w to 16 w + 15, each as mma.m16n8k16's (matrix.cuh);
 //   the left operand in registers likewise.
 //
-// What the emulation does not show: that these encodings are what the hardware decodes beyond the reading of the PTX ISA
-// above, fences between the generic and the asynchronous proxy except the one after barriers are made, the memory model
+// What the emulation does not show: that hardware decodes these encodings as read here, which holds too for the driver's
+// tensor maps, fences between the generic and the asynchronous proxy except the one after barriers are made, the memory model
 // (all threads run on one processor, in turns), caches' hints, the number of registers that setmaxnreg leaves, what the
 // compiler does with registers that an asynchronous product still uses, and speed. Nothing here has run on a GPU.
 #pragma once
@@ -89,8 +89,8 @@ inline auto tensor_map_encoder() {
 }
 inline bool has_tensor_maps() { return tensor_map_encoder() != nullptr; }
 
-// Of 16-bit elements, for tiles of `rows` rows and one panel; size: columns, rows, heads, batch; stride: bytes from row to
-// row, head to head, batch to batch.
+// Of 16-bit elements, for tiles of `rows` rows and one panel; size: columns, rows, heads, batch; stride: bytes from row
+// to row, head to head, batch to batch.
 template <class T>
 TensorMap tensor_map(const void* data, const int64_t (&size)[4], const int64_t (&stride)[3], int rows) {
   static_assert(sizeof(T) == 2);

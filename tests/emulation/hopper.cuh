@@ -1,6 +1,6 @@
-// The names of csrc/cuda/hopper.cuh on a CPU, as strict as the PTX ISA allows a program to rely on: a copy lands only when
-// somebody polls its barrier, until then its place holds NaN; products are done when they are waited for, until then
-// their accumulators are NaN, and an operand that changes meanwhile is an error; descriptors are decoded from their bits.
+// The names of csrc/cuda/hopper.cuh on a CPU, as strict as the PTX ISA lets hardware be: a copy lands only when somebody
+// has to wait for its barrier, until then its place holds NaN; products are done when they are waited for, until then
+// their accumulators are NaN, and an operand that changes meanwhile is an error; descriptors are decoded bit by bit.
 #pragma once
 
 #include <primitives.cuh>
@@ -300,8 +300,9 @@ inline void barrier_expect(Barrier* b, int bytes) {
 inline void barrier_wait(Barrier* b, int parity, FASTLM_LINE) {
   auto& state = hopper::barrier(b);
   emulation::wait("an mbarrier", line, [&] {
-    state.poll();
-    return (int)(state.phase % 2) != parity;
+    const auto ended = [&] { return (int)(state.phase % 2) != parity; };
+    if (!ended()) state.poll();
+    return ended();
   });
 }
 
@@ -313,7 +314,8 @@ TensorMap tensor_map(const void* data, const int64_t (&size)[4], const int64_t (
   for (const int64_t n : size) right = right && n > 0 && n <= (int64_t)1 << 32;
   for (const int64_t n : stride) right = right && n > 0 && n % 16 == 0 && n < (int64_t)1 << 40;
   if (!right) throw std::runtime_error("cuTensorMapEncodeTiled would refuse this tensor");
-  return {static_cast<const char*>(data), {size[0], size[1], size[2], size[3]}, {stride[0], stride[1], stride[2]}, rows};
+  const auto* at = static_cast<const char*>(data);
+  return {at, {size[0], size[1], size[2], size[3]}, {stride[0], stride[1], stride[2]}, rows};
 }
 inline void copy_panel(void* to, const TensorMap& map, Barrier* b, int column, int row, int head, int batch) {
   hopper::Copy copy{to, map, {column, row, head, batch}};
@@ -350,7 +352,8 @@ void hold(float (&)[1][N][4]) {}
 
 inline uint64_t wgmma_descriptor(const void* start, int leading_bytes, int stride_bytes) {
   const auto field = [](int bytes) { return (uint64_t)(bytes >> 4 & 0x3FFF); };
-  return field(hopper::shared_offset(start)) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | (uint64_t)1 << 62;
+  return field(hopper::shared_offset(start)) | field(leading_bytes) << 16 | field(stride_bytes) << 32 |
+         (uint64_t)1 << 62;
 }
 
 template <class T, bool ADD>
