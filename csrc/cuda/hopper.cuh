@@ -13,10 +13,10 @@
 //   The accumulators (64, N) of a warpgroup: warp w has rows 16 w to 16 w + 15, each as mma.m16n8k16's (matrix.cuh);
 //   the left operand in registers likewise.
 //
-// What the emulation does not show: that hardware decodes these encodings as read here, which holds too for the driver's
-// tensor maps, fences between the generic and the asynchronous proxy except the one after barriers are made, the memory model
-// (all threads run on one processor, in turns), caches' hints, the number of registers that setmaxnreg leaves, what the
-// compiler does with registers that an asynchronous product still uses, and speed. Nothing here has run on a GPU.
+// What the emulation does not show: that hardware decodes descriptors, and the driver tensor maps, as read here; fences
+// between the generic and the asynchronous proxy except the one after barriers are made; the memory model (all threads
+// run on one processor, in turns); how hardware rounds the sums of a product; what the compiler does with registers
+// that an asynchronous product still uses, or with setmaxnreg; speed. Nothing here has run on a GPU.
 #pragma once
 
 #include <primitives.cuh>

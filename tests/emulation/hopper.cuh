@@ -1,4 +1,4 @@
-// The names of csrc/cuda/hopper.cuh on a CPU, as strict as the PTX ISA lets hardware be: a copy lands only when somebody
+// The names of csrc/cuda/hopper.cuh on a CPU, as strict as the PTX ISA lets hardware be: a copy lands only when someone
 // has to wait for its barrier, until then its place holds NaN; products are done when they are waited for, until then
 // their accumulators are NaN, and an operand that changes meanwhile is an error; descriptors are decoded bit by bit.
 #pragma once
