@@ -32,11 +32,13 @@ from .attention_tables import (
 from .attention_tiles import (
     LN2,
     attend,
+    finite,
     load_rows,
+    normalized,
     owned,
     place,
     span,
-    store_rows,
+    store_at,
     tile_and_head,
 )
 
@@ -142,21 +144,35 @@ def _attention_fwd_kernel(
     for phase in tl.static_range(3):
         if phase != 0 or LEFT:
             acc, total, peak = attend(
-                acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
+                acc, total, peak, None, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
                 window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
                 LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, phase != 1,
             )  # fmt: skip
-    attended = (total != 0) & (row < T)
-    acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
+    out, lse = normalized(acc, total, peak, row < T)
     limit = owned(cu_q_ptr, b, B, T, total_rows)
-    token = batch * total_rows.to(tl.int64) + q_start
-    store_rows(out_ptr + (token * H + h) * DV, acc, row, limit, (H * DV).to(tl.int64), DV, BLOCK_DV)
+    token = batch * total_rows.to(tl.int64) + q_start + row
+    store_at(out_ptr, out, (token * H + h) * DV, row < limit, DV, BLOCK_DV)
     if lse_ptr is not None:
-        lse = tl.where(attended, (peak + tl.log2(total)) * LN2, float("-inf"))
-        tl.store(lse_ptr + numbered, lse, row < limit)
+        tl.store(lse_ptr + numbered, lse * LN2, row < limit)
+    if mask_ptr is not None or LEFT or RIGHT:
+        _, infinite = finite(out)
+        if tl.max(infinite, 0) != 0:
+            acc, total, peak, touched = attend(
+                tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32),
+                tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.int32),
+                q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end,
+                stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
+                window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
+                LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
+            )  # fmt: skip
+            out, lse = normalized(acc, total, peak, row < T)
+            again = (infinite > touched) & (row < T)
+            store_at(out_ptr, out, (token * H + h) * DV, again, DV, BLOCK_DV)
+            if lse_ptr is not None:
+                tl.store(lse_ptr + numbered, lse * LN2, again)
 
 
 def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):

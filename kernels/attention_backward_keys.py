@@ -9,14 +9,17 @@ from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
     dot,
+    finite,
     load_rows,
     owned,
     place,
     row_statistics,
     scores,
     span,
+    store_at,
     store_rows,
     tile_and_head,
+    touches,
     weights,
 )
 
@@ -46,6 +49,7 @@ KEYS: Blockings = {
 def _over_queries(
     dk,  # [N, BLOCK_D] fp32
     dv,  # [N, BLOCK_DV] fp32
+    touched,  # None, or [N] int32: which keys queries that are not finite attended to, which are then left out
     k,  # [N, BLOCK_D]
     v,  # [N, BLOCK_DV]
     q_ptr,  # this and what follows at the tile's batch and first query head
@@ -87,10 +91,16 @@ def _over_queries(
     DROPOUT: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """Add what the queries from `start` to `end` of each head of the group give; tiles are [keys, queries]."""
+    """Add what the queries from `start` to `end` of each head of the group give; tiles are [keys, queries].
+
+    Returns (dk, dv, touched if it is not None).
+    """
+    AGAIN: tl.constexpr = touched is not None
+    STAGES: tl.constexpr = 1 if AGAIN else None
     col = first_key + tl.arange(0, N)
     count = tl.maximum(tl.cdiv(end - start, M), 0)
-    for i in tl.range(0, group * count):  # one loop, since registers spill in a loop inside a loop over heads
+    # one loop, since registers spill in a loop inside a loop over heads
+    for i in tl.range(0, group * count, num_stages=STAGES):
         h = (i // count).to(tl.int64)
         row = start + i % count * M + tl.arange(0, M)
         q = load_rows(q_ptr + h * stride_qh, row, T, stride_qt, D, BLOCK_D)
@@ -101,11 +111,15 @@ def _over_queries(
         s, capped = scores(
             dot(k, tl.trans(q), tl.zeros((N, M), tl.float32)), row[None, :], col[:, None],
             mask, row.to(tl.int64)[None, :] * stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS, AGAIN,
         )  # fmt: skip
         p = weights(s, lse[None, :], mask_ptr)
+        if AGAIN:
+            p = tl.where(s == float("-inf"), 0.0, p)
         dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
         dp = dot(v, tl.trans(dout), tl.zeros((N, M), tl.float32))
+        if AGAIN:
+            dout, infinite_dout = finite(dout)
         if DROPOUT:
             numbered = first_numbered + h * all_rows + row
             factors = tl.trans(dropout_factors(numbered, first_key, seed, threshold, dropout_scale, N))
@@ -116,8 +130,15 @@ def _over_queries(
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds *= 1 - capped * capped
+        if AGAIN:
+            ds = tl.where(s == float("-inf"), 0.0, ds)
+            q, infinite_q = finite(q)
+            touched = tl.maximum(touched, touches(s, tl.maximum(infinite_q, infinite_dout)[None, :], 1))
         dk = dot(ds.to(q.dtype), q, dk)
-    return dk, dv
+    if AGAIN:
+        return dk, dv, touched
+    else:
+        return dk, dv
 
 
 @triton.jit(
@@ -210,7 +231,7 @@ def attention_bwd_keys_kernel(
     for phase in tl.static_range(3):
         if phase == 1 or (RIGHT if phase == 0 else LEFT):
             dk, dv = _over_queries(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
+                dk, dv, None, k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 group, all_rows, stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
@@ -222,3 +243,18 @@ def attention_bwd_keys_kernel(
     store_rows(dk_ptr, dk * scale, key, limit, stride_dks, D, BLOCK_D)
     dv_ptr += batch * stride_dvb + kv_head * stride_dvh + k_start * stride_dvs
     store_rows(dv_ptr, dv, key, limit, stride_dvs, DV, BLOCK_DV)
+    if mask_ptr is not None or LEFT or RIGHT:
+        _, infinite_dk = finite(dk)
+        _, infinite_dv = finite(dv)
+        infinite = tl.maximum(infinite_dk, infinite_dv)
+        if tl.max(infinite, 0) != 0:
+            dk, dv, touched = _over_queries(
+                tl.zeros((N, BLOCK_D), tl.float32), tl.zeros((N, BLOCK_DV), tl.float32), tl.zeros((N,), tl.int32),
+                k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N, start, end,
+                group, all_rows, stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
+                T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
+                D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+            )  # fmt: skip
+            again = (infinite > touched) & (key < S)
+            store_at(dk_ptr, dk * scale, key.to(tl.int64) * stride_dks, again, D, BLOCK_D)
+            store_at(dv_ptr, dv, key.to(tl.int64) * stride_dvs, again, DV, BLOCK_DV)

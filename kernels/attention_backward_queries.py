@@ -9,14 +9,17 @@ from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
     dot,
+    finite,
     load_rows,
     owned,
     place,
     row_statistics,
     scores,
     span,
+    store_at,
     store_rows,
     tile_and_head,
+    touches,
     weights,
 )
 
@@ -38,6 +41,7 @@ QUERIES: Blockings = {
 @triton.jit
 def _over_keys(
     dq,  # [M, BLOCK_D] fp32
+    touched,  # None, or [M] int32: which rows attended to keys that are not finite, which are then left out
     q,  # [M, BLOCK_D]
     dout,  # [M, BLOCK_DV]
     lse,  # [M], in log2 units
@@ -45,6 +49,7 @@ def _over_keys(
     k_ptr,  # this and what follows at the tile's batch and head
     v_ptr,
     mask_ptr,
+    dmask_ptr,  # None, or (B, H, T, S) fp32
     row,  # [M]
     numbered,  # [M] int64: the rows' numbers in the dropout mask
     start,
@@ -73,9 +78,11 @@ def _over_keys(
     DROPOUT: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """Add what the keys from `start` to `end` give; tiles are [queries, keys]."""
+    """Add what the keys from `start` to `end` give: (dq, touched if it is not None); tiles are [queries, keys]."""
     M: tl.constexpr = q.shape[0]
-    for first in tl.range(start, end, N):
+    AGAIN: tl.constexpr = touched is not None
+    STAGES: tl.constexpr = 1 if AGAIN else None
+    for first in tl.range(start, end, N, num_stages=STAGES):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
         k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
@@ -83,17 +90,30 @@ def _over_keys(
         s, capped = scores(
             dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
             mask_ptr, row.to(tl.int64)[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS, AGAIN,
         )  # fmt: skip
         p = weights(s, lse[:, None], mask_ptr)
         dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32))
         if DROPOUT:
             dp *= dropout_factors(numbered, first, seed, threshold, dropout_scale, N)
         ds = p * (dp - delta[:, None])
+        if AGAIN:
+            ds = tl.where(s == float("-inf"), 0.0, ds)
+            capped = tl.where(s == float("-inf"), 0.0, capped)
+        if dmask_ptr is not None:
+            there = (row < T)[:, None] & (col < S)[None, :]
+            tl.store(dmask_ptr + numbered[:, None] * S + col[None, :], ds, there)
         if SOFTCAP:
             ds *= 1 - capped * capped
+        if AGAIN:
+            k, infinite_k = finite(k)
+            _, infinite_v = finite(v)
+            touched = tl.maximum(touched, touches(s, tl.maximum(infinite_k, infinite_v)[None, :], 1))
         dq = dot(ds.to(k.dtype), k, dq)
-    return dq
+    if AGAIN:
+        return dq, touched
+    else:
+        return dq
 
 
 @triton.jit(
@@ -113,6 +133,7 @@ def attention_bwd_queries_kernel(
     lse_ptr,  # (B, H, T) fp32
     delta_ptr,  # (B, H, T) fp32
     dq_ptr,  # like q
+    dmask_ptr,  # (B, H, T, S) fp32 where the mask has a row for each query of each head; else None
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qt: tl.int64,
@@ -180,7 +201,7 @@ def attention_bwd_queries_kernel(
     for phase in tl.static_range(3):
         if phase != 0 or LEFT:
             dq = _over_keys(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, mask, row, first_numbered + row,
+                dq, None, q, dout, lse, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
@@ -189,3 +210,14 @@ def attention_bwd_queries_kernel(
     dq_ptr += batch * stride_dqb + h * stride_dqh + q_start * stride_dqt
     limit = owned(cu_q_ptr, b, B, T, all_rows)
     store_rows(dq_ptr, dq * scale, row, limit, stride_dqt, D, BLOCK_D)
+    if mask_ptr is not None or LEFT or RIGHT:
+        _, infinite = finite(dq)
+        if tl.max(infinite, 0) != 0:
+            dq, touched = _over_keys(
+                tl.zeros((M, BLOCK_D), tl.float32), tl.zeros((M,), tl.int32),
+                q, dout, lse, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row, start, end,
+                stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
+                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+            )  # fmt: skip
+            again = (infinite > touched) & (row < T)
+            store_at(dq_ptr, dq * scale, row.to(tl.int64) * stride_dqt, again, D, BLOCK_D)

@@ -2,6 +2,10 @@
 
 Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the scale. A tile of scores is [M, N]
 (queries, keys) or its transpose: `row` and `col` are index tensors that broadcast to it either way.
+
+A weight of 0 times NaN or infinity is NaN: what a row may not attend to could reach it through a product of tiles. The
+loops pay nothing for that. A program that finds its result not finite makes it again from finite values, and keeps
+that for the rows that attend to none of the others, whose numbers are in `touched`.
 """
 
 from __future__ import annotations
@@ -124,6 +128,20 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def finite(x):
+    """x [rows, columns] with 0 for what is not finite, and [rows] int32: 1 for those that have such."""
+    wide = x.to(tl.float32)
+    is_finite = tl.abs(wide) < float("inf")
+    return tl.where(is_finite, wide, 0.0).to(x.dtype), tl.max(tl.where(is_finite, 0, 1), 1)
+
+
+@triton.jit
+def touches(s, others, AXIS: tl.constexpr):
+    """[own] int32: 1 for what attends to one of the `others`, which broadcast to the scores, that has a 1."""
+    return tl.max(tl.where(s != float("-inf"), others, 0), AXIS)
+
+
+@triton.jit
 def tanh(x):
     """By exp2, but for small x, where 1 - 2 / (e^2x + 1) would cancel, by Taylor's series: error below 2e-7 of it."""
     square = x * x
@@ -149,10 +167,11 @@ def scores(
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BOUNDS: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):
     """(scores in log2 units, -inf where nothing is attended; the softcap's tanh).
 
-    BOUNDS: whether the tile reaches over the last key or an edge of the window.
+    BOUNDS: whether the tile reaches over the last key or an edge of the window. AGAIN: products may be NaN or infinite.
     """
     capped = qk
     if SOFTCAP:
@@ -166,7 +185,11 @@ def scores(
         if mask_ptr.dtype.element_ty == tl.int1:
             s = tl.where(mask, s, float("-inf"))
         else:
-            s += mask.to(tl.float32) * LOG2E
+            bias = mask.to(tl.float32) * LOG2E
+            if AGAIN:
+                s = tl.where(bias == float("-inf"), bias, s + bias)
+            else:
+                s += bias
     if BOUNDS:
         inside = col < S
         if RIGHT:
@@ -215,6 +238,7 @@ def attend(
     acc,  # [M, BLOCK_DV] fp32: sum of weights times values
     total,  # [M] fp32: sum of weights
     peak,  # [M] fp32: the largest score so far, in log2 units
+    touched,  # None, or [M] int32: which rows attended to values that are not finite, which are then left out
     q,  # [M, BLOCK_D]
     k_ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
     v_ptr,
@@ -250,8 +274,10 @@ def attend(
     DESCRIPTORS: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """Take the keys from `start` to `end` into the online softmax."""
-    for first in tl.range(start, end, N):
+    """Take the keys from `start` to `end` into the online softmax: (acc, total, peak, touched if it is not None)."""
+    AGAIN: tl.constexpr = touched is not None
+    STAGES: tl.constexpr = 1 if AGAIN else None
+    for first in tl.range(start, end, N, num_stages=STAGES):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
         if DESCRIPTORS:
@@ -262,7 +288,7 @@ def attend(
         if SOFTCAP or mask_ptr is not None or BOUNDS:
             s, _ = scores(
                 qk, row[:, None], col[None, :], mask_ptr, mask_row[:, None], stride_ms, T, S, scale, softcap,
-                window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
+                window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS, AGAIN,
             )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 1))
         else:  # the scale is not negative, so the maximum can be taken before it: one multiply-add an element less
@@ -278,9 +304,23 @@ def attend(
             v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
         else:
             v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
+        if AGAIN:
+            v, infinite = finite(v)
+            touched = tl.maximum(touched, touches(s, infinite[None, :], 1))
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         peak = new_peak
-    return acc, total, peak
+    if AGAIN:
+        return acc, total, peak, touched
+    else:
+        return acc, total, peak
+
+
+@triton.jit
+def normalized(acc, total, peak, there):
+    """(out, log-sum-exp in log2 units) of rows, 0 and -inf for those that attended to nothing or are not there."""
+    attended = (total != 0) & there
+    out = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
+    return out, tl.where(attended, peak + tl.log2(total), float("-inf"))
 
 
 @triton.jit

@@ -148,6 +148,49 @@ def test_rows_masked_by_large_numbers_have_finite_gradients():
     assert all(g.isfinite().all() and g.abs().max() < 100 for g in grads)
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive", "window"])
+@pytest.mark.parametrize("T", [70, 7])
+def test_nan_of_what_is_not_attended_to(poisoned, kind, T):
+    """Closed keys of whatever kind and queries that some keys do not see, forward and backward, keys split too."""
+    S = 300
+    q, k, v = (x.requires_grad_() for x in _inputs(1, 4, 2, T, S, 16, 24))
+    attended = torch.ones(T, S, dtype=torch.bool).tril(40).triu(-20)
+    if kind != "window":
+        attended = torch.rand(T, S) > 0.5
+    bias = torch.randn(1, 4, T, S).masked_fill(~attended, -math.inf).requires_grad_()
+    options = {"window": {"window": (20, 40)}, "bool": {"attn_mask": attended}, "additive": {"attn_mask": bias}}[kind]
+    leaves = [q, k, v, *([bias] if kind == "additive" else [])]
+    dout = torch.randn(1, 4, T, 24)
+
+    def run():
+        torch.default_generator.manual_seed(3)
+        out, lse = fastlm.scaled_dot_product_attention(
+            q, k, v, dropout_p=0.2, softcap=5.0, enable_gqa=True, return_lse=True, **options
+        )
+        return out, lse, *torch.autograd.grad(out, leaves, dout)
+
+    clean = run()
+    with torch.no_grad():
+        k[0, 1, 31], v[0, 1, 33], q[0, 3, 5] = math.nan, math.inf, math.nan
+    out, lse, dq, dk, dv, *dmask = run()
+    row, key = torch.zeros(4, T, dtype=torch.bool), torch.zeros(2, S, dtype=torch.bool)
+    row[2:] = attended[:, 31] | attended[:, 33]
+    row[3, 5] = True
+    key[1] = attended[row[2]].any(0) | attended[row[3]].any(0)
+    key[1, [31, 33]] = True
+    for result, expected in zip((out, lse, dq), clean[:3], strict=True):
+        torch.testing.assert_close(result[0][~row], expected[0][~row])
+    for result, expected in zip((dk, dv), clean[3:5], strict=True):
+        torch.testing.assert_close(result[0][~key], expected[0][~key])
+    for result, expected in zip(dmask, clean[5:], strict=True):
+        torch.testing.assert_close(result[0][~row], expected[0][~row])
+        assert result[0][:, ~attended].eq(0).all()
+    assert out[0, 2:][:, attended[:, 31]].isnan().all()
+    assert not out[0, 2:][:, attended[:, 33]].isfinite().any()
+    assert dq[0, 2:][:, attended[:, 31] | attended[:, 33]].isnan().all()
+    assert dk[0, 1][attended[row[2]].any(0)].isnan().any(-1).all()
+
+
 def test_a_window_wider_than_32_bits():
     q, k, v = _inputs(1, 1, 1, 9, 9, 8, 8)
     wide = fastlm.scaled_dot_product_attention(q, k, v, window=(2**40, 2**33))
