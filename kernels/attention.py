@@ -30,9 +30,10 @@ from .attention_tables import (
     heads_together,
 )
 from .attention_tiles import (
+    AGAIN_STEP,
     LN2,
     attend,
-    finite,
+    infinite,
     load_rows,
     normalized,
     owned,
@@ -52,12 +53,12 @@ FORWARD: Blockings = {
         {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     90: Blocking(
-        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
+        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
         {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
         {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     100: Blocking(
-        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 32, 8, 3), 256: Blocks(64, 64, 8, 2)},
+        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 32, 8, 3), 256: Blocks(64, 32, 8, 2)},
         {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
         {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
@@ -158,18 +159,18 @@ def _attention_fwd_kernel(
     if lse_ptr is not None:
         tl.store(lse_ptr + numbered, lse * LN2, row < limit)
     if mask_ptr is not None or LEFT or RIGHT:
-        _, infinite = finite(out)
-        if tl.max(infinite, 0) != 0:
+        spoilt = infinite(out)
+        if tl.max(spoilt, 0) != 0:
             acc, total, peak, touched = attend(
                 tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32),
                 tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.int32),
                 q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end,
                 stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
-                window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
+                window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV,
+                N if DESCRIPTORS else AGAIN_STEP, LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
             )  # fmt: skip
             out, lse = normalized(acc, total, peak, row < T)
-            again = (infinite > touched) & (row < T)
+            again = (spoilt > touched) & (row < T)
             store_at(out_ptr, out, (token * H + h) * DV, again, DV, BLOCK_DV)
             if lse_ptr is not None:
                 tl.store(lse_ptr + numbered, lse * LN2, again)

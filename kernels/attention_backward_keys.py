@@ -8,8 +8,10 @@ import triton.language as tl
 from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
+    AGAIN_STEP,
     dot,
-    finite,
+    infinite,
+    load_at,
     load_rows,
     owned,
     place,
@@ -50,6 +52,7 @@ def _over_queries(
     dk,  # [N, BLOCK_D] fp32
     dv,  # [N, BLOCK_DV] fp32
     touched,  # None, or [N] int32: which keys queries that are not finite attended to, which are then left out
+    own,  # [N] int32: which keys are not finite themselves; None with touched
     k,  # [N, BLOCK_D]
     v,  # [N, BLOCK_DV]
     q_ptr,  # this and what follows at the tile's batch and first query head
@@ -105,21 +108,29 @@ def _over_queries(
         row = start + i % count * M + tl.arange(0, M)
         q = load_rows(q_ptr + h * stride_qh, row, T, stride_qt, D, BLOCK_D)
         lse, delta = row_statistics(lse_ptr + h * all_rows, delta_ptr + h * all_rows, row, T)
+        if AGAIN:
+            dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
+            known = (lse == lse) & (tl.abs(delta) < float("inf"))
+            left_out = tl.maximum(tl.maximum(infinite(q), infinite(dout)), tl.where(known, 0, 1))
+            there = (row < T) & (left_out == 0)
+            q = load_at(q_ptr + h * stride_qh, row.to(tl.int64) * stride_qt, there, D, BLOCK_D)
+            lse = tl.where(there, lse, float("inf"))
+            delta = tl.where(there, delta, 0.0)
         mask = mask_ptr
         if mask_ptr is not None:
             mask = mask_ptr + h * stride_mh
         s, capped = scores(
             dot(k, tl.trans(q), tl.zeros((N, M), tl.float32)), row[None, :], col[:, None],
             mask, row.to(tl.int64)[None, :] * stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS, AGAIN,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
         )  # fmt: skip
         p = weights(s, lse[None, :], mask_ptr)
         if AGAIN:
-            p = tl.where(s == float("-inf"), 0.0, p)
-        dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
+            dout = load_at(dout_ptr + h * stride_gh, row.to(tl.int64) * stride_gt, there, DV, BLOCK_DV)
+            touched = tl.maximum(touched, touches(s, tl.maximum(left_out[None, :], own[:, None]), 1))
+        else:
+            dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
         dp = dot(v, tl.trans(dout), tl.zeros((N, M), tl.float32))
-        if AGAIN:
-            dout, infinite_dout = finite(dout)
         if DROPOUT:
             numbered = first_numbered + h * all_rows + row
             factors = tl.trans(dropout_factors(numbered, first_key, seed, threshold, dropout_scale, N))
@@ -130,10 +141,6 @@ def _over_queries(
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds *= 1 - capped * capped
-        if AGAIN:
-            ds = tl.where(s == float("-inf"), 0.0, ds)
-            q, infinite_q = finite(q)
-            touched = tl.maximum(touched, touches(s, tl.maximum(infinite_q, infinite_dout)[None, :], 1))
         dk = dot(ds.to(q.dtype), q, dk)
     if AGAIN:
         return dk, dv, touched
@@ -231,7 +238,8 @@ def attention_bwd_keys_kernel(
     for phase in tl.static_range(3):
         if phase == 1 or (RIGHT if phase == 0 else LEFT):
             dk, dv = _over_queries(
-                dk, dv, None, k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
+                dk, dv, None, None, k, v,
+                q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 group, all_rows, stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
@@ -244,17 +252,25 @@ def attention_bwd_keys_kernel(
     dv_ptr += batch * stride_dvb + kv_head * stride_dvh + k_start * stride_dvs
     store_rows(dv_ptr, dv, key, limit, stride_dvs, DV, BLOCK_DV)
     if mask_ptr is not None or LEFT or RIGHT:
-        _, infinite_dk = finite(dk)
-        _, infinite_dv = finite(dv)
-        infinite = tl.maximum(infinite_dk, infinite_dv)
-        if tl.max(infinite, 0) != 0:
+        spoilt = tl.maximum(infinite(dk), infinite(dv))
+        if tl.max(spoilt, 0) != 0:
+            # read again, or these would take registers in the loops above too
+            k = load_rows(k_ptr, key, S, stride_ks, D, BLOCK_D)
+            v = load_rows(v_ptr, key, S, stride_vs, DV, BLOCK_DV)
+            own = tl.maximum(infinite(k), infinite(v))
+            there = (key < S) & (own == 0)
+            k = load_at(k_ptr, key.to(tl.int64) * stride_ks, there, D, BLOCK_D)
+            v = load_at(v_ptr, key.to(tl.int64) * stride_vs, there, DV, BLOCK_DV)
             dk, dv, touched = _over_queries(
                 tl.zeros((N, BLOCK_D), tl.float32), tl.zeros((N, BLOCK_DV), tl.float32), tl.zeros((N,), tl.int32),
-                k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N, start, end,
-                group, all_rows, stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
+                own, k, v,
+                q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
+                start, end, group, all_rows,
+                stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
                 T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
-                D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+                D, DV, BLOCK_D, BLOCK_DV, AGAIN_STEP, N,
+                LEFT, RIGHT, SOFTCAP, DROPOUT, True,
             )  # fmt: skip
-            again = (infinite > touched) & (key < S)
+            again = (spoilt > touched) & (key < S)
             store_at(dk_ptr, dk * scale, key.to(tl.int64) * stride_dks, again, D, BLOCK_D)
             store_at(dv_ptr, dv, key.to(tl.int64) * stride_dvs, again, DV, BLOCK_DV)

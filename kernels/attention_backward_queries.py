@@ -8,8 +8,10 @@ import triton.language as tl
 from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
+    AGAIN_STEP,
     dot,
-    finite,
+    infinite,
+    load_at,
     load_rows,
     owned,
     place,
@@ -87,28 +89,32 @@ def _over_keys(
         col = first + tl.arange(0, N)
         k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
         v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
+        if AGAIN:
+            left_out = tl.maximum(infinite(k), infinite(v))
+            there = (col < S) & (left_out == 0)
+            k = load_at(k_ptr, col.to(tl.int64) * stride_ks, there, D, BLOCK_D)
+            v = load_at(v_ptr, col.to(tl.int64) * stride_vs, there, DV, BLOCK_DV)
         s, capped = scores(
             dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
             mask_ptr, row.to(tl.int64)[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS, AGAIN,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
         )  # fmt: skip
         p = weights(s, lse[:, None], mask_ptr)
         dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32))
         if DROPOUT:
             dp *= dropout_factors(numbered, first, seed, threshold, dropout_scale, N)
         ds = p * (dp - delta[:, None])
-        if AGAIN:
-            ds = tl.where(s == float("-inf"), 0.0, ds)
-            capped = tl.where(s == float("-inf"), 0.0, capped)
         if dmask_ptr is not None:
-            there = (row < T)[:, None] & (col < S)[None, :]
-            tl.store(dmask_ptr + numbered[:, None] * S + col[None, :], ds, there)
+            stored = (row < T)[:, None] & (col < S)[None, :]
+            if AGAIN:
+                closed = s == float("-inf")
+                ds = tl.where(closed, 0.0, ds)
+                stored = stored & ((left_out == 0)[None, :] | closed)
+            tl.store(dmask_ptr + numbered[:, None] * S + col[None, :], ds, stored)
         if SOFTCAP:
             ds *= 1 - capped * capped
         if AGAIN:
-            k, infinite_k = finite(k)
-            _, infinite_v = finite(v)
-            touched = tl.maximum(touched, touches(s, tl.maximum(infinite_k, infinite_v)[None, :], 1))
+            touched = tl.maximum(touched, touches(s, left_out[None, :], 1))
         dq = dot(ds.to(k.dtype), k, dq)
     if AGAIN:
         return dq, touched
@@ -211,13 +217,14 @@ def attention_bwd_queries_kernel(
     limit = owned(cu_q_ptr, b, B, T, all_rows)
     store_rows(dq_ptr, dq * scale, row, limit, stride_dqt, D, BLOCK_D)
     if mask_ptr is not None or LEFT or RIGHT:
-        _, infinite = finite(dq)
-        if tl.max(infinite, 0) != 0:
+        spoilt = infinite(dq)
+        if tl.max(spoilt, 0) != 0:
             dq, touched = _over_keys(
                 tl.zeros((M, BLOCK_D), tl.float32), tl.zeros((M,), tl.int32),
                 q, dout, lse, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row, start, end,
                 stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
-                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, AGAIN_STEP,
+                LEFT, RIGHT, SOFTCAP, DROPOUT, True,
             )  # fmt: skip
-            again = (infinite > touched) & (row < T)
+            again = (spoilt > touched) & (row < T)
             store_at(dq_ptr, dq * scale, row.to(tl.int64) * stride_dqt, again, D, BLOCK_D)

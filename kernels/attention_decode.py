@@ -22,9 +22,10 @@ from .attention_tables import (
     broadcast_strides,
 )
 from .attention_tiles import (
+    AGAIN_STEP,
     LN2,
     attend,
-    finite,
+    infinite,
     load_at,
     normalized,
     store_at,
@@ -127,18 +128,18 @@ def _attention_decode_kernel(
     store_at(partial_ptr, out, place * DV, there, DV, BLOCK_DV)
     tl.store(sums_ptr + place, sums, there)
     if mask_ptr is not None or LEFT or RIGHT:
-        _, infinite = finite(out)
-        if tl.max(infinite, 0) != 0:
+        spoilt = infinite(out)
+        if tl.max(spoilt, 0) != 0:
             acc, total, peak, touched = attend(
                 tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32),
                 tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.int32),
                 q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end,
                 stride_ks, stride_vs, stride_ms, T, S, tl.abs(scale), softcap, window_left, window_right,
-                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
+                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, AGAIN_STEP,
                 LEFT, RIGHT, SOFTCAP, DROPOUT, False, True,
             )  # fmt: skip
             out, sums = normalized(acc, total, peak, there)
-            again = (infinite > touched) & there
+            again = (spoilt > touched) & there
             store_at(partial_ptr, out, place * DV, again, DV, BLOCK_DV)
             tl.store(sums_ptr + place, sums, again)
 

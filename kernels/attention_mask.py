@@ -113,7 +113,7 @@ def _attention_bwd_mask_kernel(
         s, _ = scores(
             dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
             mask_ptr + b * stride_mb + h * stride_mh, row[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, LEFT, RIGHT, SOFTCAP, True, True,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, True, False,
         )  # fmt: skip
         numbered = (b * H + h) * T
         lse, delta = row_statistics(lse_ptr + numbered, delta_ptr + numbered, row, T)

@@ -4,8 +4,8 @@ Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the 
 (queries, keys) or its transpose: `row` and `col` are index tensors that broadcast to it either way.
 
 A weight of 0 times NaN or infinity is NaN: what a row may not attend to could reach it through a product of tiles. The
-loops pay nothing for that. A program that finds its result not finite makes it again from finite values, and keeps
-that for the rows that attend to none of the others, whose numbers are in `touched`.
+loops pay nothing for that. A program that finds its result not finite makes it again without the rows of its inputs
+that are not finite either, and keeps that for what attends to none of them: what does is marked in `touched`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ._common import INTERPRETING, dropout_factors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Of the loops that make a result again: they are rare, and take no more registers than the others in small steps.
+AGAIN_STEP = tl.constexpr(64 if INTERPRETING else 16)
 WIDEN = tl.constexpr(INTERPRETING)  # the interpreter's dot of bf16 tiles is wrong
 
 
@@ -128,17 +130,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def finite(x):
-    """x [rows, columns] with 0 for what is not finite, and [rows] int32: 1 for those that have such."""
-    wide = x.to(tl.float32)
-    is_finite = tl.abs(wide) < float("inf")
-    return tl.where(is_finite, wide, 0.0).to(x.dtype), tl.max(tl.where(is_finite, 0, 1), 1)
+def infinite(x):
+    """[rows] int32: 1 for the rows of x [rows, columns] with an infinity or NaN."""
+    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1), 1)
 
 
 @triton.jit
-def touches(s, others, AXIS: tl.constexpr):
-    """[own] int32: 1 for what attends to one of the `others`, which broadcast to the scores, that has a 1."""
-    return tl.max(tl.where(s != float("-inf"), others, 0), AXIS)
+def touches(s, left_out, AXIS: tl.constexpr):
+    """[own] int32: 1 for what attends to something with a 1 in `left_out`, which broadcasts to the scores."""
+    return tl.max(tl.where(s != float("-inf"), left_out, 0), AXIS)
 
 
 @triton.jit
@@ -167,11 +167,11 @@ def scores(
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BOUNDS: tl.constexpr,
-    AGAIN: tl.constexpr = False,
+    FINITE: tl.constexpr = True,
 ):
     """(scores in log2 units, -inf where nothing is attended; the softcap's tanh).
 
-    BOUNDS: whether the tile reaches over the last key or an edge of the window. AGAIN: products may be NaN or infinite.
+    BOUNDS: whether the tile reaches over the last key or an edge of the window. FINITE: whether the products are.
     """
     capped = qk
     if SOFTCAP:
@@ -186,10 +186,10 @@ def scores(
             s = tl.where(mask, s, float("-inf"))
         else:
             bias = mask.to(tl.float32) * LOG2E
-            if AGAIN:
-                s = tl.where(bias == float("-inf"), bias, s + bias)
-            else:
+            if FINITE:
                 s += bias
+            else:
+                s = tl.where(bias == float("-inf"), bias, s + bias)
     if BOUNDS:
         inside = col < S
         if RIGHT:
@@ -234,13 +234,43 @@ def span(
 
 
 @triton.jit
+def load_keys(
+    ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
+    b,
+    kv_head,
+    first,
+    col,
+    S,
+    left_out,  # None, or [N] int32: 1 for keys that are read as 0
+    stride,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """[N, BLOCK_D] of the keys or values `col`, which begin with `first`."""
+    if DESCRIPTORS:
+        x = ptr.load([b, kv_head, first, 0]).reshape(col.shape[0], BLOCK_D)
+        if left_out is not None:
+            x = tl.where((left_out == 0)[:, None], x, 0.0)
+        return x
+    else:
+        there = None
+        if left_out is not None:
+            there = (col < S) & (left_out == 0)
+        elif BOUNDS:
+            there = col < S
+        return load_at(ptr, col.to(tl.int64) * stride, there, D, BLOCK_D)
+
+
+@triton.jit
 def attend(
     acc,  # [M, BLOCK_DV] fp32: sum of weights times values
     total,  # [M] fp32: sum of weights
     peak,  # [M] fp32: the largest score so far, in log2 units
-    touched,  # None, or [M] int32: which rows attended to values that are not finite, which are then left out
+    touched,  # None, or [M] int32: which rows attended to keys that are not finite, which are then left out
     q,  # [M, BLOCK_D]
-    k_ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
+    k_ptr,  # as load_keys takes it
     v_ptr,
     mask_ptr,  # or None
     row,  # [M]: which queries
@@ -280,15 +310,17 @@ def attend(
     for first in tl.range(start, end, N, num_stages=STAGES):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
-        if DESCRIPTORS:
-            k = k_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
-        else:
-            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
+        left_out = None
+        if AGAIN:
+            v = load_keys(v_ptr, b, kv_head, first, col, S, None, stride_vs, DV, BLOCK_DV, DESCRIPTORS, BOUNDS)
+            k = load_keys(k_ptr, b, kv_head, first, col, S, None, stride_ks, D, BLOCK_D, DESCRIPTORS, BOUNDS)
+            left_out = tl.maximum(infinite(k), infinite(v))
+        k = load_keys(k_ptr, b, kv_head, first, col, S, left_out, stride_ks, D, BLOCK_D, DESCRIPTORS, BOUNDS)
         qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
         if SOFTCAP or mask_ptr is not None or BOUNDS:
             s, _ = scores(
                 qk, row[:, None], col[None, :], mask_ptr, mask_row[:, None], stride_ms, T, S, scale, softcap,
-                window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS, AGAIN,
+                window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
             )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 1))
         else:  # the scale is not negative, so the maximum can be taken before it: one multiply-add an element less
@@ -300,13 +332,9 @@ def attend(
         total = total * alpha + tl.sum(p, 1)
         if DROPOUT:
             p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
-        if DESCRIPTORS:
-            v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
-        else:
-            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
+        v = load_keys(v_ptr, b, kv_head, first, col, S, left_out, stride_vs, DV, BLOCK_DV, DESCRIPTORS, BOUNDS)
         if AGAIN:
-            v, infinite = finite(v)
-            touched = tl.maximum(touched, touches(s, infinite[None, :], 1))
+            touched = tl.maximum(touched, touches(s, left_out[None, :], 1))
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         peak = new_peak
     if AGAIN:

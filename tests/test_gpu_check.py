@@ -97,6 +97,6 @@ def test_attention_with_a_mask_and_dropout_is_measured(variant):
     assert {case.dtype for case in chosen} == {"bfloat16", "float16"}
     case = dataclasses.replace(chosen[0], shape=(2, 3, 17, 8))
     rows = worker.run_case(case, "cpu", ["torch"], roof.Roof(10.0, 12.0, {"bfloat16": 0.2}), 0.0)
-    served = [row for row in rows if row.status != "unsupported"]
+    served = [row for row in rows if row.provider in ("torch", "fastlm", "fastlm-cpu") and row.status != "unsupported"]
     assert {(row.provider, row.which) for row in served} >= {("torch", which) for which in ("fwd", "bwd", "full")}
     assert all(row.status == "ok" for row in served), served
