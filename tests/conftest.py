@@ -193,7 +193,7 @@ def interpreted_size(kernels, size):
 
 def pytest_collection_modifyitems(config, items):
     def is_twin(item, params):
-        """The interpreter multiplies in fp32: fp16 goes the way of bf16, and tests of indices alone are about no dtype."""
+        """The interpreter multiplies in fp32: fp16 goes the way of bf16, and tests of indices are about no dtype."""
         if params.get("attention_kernels") != "triton" or torch.cuda.is_available():
             return False
         of_indices = item.originalname in ("test_window", "test_a_sequence_does_not_depend_on_its_neighbours")
