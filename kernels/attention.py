@@ -32,6 +32,7 @@ from .attention_tables import (
 from .attention_tiles import (
     AGAIN_STEP,
     LN2,
+    WIDEN,
     attend,
     infinite,
     load_rows,
@@ -158,7 +159,9 @@ def _attention_fwd_kernel(
     store_at(out_ptr, out, (token * H + h) * DV, row < limit, DV, BLOCK_DV)
     if lse_ptr is not None:
         tl.store(lse_ptr + numbered, lse * LN2, row < limit)
-    if mask_ptr is not None or LEFT or RIGHT:
+    # where the second loop costs the others no registers
+    AGAIN: tl.constexpr = WIDEN or q_ptr.dtype.element_ty != tl.float32
+    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
         spoilt = infinite(out)
         if tl.max(spoilt, 0) != 0:
             acc, total, peak, touched = attend(

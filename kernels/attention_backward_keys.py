@@ -9,6 +9,7 @@ from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
     AGAIN_STEP,
+    WIDEN,
     dot,
     infinite,
     load_at,
@@ -251,7 +252,9 @@ def attention_bwd_keys_kernel(
     store_rows(dk_ptr, dk * scale, key, limit, stride_dks, D, BLOCK_D)
     dv_ptr += batch * stride_dvb + kv_head * stride_dvh + k_start * stride_dvs
     store_rows(dv_ptr, dv, key, limit, stride_dvs, DV, BLOCK_DV)
-    if mask_ptr is not None or LEFT or RIGHT:
+    # where the second loop costs the others no registers
+    AGAIN: tl.constexpr = WIDEN or (q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64 and BLOCK_DV <= 64)
+    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
         spoilt = tl.maximum(infinite(dk), infinite(dv))
         if tl.max(spoilt, 0) != 0:
             # read again, or these would take registers in the loops above too

@@ -9,6 +9,7 @@ from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
     AGAIN_STEP,
+    WIDEN,
     dot,
     infinite,
     load_at,
@@ -216,7 +217,9 @@ def attention_bwd_queries_kernel(
     dq_ptr += batch * stride_dqb + h * stride_dqh + q_start * stride_dqt
     limit = owned(cu_q_ptr, b, B, T, all_rows)
     store_rows(dq_ptr, dq * scale, row, limit, stride_dqt, D, BLOCK_D)
-    if mask_ptr is not None or LEFT or RIGHT:
+    # where the second loop costs the others no registers
+    AGAIN: tl.constexpr = WIDEN or (q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64 and BLOCK_DV <= 64)
+    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
         spoilt = infinite(dq)
         if tl.max(spoilt, 0) != 0:
             dq, touched = _over_keys(

@@ -24,6 +24,7 @@ from .attention_tables import (
 from .attention_tiles import (
     AGAIN_STEP,
     LN2,
+    WIDEN,
     attend,
     infinite,
     load_at,
@@ -127,7 +128,9 @@ def _attention_decode_kernel(
     place = numbered * splits + split
     store_at(partial_ptr, out, place * DV, there, DV, BLOCK_DV)
     tl.store(sums_ptr + place, sums, there)
-    if mask_ptr is not None or LEFT or RIGHT:
+    # where the second loop costs the others no registers
+    AGAIN: tl.constexpr = WIDEN or q_ptr.dtype.element_ty != tl.float32
+    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
         spoilt = infinite(out)
         if tl.max(spoilt, 0) != 0:
             acc, total, peak, touched = attend(

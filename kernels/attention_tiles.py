@@ -5,7 +5,8 @@ Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the 
 
 A weight of 0 times NaN or infinity is NaN: what a row may not attend to could reach it through a product of tiles. The
 loops pay nothing for that. A program that finds its result not finite makes it again without the rows of its inputs
-that are not finite either, and keeps that for what attends to none of them: what does is marked in `touched`.
+that are not finite either, and keeps that for what attends to none of them: what does is marked in `touched`. It does
+so with 2-byte inputs, backward to head size 64: elsewhere the second loop would make registers of the others spill.
 """
 
 from __future__ import annotations

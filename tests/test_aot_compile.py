@@ -82,8 +82,8 @@ STACK = [
         "products in full precision run on the FMA units with whole rows of an operand in registers",
     ),
     (
-        "attention_bwd_", lambda line: not _in_single(line), 48,
-        "head size 256, or 128 with a bias and dropout or packed: up to 12 registers for a loop that rarely runs",
+        "_attention_fwd", lambda line: not _in_single(line) and _head(line) == 256, 16,
+        "four registers for the loop that makes a result again where it was not finite",
     ),
     (
         "attention_", lambda line: triton.__version__.startswith("3.6."), 64,

@@ -149,6 +149,7 @@ def test_rows_masked_by_large_numbers_have_finite_gradients():
     assert all(g.isfinite().all() and g.abs().max() < 100 for g in grads)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU for 2-byte inputs alone")
 @pytest.mark.parametrize(("kind", "T"), [("bool", 70), ("additive", 70), ("window", 70), ("bool", 7), ("window", 7)])
 def test_nan_of_what_is_not_attended_to(poisoned, kind, T):
     """Closed keys of whatever kind and queries that some keys do not see, forward and backward, keys split too."""
