@@ -8,9 +8,9 @@ The database (torch.testing._internal.common_modules.module_db) holds, for every
 forward arguments, plain reference functions and wrong arguments. Each entry of a class that fastlm.nn has is run on
 fastlm's class: the forward against PyTorch's reference function and class, gradients, copies, saving and loading,
 inputs that are not contiguous, and errors. Results are compared with torch.testing's tolerances. One outside them
-passes if PyTorch's own class is no nearer: if the largest error, of outputs or of gradients, against the class in fp64
-or the reference function, is at most twice that of PyTorch's class. A test file is run as PyTorch runs it, with the
-database's classes, and torch.nn's names, replaced by fastlm's. A table of passed and failed is printed, and every
+passes if PyTorch's own class is no nearer: if the error, against the class in fp64 or the reference function, is at
+most twice that of PyTorch's class in most of nine draws of the parameters. A test file is run as PyTorch runs it, with
+the database's classes, and torch.nn's names, replaced by fastlm's. A table of passed and failed is printed, and every
 failure's reason. Exit status: 0 if nothing failed. PyTorch's database needs the package expecttest.
 """
 
@@ -39,6 +39,7 @@ RAW = "https://raw.githubusercontent.com/pytorch/pytorch/v{version}/test/{name}"
 FETCHED = ("test_modules.py", "nn/test_multihead_attention.py")
 OURS = {**CLASSES, nn.Embedding: fastlm.nn.Embedding, nn.Transformer: fastlm.nn.Transformer}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DRAWS = 9
 
 
 def inputs_of(info: ModuleInfo, dtype: torch.dtype, training: bool):
@@ -46,8 +47,8 @@ def inputs_of(info: ModuleInfo, dtype: torch.dtype, training: bool):
     return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
 
 
-def build(cls: type, given, dtype: torch.dtype, training: bool) -> nn.Module:
-    torch.manual_seed(0)
+def build(cls: type, given, dtype: torch.dtype, training: bool, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     module = cls(*given.constructor_input.args, **given.constructor_input.kwargs)
     return module.to(dtype).train(training)
 
@@ -57,37 +58,37 @@ def call(module: nn.Module, given):
     return module(*given.forward_input.args, **given.forward_input.kwargs)
 
 
-def close(actual, expected, no_worse_than=None, truth=None) -> None:
-    """Raise unless within torch.testing's tolerances, or as near to the truth as other results are.
+def close(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def close_or_no_worse(draw) -> None:
+    """Raise unless the results are within torch.testing's tolerances, or as near to the truth as PyTorch's are.
+
+    In bf16, and where a normalization of four numbers magnifies what comes before it, one draw of the parameters
+    says little: either side may be lucky. So each tensor's error may be more than twice PyTorch's, and half a unit
+    of the last place, in less than half of DRAWS draws.
 
     Args:
-        no_worse_than, truth: make these when asked, results as `actual`; see `no_worse`.
+        draw: seed -> (results, what they are to be, PyTorch's results, the truth).
     """
+    actual, expected, *_ = draw(0)
     try:
-        torch.testing.assert_close(actual, expected, equal_nan=True)
+        close(actual, expected)
     except AssertionError:
-        if no_worse_than is None or not no_worse(actual, no_worse_than(), truth()):
+        draws = [map(flat, draw(seed)) for seed in range(DRAWS)]
+        verdicts = [no_worse(actual, by_torch, truth) for actual, _, by_torch, truth in draws]
+        if not all(2 * sum(verdict) > DRAWS for verdict in zip(*verdicts, strict=True)):
             raise
 
 
-def no_worse(actual: tuple, other: tuple, truth: tuple) -> bool:
-    """Whether the largest error of the outputs, and that of the gradients, is at most twice the other's.
-
-    Half a unit of the last place comes on top. Each gradient by itself would not do: where the terms of its sum
-    cancel, the rounding of those terms, which either may be lucky in, is all that there is to compare.
-    """
-    for mine, theirs, exact in zip(actual, other, truth, strict=True):
-        exact = flat(exact)
-        if not exact:
-            continue
-        rounding = max(torch.finfo(x.dtype).eps / 2 * y.abs().amax() for x, y in zip(flat(mine), exact, strict=True))
-        error, their_error = (
-            max((x.double() - y).abs().amax() for x, y in zip(flat(each), exact, strict=True))
-            for each in (mine, theirs)
-        )
-        if not error <= 2 * their_error + rounding:
-            return False
-    return True
+def no_worse(actual: list, by_torch: list, truth: list) -> list[bool]:
+    verdicts = []
+    for mine, theirs, exact in zip(actual, by_torch, truth, strict=True):
+        rounding = torch.finfo(mine.dtype).eps / 2 * exact.abs().amax()
+        error, their_error = ((x.double() - exact).abs().amax() for x in (mine, theirs))
+        verdicts.append(bool(error <= 2 * their_error + rounding))
+    return verdicts
 
 
 def flat(results) -> list[torch.Tensor]:
@@ -115,20 +116,21 @@ def gradients(module: nn.Module, given, output) -> list:
     if not leaves or not first.requires_grad:
         return []
     torch.manual_seed(1)
-    return list(torch.autograd.grad(first, leaves, torch.randn_like(first), allow_unused=True))
+    # Of the shape alone: randn_like fills memory in order, and outputs may be transposed.
+    return list(torch.autograd.grad(first, leaves, torch.randn(first.shape, dtype=first.dtype), allow_unused=True))
 
 
 def against_torch(cls, theirs, given, dtype, training):
     """Outputs and gradients are those of torch's class."""
     if stochastic(theirs, given, training):
         return
-    ours, other = build(cls, given, dtype, training), build(theirs, given, dtype, training)
 
-    def exact():
-        return results(build(theirs, given, dtype, training).double(), widened(given))
+    def draw(seed):
+        ours, other = (build(each, given, dtype, training, seed) for each in (cls, theirs))
+        expected = results(other, given)
+        return results(ours, given), expected, expected, results(other.double(), widened(given))
 
-    expected = results(other, given)
-    close(results(ours, given), expected, lambda: expected, exact)
+    close_or_no_worse(draw)
 
 
 def results(module: nn.Module, given) -> tuple:
@@ -140,17 +142,15 @@ def against_reference(cls, theirs, given, dtype, training):
     """Outputs are those of the database's reference function."""
     if given.reference_fn is None or stochastic(theirs, given, training):
         return
-
     forward = given.forward_input
     detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (forward.args, forward.kwargs))
-    module = build(cls, given, dtype, training)
-    torch.manual_seed(0)
-    expected = given.reference_fn(module, *detached[0], **detached[1])
 
-    def by_torch():
-        return (call(build(theirs, given, dtype, training), given),)
+    def draw(seed):
+        ours, other = (build(each, given, dtype, training, seed) for each in (cls, theirs))
+        expected = given.reference_fn(other, *detached[0], **detached[1])
+        return call(ours, given), expected, call(other, given), expected
 
-    close((call(module, given),), (expected,), by_torch, lambda: (expected,))
+    close_or_no_worse(draw)
 
 
 def copies_and_state(cls, theirs, given, dtype, training):
