@@ -30,17 +30,13 @@ from .attention_tables import (
     heads_together,
 )
 from .attention_tiles import (
-    AGAIN_STEP,
     LN2,
-    WIDEN,
     attend,
-    infinite,
     load_rows,
-    normalized,
     owned,
     place,
     span,
-    store_at,
+    store_rows,
     tile_and_head,
 )
 
@@ -54,12 +50,12 @@ FORWARD: Blockings = {
         {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     90: Blocking(
-        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
+        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
         {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
         {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
     100: Blocking(
-        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 32, 8, 3), 256: Blocks(64, 32, 8, 2)},
+        {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 32, 8, 3), 256: Blocks(64, 64, 8, 2)},
         {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
         {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
     ),
@@ -146,37 +142,21 @@ def _attention_fwd_kernel(
     for phase in tl.static_range(3):
         if phase != 0 or LEFT:
             acc, total, peak = attend(
-                acc, total, peak, None, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
+                acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
                 window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
                 LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, phase != 1,
             )  # fmt: skip
-    out, lse = normalized(acc, total, peak, row < T)
+    attended = (total != 0) & (row < T)
+    acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
     limit = owned(cu_q_ptr, b, B, T, total_rows)
-    token = batch * total_rows.to(tl.int64) + q_start + row
-    store_at(out_ptr, out, (token * H + h) * DV, row < limit, DV, BLOCK_DV)
+    token = batch * total_rows.to(tl.int64) + q_start
+    store_rows(out_ptr + (token * H + h) * DV, acc, row, limit, (H * DV).to(tl.int64), DV, BLOCK_DV)
     if lse_ptr is not None:
-        tl.store(lse_ptr + numbered, lse * LN2, row < limit)
-    # where the second loop costs the others no registers
-    AGAIN: tl.constexpr = WIDEN or q_ptr.dtype.element_ty != tl.float32
-    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
-        spoilt = infinite(out)
-        if tl.max(spoilt, 0) != 0:
-            acc, total, peak, touched = attend(
-                tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32),
-                tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.int32),
-                q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end,
-                stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
-                window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV,
-                N if DESCRIPTORS else AGAIN_STEP, LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, True,
-            )  # fmt: skip
-            out, lse = normalized(acc, total, peak, row < T)
-            again = (spoilt > touched) & (row < T)
-            store_at(out_ptr, out, (token * H + h) * DV, again, DV, BLOCK_DV)
-            if lse_ptr is not None:
-                tl.store(lse_ptr + numbered, lse * LN2, again)
+        lse = tl.where(attended, (peak + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse_ptr + numbered, lse, row < limit)
 
 
 def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):

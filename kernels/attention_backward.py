@@ -71,13 +71,6 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, size: Geometry) -> Te
     return delta
 
 
-def _whole_dmask(mask: Tensor | None, q: Tensor, size: Geometry) -> Tensor | None:
-    """Where a mask that broadcasts over nothing gets its gradient, 0 where a window keeps the pass from going."""
-    if mask is None or mask.shape != (q.shape[0], size.H, size.T, size.S):
-        return None
-    return (q.new_zeros if any(size.features) else q.new_empty)(mask.shape, dtype=torch.float32)
-
-
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -110,7 +103,6 @@ def backward(
     flags = *size.features, softcap > 0, dropout_p > 0
     with on_device_of(q):
         delta = _delta(out, dout, dlse, size)
-        dmask = _whole_dmask(mask, q, size) if mask_grad and grads is not None else None
         if grads is not None:
             dq, dk, dv = grads
             blocks = blocks_for(KEYS, arch, q.dtype, head, masked)
@@ -127,10 +119,10 @@ def backward(
             if tiles * batch * size.H * size.T:
                 together = min(batch * size.H, heads_together(size.S, head_bytes, size.group))
                 attention_bwd_queries_kernel[(tiles * batch * size.H,)](
-                    q, k, v, mask, cu_q, cu_k, dout, lse, delta, dq, dmask, *inputs, *dq.stride()[:3],
+                    q, k, v, mask, cu_q, cu_k, dout, lse, delta, dq, *inputs, *dq.stride()[:3],
                     *size[:5], tiles, batch * size.H, together, *scalars, blocks.M, blocks.N, *flags,
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
-        if mask is None or not mask_grad or dmask is not None:
-            return dmask
+        if mask is None or not mask_grad:
+            return None
         return mask_gradient(mask, q, k, v, dout, lse, delta, inputs, size, scalars, flags)

@@ -8,21 +8,15 @@ import triton.language as tl
 from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
-    AGAIN_STEP,
-    WIDEN,
     dot,
-    infinite,
-    load_at,
     load_rows,
     owned,
     place,
     row_statistics,
     scores,
     span,
-    store_at,
     store_rows,
     tile_and_head,
-    touches,
     weights,
 )
 
@@ -52,8 +46,6 @@ KEYS: Blockings = {
 def _over_queries(
     dk,  # [N, BLOCK_D] fp32
     dv,  # [N, BLOCK_DV] fp32
-    touched,  # None, or [N] int32: which keys queries that are not finite attended to, which are then left out
-    own,  # [N] int32: which keys are not finite themselves; None with touched
     k,  # [N, BLOCK_D]
     v,  # [N, BLOCK_DV]
     q_ptr,  # this and what follows at the tile's batch and first query head
@@ -95,28 +87,14 @@ def _over_queries(
     DROPOUT: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """Add what the queries from `start` to `end` of each head of the group give; tiles are [keys, queries].
-
-    Returns (dk, dv, touched if it is not None).
-    """
-    AGAIN: tl.constexpr = touched is not None
-    STAGES: tl.constexpr = 1 if AGAIN else None
+    """Add what the queries from `start` to `end` of each head of the group give; tiles are [keys, queries]."""
     col = first_key + tl.arange(0, N)
     count = tl.maximum(tl.cdiv(end - start, M), 0)
-    # one loop, since registers spill in a loop inside a loop over heads
-    for i in tl.range(0, group * count, num_stages=STAGES):
+    for i in tl.range(0, group * count):  # one loop, since registers spill in a loop inside a loop over heads
         h = (i // count).to(tl.int64)
         row = start + i % count * M + tl.arange(0, M)
         q = load_rows(q_ptr + h * stride_qh, row, T, stride_qt, D, BLOCK_D)
         lse, delta = row_statistics(lse_ptr + h * all_rows, delta_ptr + h * all_rows, row, T)
-        if AGAIN:
-            dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
-            known = (lse == lse) & (tl.abs(delta) < float("inf"))
-            left_out = tl.maximum(tl.maximum(infinite(q), infinite(dout)), tl.where(known, 0, 1))
-            there = (row < T) & (left_out == 0)
-            q = load_at(q_ptr + h * stride_qh, row.to(tl.int64) * stride_qt, there, D, BLOCK_D)
-            lse = tl.where(there, lse, float("inf"))
-            delta = tl.where(there, delta, 0.0)
         mask = mask_ptr
         if mask_ptr is not None:
             mask = mask_ptr + h * stride_mh
@@ -126,11 +104,7 @@ def _over_queries(
             window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
         )  # fmt: skip
         p = weights(s, lse[None, :], mask_ptr)
-        if AGAIN:
-            dout = load_at(dout_ptr + h * stride_gh, row.to(tl.int64) * stride_gt, there, DV, BLOCK_DV)
-            touched = tl.maximum(touched, touches(s, tl.maximum(left_out[None, :], own[:, None]), 1))
-        else:
-            dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
+        dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
         dp = dot(v, tl.trans(dout), tl.zeros((N, M), tl.float32))
         if DROPOUT:
             numbered = first_numbered + h * all_rows + row
@@ -143,10 +117,7 @@ def _over_queries(
         if SOFTCAP:
             ds *= 1 - capped * capped
         dk = dot(ds.to(q.dtype), q, dk)
-    if AGAIN:
-        return dk, dv, touched
-    else:
-        return dk, dv
+    return dk, dv
 
 
 @triton.jit(
@@ -239,8 +210,7 @@ def attention_bwd_keys_kernel(
     for phase in tl.static_range(3):
         if phase == 1 or (RIGHT if phase == 0 else LEFT):
             dk, dv = _over_queries(
-                dk, dv, None, None, k, v,
-                q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 group, all_rows, stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
@@ -252,28 +222,3 @@ def attention_bwd_keys_kernel(
     store_rows(dk_ptr, dk * scale, key, limit, stride_dks, D, BLOCK_D)
     dv_ptr += batch * stride_dvb + kv_head * stride_dvh + k_start * stride_dvs
     store_rows(dv_ptr, dv, key, limit, stride_dvs, DV, BLOCK_DV)
-    # where the second loop costs the others no registers
-    AGAIN: tl.constexpr = WIDEN or (q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64 and BLOCK_DV <= 64)
-    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
-        spoilt = tl.maximum(infinite(dk), infinite(dv))
-        if tl.max(spoilt, 0) != 0:
-            # read again, or these would take registers in the loops above too
-            k = load_rows(k_ptr, key, S, stride_ks, D, BLOCK_D)
-            v = load_rows(v_ptr, key, S, stride_vs, DV, BLOCK_DV)
-            own = tl.maximum(infinite(k), infinite(v))
-            there = (key < S) & (own == 0)
-            k = load_at(k_ptr, key.to(tl.int64) * stride_ks, there, D, BLOCK_D)
-            v = load_at(v_ptr, key.to(tl.int64) * stride_vs, there, DV, BLOCK_DV)
-            dk, dv, touched = _over_queries(
-                tl.zeros((N, BLOCK_D), tl.float32), tl.zeros((N, BLOCK_DV), tl.float32), tl.zeros((N,), tl.int32),
-                own, k, v,
-                q_ptr, dout_ptr, lse_ptr + numbered, delta_ptr + numbered, mask, numbered, tile * N,
-                start, end, group, all_rows,
-                stride_qh, stride_qt, stride_gh, stride_gt, stride_mh, stride_mt, stride_ms,
-                T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
-                D, DV, BLOCK_D, BLOCK_DV, AGAIN_STEP, N,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-            )  # fmt: skip
-            again = (spoilt > touched) & (key < S)
-            store_at(dk_ptr, dk * scale, key.to(tl.int64) * stride_dks, again, D, BLOCK_D)
-            store_at(dv_ptr, dv, key.to(tl.int64) * stride_dvs, again, DV, BLOCK_DV)

@@ -8,21 +8,15 @@ import triton.language as tl
 from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
-    AGAIN_STEP,
-    WIDEN,
     dot,
-    infinite,
-    load_at,
     load_rows,
     owned,
     place,
     row_statistics,
     scores,
     span,
-    store_at,
     store_rows,
     tile_and_head,
-    touches,
     weights,
 )
 
@@ -44,7 +38,6 @@ QUERIES: Blockings = {
 @triton.jit
 def _over_keys(
     dq,  # [M, BLOCK_D] fp32
-    touched,  # None, or [M] int32: which rows attended to keys that are not finite, which are then left out
     q,  # [M, BLOCK_D]
     dout,  # [M, BLOCK_DV]
     lse,  # [M], in log2 units
@@ -52,7 +45,6 @@ def _over_keys(
     k_ptr,  # this and what follows at the tile's batch and head
     v_ptr,
     mask_ptr,
-    dmask_ptr,  # None, or (B, H, T, S) fp32
     row,  # [M]
     numbered,  # [M] int64: the rows' numbers in the dropout mask
     start,
@@ -81,20 +73,13 @@ def _over_keys(
     DROPOUT: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """Add what the keys from `start` to `end` give: (dq, touched if it is not None); tiles are [queries, keys]."""
+    """Add what the keys from `start` to `end` give; tiles are [queries, keys]."""
     M: tl.constexpr = q.shape[0]
-    AGAIN: tl.constexpr = touched is not None
-    STAGES: tl.constexpr = 1 if AGAIN else None
-    for first in tl.range(start, end, N, num_stages=STAGES):
+    for first in tl.range(start, end, N):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
         k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
         v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
-        if AGAIN:
-            left_out = tl.maximum(infinite(k), infinite(v))
-            there = (col < S) & (left_out == 0)
-            k = load_at(k_ptr, col.to(tl.int64) * stride_ks, there, D, BLOCK_D)
-            v = load_at(v_ptr, col.to(tl.int64) * stride_vs, there, DV, BLOCK_DV)
         s, capped = scores(
             dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
             mask_ptr, row.to(tl.int64)[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
@@ -105,22 +90,10 @@ def _over_keys(
         if DROPOUT:
             dp *= dropout_factors(numbered, first, seed, threshold, dropout_scale, N)
         ds = p * (dp - delta[:, None])
-        if dmask_ptr is not None:
-            stored = (row < T)[:, None] & (col < S)[None, :]
-            if AGAIN:
-                closed = s == float("-inf")
-                ds = tl.where(closed, 0.0, ds)
-                stored = stored & ((left_out == 0)[None, :] | closed)
-            tl.store(dmask_ptr + numbered[:, None] * S + col[None, :], ds, stored)
         if SOFTCAP:
             ds *= 1 - capped * capped
-        if AGAIN:
-            touched = tl.maximum(touched, touches(s, left_out[None, :], 1))
         dq = dot(ds.to(k.dtype), k, dq)
-    if AGAIN:
-        return dq, touched
-    else:
-        return dq
+    return dq
 
 
 @triton.jit(
@@ -140,7 +113,6 @@ def attention_bwd_queries_kernel(
     lse_ptr,  # (B, H, T) fp32
     delta_ptr,  # (B, H, T) fp32
     dq_ptr,  # like q
-    dmask_ptr,  # (B, H, T, S) fp32 where the mask has a row for each query of each head; else None
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qt: tl.int64,
@@ -208,7 +180,7 @@ def attention_bwd_queries_kernel(
     for phase in tl.static_range(3):
         if phase != 0 or LEFT:
             dq = _over_keys(
-                dq, None, q, dout, lse, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row,
+                dq, q, dout, lse, delta, k_ptr, v_ptr, mask, row, first_numbered + row,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
@@ -217,17 +189,3 @@ def attention_bwd_queries_kernel(
     dq_ptr += batch * stride_dqb + h * stride_dqh + q_start * stride_dqt
     limit = owned(cu_q_ptr, b, B, T, all_rows)
     store_rows(dq_ptr, dq * scale, row, limit, stride_dqt, D, BLOCK_D)
-    # where the second loop costs the others no registers
-    AGAIN: tl.constexpr = WIDEN or (q_ptr.dtype.element_ty != tl.float32 and BLOCK_D <= 64 and BLOCK_DV <= 64)
-    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
-        spoilt = infinite(dq)
-        if tl.max(spoilt, 0) != 0:
-            dq, touched = _over_keys(
-                tl.zeros((M, BLOCK_D), tl.float32), tl.zeros((M,), tl.int32),
-                q, dout, lse, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row, start, end,
-                stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
-                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, AGAIN_STEP,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-            )  # fmt: skip
-            again = (spoilt > touched) & (row < T)
-            store_at(dq_ptr, dq * scale, row.to(tl.int64) * stride_dqt, again, D, BLOCK_D)

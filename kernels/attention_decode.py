@@ -22,13 +22,9 @@ from .attention_tables import (
     broadcast_strides,
 )
 from .attention_tiles import (
-    AGAIN_STEP,
     LN2,
-    WIDEN,
     attend,
-    infinite,
     load_at,
-    normalized,
     store_at,
 )
 
@@ -120,31 +116,15 @@ def _attention_decode_kernel(
         end = tl.minimum(end, T + window_right)
     acc, total, peak = attend(
         tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32),
-        None, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end,
-        stride_ks, stride_vs, stride_ms, T, S, tl.abs(scale), softcap, window_left, window_right,
-        seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, False, True,
+        q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end, stride_ks, stride_vs, stride_ms,
+        T, S, tl.abs(scale), softcap, window_left, window_right, seed, threshold, dropout_scale,
+        D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, False, True,
     )  # fmt: skip
-    out, sums = normalized(acc, total, peak, there)
+    attended = total != 0
+    acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
     place = numbered * splits + split
-    store_at(partial_ptr, out, place * DV, there, DV, BLOCK_DV)
-    tl.store(sums_ptr + place, sums, there)
-    # where the second loop costs the others no registers
-    AGAIN: tl.constexpr = WIDEN or q_ptr.dtype.element_ty != tl.float32
-    if AGAIN and (mask_ptr is not None or LEFT or RIGHT):
-        spoilt = infinite(out)
-        if tl.max(spoilt, 0) != 0:
-            acc, total, peak, touched = attend(
-                tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32),
-                tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.int32),
-                q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end,
-                stride_ks, stride_vs, stride_ms, T, S, tl.abs(scale), softcap, window_left, window_right,
-                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, AGAIN_STEP,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, False, True,
-            )  # fmt: skip
-            out, sums = normalized(acc, total, peak, there)
-            again = (spoilt > touched) & there
-            store_at(partial_ptr, out, place * DV, again, DV, BLOCK_DV)
-            tl.store(sums_ptr + place, sums, again)
+    store_at(partial_ptr, acc, place * DV, there, DV, BLOCK_DV)
+    tl.store(sums_ptr + place, tl.where(attended, peak + tl.log2(total), float("-inf")), there)
 
 
 @triton.jit(do_not_specialize=["H", "T", "splits"])

@@ -3,7 +3,6 @@
 A program has a tile of the mask's queries and keys and sums over the batches and heads that share it, in order. Where
 the mask has one row for all queries, or one column for all keys, each tile writes a partial sum, and the partial sums
 are added in order. The scores are made once more here: a matrix of their gradients would be the largest tensor of all.
-Where the mask is that matrix, because it broadcasts over nothing, the pass over the keys writes it instead.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def _attention_bwd_mask_kernel(
         s, _ = scores(
             dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
             mask_ptr + b * stride_mb + h * stride_mh, row[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, LEFT, RIGHT, SOFTCAP, True, False,
+            window_left, window_right, LEFT, RIGHT, SOFTCAP, True,
         )  # fmt: skip
         numbered = (b * H + h) * T
         lse, delta = row_statistics(lse_ptr + numbered, delta_ptr + numbered, row, T)
@@ -123,7 +122,7 @@ def _attention_bwd_mask_kernel(
         if DROPOUT:
             dp *= dropout_factors(numbered + row, tile_s * N, seed, threshold, dropout_scale, N)
         ds = weights(s, lse[:, None], mask_ptr) * (dp - delta[:, None])
-        dmask += tl.where(inside & (s != float("-inf")), ds, 0.0)
+        dmask += tl.where(inside, ds, 0.0)
     # the place of this program's partial sums in dmask
     rows = 1 if ONE_ROW else T
     columns = 1 if ONE_COLUMN else S

@@ -1,8 +1,4 @@
-"""What the launchers of the attention kernels share: configuration tables, sizes and windows, masks' strides.
-
-No row may spill, but for what STACK in tests/test_aot_compile.py names with its reasons: the gradient of keys in
-float32 from head size 128 on, and 16 bytes in the forward pass at head size 256 with a window on both sides.
-"""
+"""What the launchers of the attention kernels share: configuration tables, sizes and windows, masks' strides."""
 
 from __future__ import annotations
 

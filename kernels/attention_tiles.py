@@ -2,11 +2,6 @@
 
 Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the scale. A tile of scores is [M, N]
 (queries, keys) or its transpose: `row` and `col` are index tensors that broadcast to it either way.
-
-A weight of 0 times NaN or infinity is NaN: what a row may not attend to could reach it through a product of tiles. The
-loops pay nothing for that. A program that finds its result not finite makes it again without the rows of its inputs
-that are not finite either, and keeps that for what attends to none of them: what does is marked in `touched`. It does
-so with 2-byte inputs, backward to head size 64: elsewhere the second loop would make registers of the others spill.
 """
 
 from __future__ import annotations
@@ -18,8 +13,6 @@ from ._common import INTERPRETING, dropout_factors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Of the loops that make a result again: they are rare, and take no more registers than the others in small steps.
-AGAIN_STEP = tl.constexpr(64 if INTERPRETING else 16)
 WIDEN = tl.constexpr(INTERPRETING)  # the interpreter's dot of bf16 tiles is wrong
 
 
@@ -131,18 +124,6 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def infinite(x):
-    """[rows] int32: 1 for the rows of x [rows, columns] with an infinity or NaN."""
-    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1), 1)
-
-
-@triton.jit
-def touches(s, left_out, AXIS: tl.constexpr):
-    """[own] int32: 1 for what attends to something with a 1 in `left_out`, which broadcasts to the scores."""
-    return tl.max(tl.where(s != float("-inf"), left_out, 0), AXIS)
-
-
-@triton.jit
 def tanh(x):
     """By exp2, but for small x, where 1 - 2 / (e^2x + 1) would cancel, by Taylor's series: error below 2e-7 of it."""
     square = x * x
@@ -168,11 +149,10 @@ def scores(
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BOUNDS: tl.constexpr,
-    FINITE: tl.constexpr = True,
 ):
     """(scores in log2 units, -inf where nothing is attended; the softcap's tanh).
 
-    BOUNDS: whether the tile reaches over the last key or an edge of the window. FINITE: whether the products are.
+    BOUNDS: whether the tile reaches over the last key or an edge of the window.
     """
     capped = qk
     if SOFTCAP:
@@ -186,11 +166,7 @@ def scores(
         if mask_ptr.dtype.element_ty == tl.int1:
             s = tl.where(mask, s, float("-inf"))
         else:
-            bias = mask.to(tl.float32) * LOG2E
-            if FINITE:
-                s += bias
-            else:
-                s = tl.where(bias == float("-inf"), bias, s + bias)
+            s += mask.to(tl.float32) * LOG2E
     if BOUNDS:
         inside = col < S
         if RIGHT:
@@ -235,43 +211,12 @@ def span(
 
 
 @triton.jit
-def load_keys(
-    ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
-    b,
-    kv_head,
-    first,
-    col,
-    S,
-    left_out,  # None, or [N] int32: 1 for keys that are read as 0
-    stride,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BOUNDS: tl.constexpr,
-):
-    """[N, BLOCK_D] of the keys or values `col`, which begin with `first`."""
-    if DESCRIPTORS:
-        x = ptr.load([b, kv_head, first, 0]).reshape(col.shape[0], BLOCK_D)
-        if left_out is not None:
-            x = tl.where((left_out == 0)[:, None], x, 0.0)
-        return x
-    else:
-        there = None
-        if left_out is not None:
-            there = (col < S) & (left_out == 0)
-        elif BOUNDS:
-            there = col < S
-        return load_at(ptr, col.to(tl.int64) * stride, there, D, BLOCK_D)
-
-
-@triton.jit
 def attend(
     acc,  # [M, BLOCK_DV] fp32: sum of weights times values
     total,  # [M] fp32: sum of weights
     peak,  # [M] fp32: the largest score so far, in log2 units
-    touched,  # None, or [M] int32: which rows attended to keys that are not finite, which are then left out
     q,  # [M, BLOCK_D]
-    k_ptr,  # as load_keys takes it
+    k_ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
     v_ptr,
     mask_ptr,  # or None
     row,  # [M]: which queries
@@ -305,18 +250,14 @@ def attend(
     DESCRIPTORS: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """Take the keys from `start` to `end` into the online softmax: (acc, total, peak, touched if it is not None)."""
-    AGAIN: tl.constexpr = touched is not None
-    STAGES: tl.constexpr = 1 if AGAIN else None
-    for first in tl.range(start, end, N, num_stages=STAGES):
+    """Take the keys from `start` to `end` into the online softmax."""
+    for first in tl.range(start, end, N):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
-        left_out = None
-        if AGAIN:
-            v = load_keys(v_ptr, b, kv_head, first, col, S, None, stride_vs, DV, BLOCK_DV, DESCRIPTORS, BOUNDS)
-            k = load_keys(k_ptr, b, kv_head, first, col, S, None, stride_ks, D, BLOCK_D, DESCRIPTORS, BOUNDS)
-            left_out = tl.maximum(infinite(k), infinite(v))
-        k = load_keys(k_ptr, b, kv_head, first, col, S, left_out, stride_ks, D, BLOCK_D, DESCRIPTORS, BOUNDS)
+        if DESCRIPTORS:
+            k = k_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
+        else:
+            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
         qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
         if SOFTCAP or mask_ptr is not None or BOUNDS:
             s, _ = scores(
@@ -333,23 +274,13 @@ def attend(
         total = total * alpha + tl.sum(p, 1)
         if DROPOUT:
             p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
-        v = load_keys(v_ptr, b, kv_head, first, col, S, left_out, stride_vs, DV, BLOCK_DV, DESCRIPTORS, BOUNDS)
-        if AGAIN:
-            touched = tl.maximum(touched, touches(s, left_out[None, :], 1))
+        if DESCRIPTORS:
+            v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
+        else:
+            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         peak = new_peak
-    if AGAIN:
-        return acc, total, peak, touched
-    else:
-        return acc, total, peak
-
-
-@triton.jit
-def normalized(acc, total, peak, there):
-    """(out, log-sum-exp in log2 units) of rows, 0 and -inf for those that attended to nothing or are not there."""
-    attended = (total != 0) & there
-    out = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
-    return out, tl.where(attended, peak + tl.log2(total), float("-inf"))
+    return acc, total, peak
 
 
 @triton.jit

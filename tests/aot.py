@@ -95,7 +95,7 @@ class Attention(NamedTuple):
     D: int
     Dv: int | None = None
     dtype: torch.dtype = BF16
-    mask: str = ""  # bool, or with its gradient: bias (for all batches), whole (for each)
+    mask: str = ""  # bool or bias (with its gradient)
     left: int = -1
     right: int = -1
     softcap: float = 0.0
@@ -134,21 +134,21 @@ def attention_pair(B: int, f: Attention, p: float | None = None, seed: int = 7) 
     q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
     lse = empty(B, 12, f.T, dtype=FP32)
     masks = {"": None, "bool": empty(B, 1, 1, S, dtype=torch.bool), "bias": empty(12, f.T, S, dtype=f.dtype)[None]}
-    masks["whole"] = empty(B, 12, f.T, S, dtype=f.dtype)
     mask = masks[f.mask]
     attention.attention_fwd(q, k, v, mask, *options)
     if f.T > 16:
-        attention.attention_bwd(out, lse, q, k, v, mask, out, lse, *options, mask_grad=f.mask in ("bias", "whole"))
+        attention.attention_bwd(out, lse, q, k, v, mask, out, lse, *options, mask_grad=f.mask == "bias")
 
 
 # Every row of every table: with what most models run, and with the features that take the most registers.
 ATTENTION = (
     Attention(64, right=0),
     Attention(128, right=0, descriptors=True),
+    Attention(80, 64, left=100, right=0, packed=True),
     Attention(64, left=100, right=0, softcap=30.0),
-    Attention(80, 128, left=100, right=0, softcap=30.0, packed=True),
+    Attention(128, left=100, right=0, softcap=30.0),
     Attention(256, left=100, right=0, softcap=30.0),
-    Attention(64, dtype=torch.float16, mask="whole", right=0, p=0.1),
+    Attention(64, dtype=torch.float16, mask="bias", right=0, p=0.1),
     Attention(128, mask="bias", right=0, p=0.1),
     Attention(256, mask="bias", right=0, p=0.1),
     Attention(64, dtype=FP32, mask="bias", right=0, p=0.1),
@@ -157,7 +157,8 @@ ATTENTION = (
     Attention(128, T=1),
     Attention(256, T=1, mask="bias", right=0, softcap=30.0),
     Attention(256, T=1, dtype=FP32, mask="bool"),
-    Attention(256, T=16, mask="bool", p=0.1),
+    Attention(128, T=16, mask="bool", p=0.1),
+    Attention(256, T=16, mask="bool"),
     Attention(256, T=16, mask="bool", dtype=FP32),
 )
 

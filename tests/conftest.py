@@ -186,25 +186,13 @@ def attention_kernels(request):
     fastlm.set_cpu_isa(before)
 
 
-def interpreted_size(kernels, size):
-    """`size`, or what crosses the tiles of 64 by 128 where kernels run in the interpreter, which takes long."""
-    return min(size, 150) if kernels == "triton" and not torch.cuda.is_available() else size
-
-
 def pytest_collection_modifyitems(config, items):
-    def is_twin(item, params):
-        """The interpreter multiplies in fp32: fp16 goes the way of bf16, and tests of indices are about no dtype."""
-        if params.get("attention_kernels") != "triton" or torch.cuda.is_available():
-            return False
-        of_indices = item.originalname in ("test_window", "test_a_sequence_does_not_depend_on_its_neighbours")
-        return params.get("dtype") is torch.float16 or (of_indices and params.get("dtype") is torch.bfloat16)
-
     def unsupported(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("kernels") or params.get("attention_kernels")
         op = item.path.stem.removeprefix("test_")
         lacks_op = op in _dispatch.ops() and all(row.name != backend for row in _dispatch.backends(op))
-        return is_twin(item, params) or (backend in ON_GPU and (lacks_op or params.get("dtype") is torch.float64))
+        return backend in ON_GPU and (lacks_op or params.get("dtype") is torch.float64)
 
     config.hook.pytest_deselected(items=[item for item in items if unsupported(item)])
     items[:] = [item for item in items if not unsupported(item)]

@@ -18,7 +18,6 @@ from tolerances import assert_as_close_as_torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 attention = pytest.importorskip("fastlm.kernels.attention")
-_common = pytest.importorskip("fastlm.kernels._common")
 tables = pytest.importorskip("fastlm.kernels.attention_tables")
 tiles = pytest.importorskip("fastlm.kernels.attention_tiles")
 
@@ -149,49 +148,6 @@ def test_rows_masked_by_large_numbers_have_finite_gradients():
     assert all(g.isfinite().all() and g.abs().max() < 100 for g in grads)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU for 2-byte inputs alone")
-@pytest.mark.parametrize(("kind", "T"), [("bool", 70), ("additive", 70), ("window", 70), ("bool", 7), ("window", 7)])
-def test_nan_of_what_is_not_attended_to(poisoned, kind, T):
-    """Closed keys of whatever kind and queries that some keys do not see, forward and backward, keys split too."""
-    S = 300 if T < 16 else 140
-    q, k, v = (x.requires_grad_() for x in _inputs(1, 4, 2, T, S, 16, 24))
-    attended = torch.ones(T, S, dtype=torch.bool).tril(40).triu(-20)
-    if kind != "window":
-        attended = torch.rand(T, S) > 0.5
-    bias = torch.randn(1, 4, T, S).masked_fill(~attended, -math.inf).requires_grad_()
-    options = {"window": {"window": (20, 40)}, "bool": {"attn_mask": attended}, "additive": {"attn_mask": bias}}[kind]
-    leaves = [q, k, v, *([bias] if kind == "additive" else [])]
-    dout = torch.randn(1, 4, T, 24)
-
-    def run():
-        torch.default_generator.manual_seed(3)
-        out, lse = fastlm.scaled_dot_product_attention(
-            q, k, v, dropout_p=0.2, softcap=5.0, enable_gqa=True, return_lse=True, **options
-        )
-        return out, lse, *torch.autograd.grad(out, leaves, dout)
-
-    clean = run()
-    with torch.no_grad():
-        k[0, 1, 31], v[0, 1, 33], q[0, 3, 5] = math.nan, math.inf, math.nan
-    out, lse, dq, dk, dv, *dmask = run()
-    row, key = torch.zeros(4, T, dtype=torch.bool), torch.zeros(2, S, dtype=torch.bool)
-    row[2:] = attended[:, 31] | attended[:, 33]
-    row[3, 5] = True
-    key[1] = attended[row[2]].any(0) | attended[row[3]].any(0)
-    key[1, [31, 33]] = True
-    for result, expected in zip((out, lse, dq), clean[:3], strict=True):
-        torch.testing.assert_close(result[0][~row], expected[0][~row])
-    for result, expected in zip((dk, dv), clean[3:5], strict=True):
-        torch.testing.assert_close(result[0][~key], expected[0][~key])
-    for result, expected in zip(dmask, clean[5:], strict=True):
-        torch.testing.assert_close(result[0][~row], expected[0][~row])
-        assert result[0][:3][:, ~attended].eq(0).all()
-    assert out[0, 2:][:, attended[:, 31]].isnan().all()
-    assert not out[0, 2:][:, attended[:, 33]].isfinite().any()
-    assert dq[0, 2:][:, attended[:, 31] | attended[:, 33]].isnan().all()
-    assert dk[0, 1][attended[row[2]].any(0)].isnan().any(-1).all()
-
-
 def test_a_window_wider_than_32_bits():
     q, k, v = _inputs(1, 1, 1, 9, 9, 8, 8)
     wide = fastlm.scaled_dot_product_attention(q, k, v, window=(2**40, 2**33))
@@ -210,54 +166,6 @@ def test_backward_passes_have_the_same_bits(poisoned):
 
     first = run()
     assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
-
-
-# (architecture, sizes, dtype, options, M and N) of calls that the interpreter runs in the blocks of a GPU: those that
-# a head size, a dtype, a mask and an architecture choose, with sequences that end inside the largest block.
-SHIPPED = [
-    (90, (1, 2, 1, 150, 140, 64, 64), torch.bfloat16, {"is_causal": True}, (128, 128)),
-    (80, (1, 1, 1, 140, 150, 100, 64), torch.float16, {"window": (40, 20), "softcap": 4.0}, (128, 64)),
-    (90, (1, 1, 1, 150, 100, 64, 64), torch.bfloat16, {"mask": True, "dropout_p": 0.2}, (128, 64)),
-    (80, (1, 1, 1, 70, 50, 200, 200), torch.float16, {"mask": True}, (32, 32)),
-    (90, (1, 2, 1, 80, 70, 40, 40), torch.float32, {"window": (40, None), "mask": True}, (64, 32)),
-    (100, (1, 1, 1, 40, 50, 128, 128), torch.float32, {"is_causal": True}, (32, 16)),
-    (90, (1, 4, 2, 3, 520, 64, 64), torch.bfloat16, {"is_causal": False}, None),  # few queries: split keys
-]
-
-
-@pytest.mark.parametrize(("arch", "sizes", "dtype", "options", "blocks"), SHIPPED, ids=str)
-def test_shipped_blocks(poisoned, monkeypatch, arch, sizes, dtype, options, blocks):
-    """Forward and backward, where other tests run in one size of block that suits the interpreter."""
-    B, H, _, T, S, D, Dv = sizes
-    monkeypatch.setattr(tables, "INTERPRETING", False)
-    monkeypatch.setattr(_common, "ASSUMED_ARCHITECTURE", arch)
-    options = dict(options)
-    masked, p = options.pop("mask", False), options.get("dropout_p", 0.0)
-    if blocks:
-        row = tables.blocks_for(attention.FORWARD, arch, dtype, tables.padded_head(max(D, Dv)), masked)
-        assert row[:2] == blocks
-    leaves = [x.requires_grad_() for x in _inputs(*sizes, dtype)]
-    if masked:
-        leaves.append(torch.randn(B, H, T, S).to(dtype).requires_grad_())
-    torch.manual_seed(5)
-    out, lse = fastlm.scaled_dot_product_attention(*leaves, enable_gqa=True, return_lse=True, **options)
-    torch.manual_seed(5)
-    seed = _dropout.draw_seed() if p else 0
-    left, right = (-1 if w is None else w for w in options.get("window", (None, None)))
-    causal = options.get("is_causal", False)
-    rest = causal, D**-0.5, p, seed, left, 0 if causal else right, options.get("softcap", 0.0)
-    doubles = [x.detach().double().requires_grad_() for x in leaves]
-    none = [] if masked else [None]
-    truth, truth_lse = attention_ref(*doubles, *none, *rest)
-    own, _ = attention_ref(*leaves, *none, *rest)
-    assert_as_close_as_torch(out, truth, own, S, "out")
-    assert_as_close_as_torch(lse.to(dtype), truth_lse, truth_lse.to(dtype), S, "lse")
-    dout = torch.randn(out.shape).to(dtype)
-    grads = torch.autograd.grad(out, leaves, dout)
-    theirs = torch.autograd.grad(own, leaves, dout)
-    expected = torch.autograd.grad(truth, doubles, dout.double())
-    for name, g, e, s in zip(("dq", "dk", "dv", "dmask"), grads, expected, theirs, strict=False):
-        assert_as_close_as_torch(g, e, s, max(T, S, D) * H, name)
 
 
 tanh = tiles.tanh
