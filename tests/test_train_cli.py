@@ -206,7 +206,8 @@ def test_kept_memory_is_not_faulted_in_again():
     pages = 5 * 2**26 // os.sysconf("SC_PAGE_SIZE")
     if page_faults("") < pages // 2:
         pytest.skip("this system does not fault each new page in (huge pages, or not glibc)")
-    assert page_faults(call) < pages // 20
+    # The system may take free pages back when others need memory, so the best of a few runs counts.
+    assert min(page_faults(call) for _ in range(3)) < pages // 20
     assert page_faults(call, FASTLM_KEEP_FREED_MEMORY="0") > pages // 2
     # A bare import leaves the allocator alone.
     assert page_faults("import fastlm, fastlm.training") > pages // 2
