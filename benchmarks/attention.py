@@ -1,5 +1,6 @@
 """scaled_dot_product_attention over B sequences of T tokens with H heads of size D; "decode" has one query.
 
+With "+dropout" weights are dropped as well, which "dropout" does under a causal mask.
 "varlen" is attention_varlen over B packed sequences of T / B, 2 T / B, ... T tokens; PyTorch takes one after the other.
 """
 
@@ -18,7 +19,10 @@ from .kernel import Inputs, KernelBenchmark, each_dtype
 from .peers import attribute
 from .providers import need_cuda
 
-VARIANTS = ("causal", "full", "padding", "bias", "dropout", "gqa", "window", "softcap", "varlen", "decode")
+MASKED_DROPOUT = ("padding+dropout", "bias+dropout")  # what PyTorch has no fused kernel for
+VARIANTS = (
+    "causal", "full", "padding", "bias", "dropout", *MASKED_DROPOUT, "gqa", "window", "softcap", "varlen", "decode",
+)  # fmt: skip
 CAUSAL = ("causal", "dropout", "gqa", "window", "softcap", "varlen")
 WINDOW = 128  # keys before each query
 SOFTCAP = 30.0
@@ -32,12 +36,16 @@ def _table(quick: bool, device: str) -> list[Case]:
         return Case("attention", (B, H, T, D), "", variant, passes, headline)
 
     if quick:
-        return each_dtype([case(2, 12, 256, 64, headline=True), case(1, 12, 1024, 64, "decode", ("fwd",))])
+        cases = [case(2, 12, 256, 64, headline=True), case(1, 12, 1024, 64, "decode", ("fwd",))]
+        return each_dtype([*cases, *(case(1, 12, 128, 64, variant, ("full",)) for variant in MASKED_DROPOUT)])
     if device != "cpu":
         # the longest with fewer heads: their truth takes the square of the length in fp64 several times
         lengths = [(32, 16, 512), (16, 16, 1024), (8, 16, 2048), (4, 16, 4096), (2, 8, 8192), (1, 4, 16384)]
         cases = [case(*length, D) for D in (64, 128) for length in lengths]
         cases += [case(8, 12, 1024, 64, variant) for variant in ("padding", "bias", "dropout", "gqa")]
+        cases += [
+            case(8, 12, 1024, D, variant, ("fwd", "bwd", "full")) for D in (64, 128) for variant in MASKED_DROPOUT
+        ]
         cases += [case(B, 12, 16384, 64, "decode", ("fwd",)) for B in (1, 16)]
         return each_dtype(cases, ("bfloat16", "float16"))
     cases = [case(max(1, 1024 // T), 12, T, 64, headline=T == 1024) for T in (256, 512, 1024, 2048)]
@@ -45,8 +53,14 @@ def _table(quick: bool, device: str) -> list[Case]:
     cases += [case(1, 12, 1024, 64, "full")]
     masked = ("padding", "bias", "dropout", "gqa", "window", "softcap")
     cases += [case(2, 12, 512, 64, variant, ("fwd",)) for variant in masked]
+    cases += [case(1, 12, 512, 64, variant, ("full",)) for variant in MASKED_DROPOUT]
     cases += [case(8, 12, 512, 64, "varlen")]
     return each_dtype([*cases, case(1, 12, 1024, 64, "decode", ("fwd",)), case(1, 12, 1, 64, "full", ("fwd",))])
+
+
+def _mask(case: Case) -> str:
+    """What kind of mask a variant has, or the variant."""
+    return case.variant.removesuffix("+dropout")
 
 
 def _lengths(case: Case) -> list[int]:
@@ -70,9 +84,9 @@ def _inputs(case: Case, device: str) -> Inputs:
     kv_heads = H // GQA_GROUP if case.variant == "gqa" else H
     shapes = [(B, H, queries, D), (B, kv_heads, T, D), (B, kv_heads, T, D)]
     drawn = [torch.randn(*shape, device=device).to(case.torch_dtype) for shape in shapes]
-    if case.variant == "padding":
+    if _mask(case) == "padding":
         mask = (torch.arange(T, device=device) < int(T * PADDED)).expand(B, 1, 1, T)
-    elif case.variant == "bias":
+    elif _mask(case) == "bias":
         mask = torch.randn(H, T, T, device=device).to(case.torch_dtype)
     elif case.variant == "window":  # for those who have no other way to say it
         mask = torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(-WINDOW)
@@ -85,7 +99,7 @@ def _options(case: Case) -> dict:
     return {
         "is_causal": case.variant in CAUSAL,
         "enable_gqa": case.variant == "gqa",
-        "dropout_p": DROPOUT if case.variant == "dropout" else 0.0,
+        "dropout_p": DROPOUT if case.variant.endswith("dropout") else 0.0,
     }
 
 
@@ -151,7 +165,7 @@ def _counts(case: Case, which: str) -> Counts:
     tokens = sum(_lengths(case)) if case.variant == "varlen" else B * T
     q, kv = (B if case.variant == "decode" else tokens) * H * D * size, tokens * kv_heads * D * size
     product = 2 * H * _pairs(case) * D
-    mask = {"padding": B * T, "bias": H * T * T * size}.get(case.variant, 0)
+    mask = {"padding": B * T, "bias": H * T * T * size}.get(_mask(case), 0)
     forward = Counts(2 * q + 2 * kv + mask, 2 * product, case.dtype, reads_only=case.variant == "decode")
     backward = Counts(4 * q + 4 * kv + mask, 5 * product, case.dtype)
     if which == "full":
@@ -187,7 +201,7 @@ def _flex(case: Case, device: str):
 
 def _flash(case: Case, device: str):
     need_cuda(device, "flash-attn")
-    if case.variant in ("padding", "bias", "window", "softcap", "varlen"):
+    if _mask(case) in ("padding", "bias", "window", "softcap", "varlen"):
         raise Unavailable("benchmarked without masks only")
     if case.dtype == "float32":
         raise Unavailable("it takes float16 and bfloat16")

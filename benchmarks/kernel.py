@@ -131,7 +131,8 @@ class KernelSession:
 
 
 def without_dropout(case: Case) -> Case:
-    return case if case.variant != "dropout" else dataclasses.replace(case, variant="causal")
+    variant = "causal" if case.variant == "dropout" else case.variant.removesuffix("+dropout")
+    return dataclasses.replace(case, variant=variant)
 
 
 def _without_gradients(function: Function, tensors: tuple[Tensor | None, ...]) -> object:

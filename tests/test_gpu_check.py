@@ -1,5 +1,6 @@
 """What of `make gpu-check` can be tested without a GPU: how it ends, and that no part takes the others with it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -85,3 +86,17 @@ def test_every_benchmark_it_names_exists(tmp_path):
         op, peers = part.command[4], part.command[part.command.index("--against") + 1]
         assert registry.select(op, "cuda", ["bfloat16"], [], [])
         registry.known(peers.split(","), providers.ALL, "provider")
+
+
+@pytest.mark.parametrize("variant", ["padding+dropout", "bias+dropout"])
+def test_attention_with_a_mask_and_dropout_is_measured(variant):
+    """In the GPU's table in every pass, and right on the CPU, where dropout is off to tell and on to time."""
+    from fastlm.benchmarks import registry, roof, worker
+
+    chosen = [case for case in registry.select("attention", "cuda", [], [], []) if case.variant == variant]
+    assert {case.dtype for case in chosen} == {"bfloat16", "float16"}
+    case = dataclasses.replace(chosen[0], shape=(2, 3, 17, 8))
+    rows = worker.run_case(case, "cpu", ["torch"], roof.Roof(10.0, 12.0, {"bfloat16": 0.2}), 0.0)
+    served = [row for row in rows if row.provider in ("torch", "fastlm", "fastlm-cpu") and row.status != "unsupported"]
+    assert {(row.provider, row.which) for row in served} >= {("torch", which) for which in ("fwd", "bwd", "full")}
+    assert all(row.status == "ok" for row in served), served
