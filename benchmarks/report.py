@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastlm.errors import DataError
 
+from . import goals
 from .results import Results, Row, write_text
 
 HEADERS = ("case", "pass", "provider", "time", "p10-p90", "GB/s", "TFLOP/s", "of roof", "rms error", "peak", "x torch")
@@ -100,9 +101,11 @@ def write_readme(path: str | Path, files: list[Results]) -> list[str]:
 
 
 def _table(name: str, files: list[Results], path: str | Path) -> str:
+    if name == "goals":
+        return goals.table(files)
     measured = sorted({row.op for results in files for row in results.rows})
     if name not in (*measured, "all"):
-        raise DataError(f"{path}: bench:{name} was not measured; the files hold {', '.join(measured)}, all")
+        raise DataError(f"{path}: bench:{name} was not measured; the files hold {', '.join(measured)}, all, goals")
     return "\n\n".join(
         _markdown(results, [row for row in results.rows if name in (row.op, "all")])
         for results in files

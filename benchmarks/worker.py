@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import fastlm
-from fastlm.verify.tolerance import RATIO_TO_TORCH, atol, magnitude, max_error
+from fastlm.verify.tolerance import RATIO_TO_TORCH, atol, magnitude, max_error, rms_error
 
 from . import memory, providers
 from .case import Built, Case, Counts, Session, Unavailable
@@ -65,6 +65,8 @@ def run(plan: dict[str, Any], emit: Emit) -> None:
         roof = measure(device, sorted({case.dtype for _, case in cases}))
         emit("roof", roof.to_dict())
     for index, case in cases:
+        gc.collect()
+        gc.freeze()  # what is imported by now is never garbage, and takes 0.1 s to search
         emit("case", index)
         for row in run_case(case, device, plan["against"], roof, plan["seconds"]):
             row.allocator, row.threads = allocator, torch.get_num_threads()
@@ -92,13 +94,14 @@ def run_case(case: Case, device: str, against: list[str], roof: Roof, seconds: f
     errors: dict[str, dict[str, tuple[float, float]]] = {}
     peaks: dict[tuple[str, str], int | None] = {}
     yardstick: dict[str, float] = {}
+    scales: dict[str, tuple[float, float]] = {}
     for name in names:
         try:
             if name in providers.SLOW and not case.slow and name not in against:
                 raise Unavailable("runs on some cases only, unless asked for by name")
             before = memory.in_use(device) if session.counts_state else None
             made = session.build(name)
-            errors[name], wrong = judge(session, name, made, yardstick)
+            errors[name], wrong = judge(session, name, made, yardstick, scales)
             if wrong:
                 rows += [_row(case, w, name, "wrong", wrong, errors[name], made.label) for w in case.passes]
                 continue
@@ -171,12 +174,13 @@ def _fill(row: Row, timing: Timing, counts: Counts, roof: Roof) -> None:
 
 
 def judge(
-    session: Session, provider: str, made: Built, yardstick: dict[str, float]
+    session: Session, provider: str, made: Built, yardstick: dict[str, float], scales: dict[str, tuple[float, float]]
 ) -> tuple[dict[str, tuple[float, float]], str]:
     """(result -> (largest, rms) relative error, why the result is wrong or "").
 
     Args:
         yardstick: PyTorch's largest absolute error by result; filled in when the provider is torch.
+        scales: largest magnitude and root mean square of the truth by result; filled in when first needed.
     """
     errors, problems = {}, []
     ratio = RATIO_TO_TORCH if providers.is_ours(provider) else RATIO_OF_PEERS
@@ -187,8 +191,10 @@ def judge(
         except AssertionError as problem:
             problems.append(f"{name}: {problem}")
             continue
-        top, rms = magnitude(truth) or 1.0, float(truth.square().mean().sqrt()) or 1.0
-        errors[name] = error / top, float((actual.double() - truth).square().mean().sqrt()) / rms
+        if name not in scales:
+            scales[name] = magnitude(truth) or 1.0, rms_error(truth, torch.zeros_like(truth)) or 1.0
+        top, rms = scales[name]
+        errors[name] = error / top, rms_error(actual, truth) / rms
         if provider == "torch":
             yardstick[name] = error
         elif provider != "compile" or name in yardstick:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastlm import _dispatch, _native
-from fastlm.benchmarks import compare, harness, kernel, memory, plots, registry, report, roof, runner, worker
+from fastlm.benchmarks import compare, goals, harness, kernel, memory, plots, registry, report, roof, runner, worker
 from fastlm.benchmarks.case import Case, Counts, Unavailable
 from fastlm.benchmarks.engine import SIZES, build, weights
 from fastlm.benchmarks.layer_norm import LAYER_NORM
@@ -350,8 +350,65 @@ def test_optimizer_case_agrees_with_pytorch():
         yardstick = {}
         for provider in ("torch", "fastlm"):
             made = session.build(provider)
-            assert worker.judge(session, provider, made, yardstick)[1] == ""
+            assert worker.judge(session, provider, made, yardstick, {})[1] == ""
             made.run["full"]()
+
+
+def _everything(**ours):
+    """A row of every case, pass and provider: one second, a GiB, half the roof; `ours` changes fastlm's."""
+    rows = []
+    for case in registry.select("all", "cpu", [], [], []) + registry.select("huggingface", "cpu", [], [], []):
+        for which in case.passes:
+            for provider in ("fastlm", "torch", "compile", "transformers", "torch-fused"):
+                for allocator, threads in (("kept", 2), ("default", 2), ("kept", 1)):
+                    shape = "x".join(map(str, case.shape))
+                    row = Row(case.op, case.variant, which, case.dtype, shape, provider, provider)
+                    row.median, row.flops, row.roof_fraction, row.peak_bytes = 1.0, 8, 0.5, 2**30
+                    row.allocator, row.threads = allocator, threads
+                    rows.append(dataclasses.replace(row, **ours) if provider == "fastlm" else row)
+    return Results(environment("cpu"), {}, rows)
+
+
+def test_every_goal_is_measured_by_a_registered_case():
+    unanswered = [goal.work for goal in goals.GOALS if None in goal.values([_everything()])]
+    assert not unanswered
+    assert goals.REASONS.keys() <= {goal.work for goal in goals.GOALS}
+
+
+def test_goals_compare_within_a_file_and_say_what_is_missed():
+    def lines(*files):
+        cells = [line.split(" | ") for line in goals.table(list(files)).splitlines()[2:]]
+        return {work.removeprefix("| "): (measured, verdict.removesuffix(" |")) for work, _, measured, verdict in cells}
+
+    fast, slow = _everything(median=0.2, peak_bytes=2**28), _everything(median=2.0)
+    step, memory_, scaled = (
+        "GPT-2 124M training step 4x256 fp32",
+        "GPT-2 124M training step 4x256 fp32, peak memory, of PyTorch's",
+        "two threads over one, fp32: attention fwd, bwd, gelu fwd, bwd, cross_entropy",
+    )
+    assert lines(fast, slow)[step] == ("5.00x", "met")
+    assert lines(fast)[memory_] == ("25%", "met")
+    assert lines(fast)[scaled] == ("1.00x, 1.00x, 1.00x, 1.00x, 1.00x", "missed")
+    assert lines(slow, fast)[step][0] == "0.50x"
+    assert lines(slow, fast)[step][1].startswith("missed")
+    assert lines(slow)[memory_][1].startswith("missed")
+    fast.rows = [row for row in fast.rows if row.op != "train" or row.provider != "torch"]
+    assert lines(fast)[step] == ("-", "not all measured")
+    assert lines(fast, slow)[step][0] == "0.50x"
+
+
+def test_a_goal_is_met_in_the_digits_that_are_shown():
+    goal = goals.Goal("work", 1.2, "x", ())
+    assert [goal.met(v) for v in (1.194, 1.196, 1.2)] == [False, True, True]
+    assert [dataclasses.replace(goal, at_most=True).met(v) for v in (1.2, 1.204, 1.206)] == [True, True, False]
+
+
+def test_memory_beyond_the_gradients_of_linear_cross_entropy():
+    peak = 4 * ((1024 + 50257) * 768 + 1024 * 50257 // 4)
+    (value,) = goals.Goal("", 0, "%", (goals.beyond_gradients(1024, 768, 50257, "float32"),)).values(
+        [_everything(peak_bytes=peak)]
+    )
+    assert value == pytest.approx(25)
 
 
 def test_command_line(tmp_path, capsys):

@@ -78,7 +78,7 @@ class CompareOptions:
 class ReportOptions:
     """Write tables from results files into a text, between <!-- bench:NAME --> and <!-- /bench -->.
 
-    NAME is an op, train, generate or all.
+    NAME is an op, train, generate, all, or goals: what is to be reached and what is.
     """
 
     readme: Positional[Annotated[Path, arg(metavar="README.md")]]
