@@ -36,6 +36,7 @@ GRACE_SECONDS = 10.0  # to write results in, after the interrupt that ends a par
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 # Every kernel once on small shapes: what a sanitizer, some fifty times slower, can go through.
 SMALL = "test_triton and not Choice or test_parity and (37 or 133) or test_operator"
+TOOLS = {"memcheck": 150, "synccheck": 60, "racecheck": 60}  # racecheck knows no TMA: judge what it says of *_sm90
 # op -> who it is compared with, beside PyTorch's own operator.
 BENCHMARKS = {
     "attention": "sdpa-flash,sdpa-cudnn,sdpa-efficient",
@@ -93,8 +94,9 @@ def parts(folder: Path, stamp: str) -> list[Part]:
         command += ["--against", peers, "--json", str(folder / f"{op}-{stamp}.json")]
         found.append(Part(f"bench {op}", command, 90 if op == "attention" else 40))
     if sanitizer := shutil.which("compute-sanitizer"):
-        prefix = [sanitizer, "--error-exitcode", "99", "--target-processes", "all"]
-        found.append(Part("compute-sanitizer", [*prefix, *PYTEST, "-k", SMALL, str(HERE)], 150))
+        for tool, seconds in TOOLS.items():
+            prefix = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"]
+            found.append(Part(f"compute-sanitizer {tool}", [*prefix, *PYTEST, "-k", SMALL, str(HERE)], seconds))
     return found
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import fastlm
+from fastlm import _native_cuda
+from fastlm.errors import BackendError
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -28,10 +30,10 @@ def _rotary():
     return (lambda x: fastlm.rotary(x, cos, sin)), _inputs((2, 4, 128, 64))
 
 
-def _attention(queries, keys, **options):
-    """Grouped heads, causal, on (B, H, T, D) = (2, 8, queries, 64)."""
+def _attention(queries, keys, size=64, **options):
+    """Grouped heads, causal, on (B, H, T, D) = (2, 8, queries, size)."""
     options = {"is_causal": True, "enable_gqa": True, **options}
-    inputs = _inputs((2, 8, queries, 64), (2, 2, keys, 64), (2, 2, keys, 64))
+    inputs = _inputs((2, 8, queries, size), (2, 2, keys, size), (2, 2, keys, size))
     return (lambda q, k, v: fastlm.scaled_dot_product_attention(q, k, v, **options)), inputs
 
 
@@ -54,6 +56,7 @@ def _attention_varlen():
 
 CASES = {
     "attention": lambda: _attention(700, 700),
+    "attention, large heads": lambda: _attention(700, 700, 128),
     "attention, window, softcap": lambda: _attention(300, 500, window=(100, None), softcap=20.0),
     "attention, bias, dropout": _attention_bias,
     "attention, few queries": lambda: _attention(4, 3000, is_causal=False),
@@ -78,11 +81,19 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES, autouse=True)
+DROPOUT = "attention, bias, dropout"
+ON_CUDA = [name for name in CASES if name.startswith(("attention", "layer", "add", "rms", "gelu", "bias"))]
+PARAMS = [("triton", name) for name in CASES] + [("cuda", name) for name in ON_CUDA]
+
+
+@pytest.fixture(params=PARAMS, ids=" ".join, autouse=True)
 def case(request):
-    """(function, inputs), on the Triton backend."""
-    with fastlm.backend("triton"):
-        yield CASES[request.param]()
+    """(function, inputs), on either backend that has kernels."""
+    backend, name = request.param
+    if backend == "cuda" and _native_cuda.missing_reason:
+        pytest.skip(_native_cuda.missing_reason)
+    with fastlm.backend(backend):
+        yield CASES[name]()
 
 
 def _step(function, inputs):
@@ -107,7 +118,34 @@ def test_nothing_waits_for_the_device(case):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graph(case):
+def test_another_stream(case):
+    """Kernels run in the order of the current stream: after a long one there, and before what reads their results."""
+    expected = _step(*case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    function, inputs = case
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = [(t.detach() * 2 / 2).requires_grad_() for t in inputs]
+        actual = [t.clone() for t in _step(function, late)]
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device(request):
+    """Tensors of the second device, while the first is the current one."""
+    _, name = request.node.callspec.params["case"]
+    made = []
+    for device in (0, 1):
+        with torch.cuda.device(device):
+            torch.manual_seed(0)
+            made.append(CASES[name]())
+    expected, actual = (_step(*case) for case in made)
+    assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, actual, strict=True))
+
+
+def test_cuda_graph(case, request):
     """What is captured once and replayed on other inputs is what runs without a graph."""
     function, inputs = case
     stream = torch.cuda.Stream()
@@ -117,6 +155,10 @@ def test_cuda_graph(case):
             _step(function, inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    if DROPOUT in request.node.name:
+        with pytest.raises(BackendError, match="a CUDA graph would repeat one mask"), torch.cuda.graph(graph):
+            _step(function, inputs)
+        return
     with torch.cuda.graph(graph):
         captured = _step(function, inputs)
     with torch.no_grad():

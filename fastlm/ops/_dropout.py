@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
+
 _LOW = 0xFFFFFFFF
 
 
@@ -20,7 +22,16 @@ def check_probability(op: str, dropout_p: float) -> float:
 
 
 def draw_seed() -> int:
-    """A fresh 64-bit seed from torch's default CPU generator."""
+    """A fresh 64-bit seed from torch's default CPU generator.
+
+    Raises:
+        BackendError: while a CUDA graph is captured: the seed would be part of the graph.
+    """
+    if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "dropout's seed is drawn on the host, so that a CUDA graph would repeat one mask at every replay: capture "
+            "with dropout 0, as in eval mode, or leave the step that drops out of the graph"
+        )
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item())
 
 
