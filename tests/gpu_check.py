@@ -42,6 +42,7 @@ BENCHMARKS = {
     "attention": "sdpa-flash,sdpa-cudnn,sdpa-efficient",
     "layer_norm": "compile,liger,quack,flash-attn",
     "add_layer_norm": "compile,flash-attn",
+    "rms_norm": "compile,liger,quack",
     "gelu": "compile",
     "bias_gelu": "compile",
     "cross_entropy": "compile,liger,quack",

@@ -32,7 +32,12 @@ def _rows(case, against=("torch",), **kwargs):
     return worker.run_case(case, "cpu", list(against), ROOF, 0.0, **kwargs)
 
 
-SHAPES = {"attention": (1, 3, 17, 8), "cross_entropy": (5, 33), "linear_cross_entropy": (5, 8, 33)}
+SHAPES = {
+    "attention": (1, 3, 17, 8),
+    "rotary": (2, 3, 5, 8),
+    "cross_entropy": (5, 33),
+    "linear_cross_entropy": (5, 8, 33),
+}
 SHAPES |= {"train": (1, 32), "bert": (3, 16), "generate": (1, 5, 4), "linear": (2, 40, 96), "adamw": (1, 32, 64)}
 
 
@@ -45,7 +50,7 @@ def test_every_benchmark_is_right_and_timed(name):
     assert set(stock) == set(case.passes)
     assert all(row.status == "ok" and row.ratio_to_torch == 1.0 for row in stock.values())
     served = [row for row in rows if row.provider in ("fastlm", "fastlm-cpu") and row.status != "unsupported"]
-    own = ("layer_norm", "gelu", "train", "bert", "generate", "linear")
+    own = ("layer_norm", "rms_norm", "swiglu", "rotary", "gelu", "train", "bert", "generate", "linear")
     if _native.missing_reason is None and name in own:
         assert served
     for row in served:
