@@ -1,4 +1,4 @@
-"""gelu and bias_gelu over M rows of N."""
+"""gelu and bias_gelu over M rows of N; "+dropout" drops elements of the result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from .kernel import Inputs, KernelBenchmark, each_dtype, slow_in_16_bits
 from .peers import attribute, onnx_session
 
 FORMS = {"tanh": "tanh", "erf": "none"}
+DROPPED = "tanh+dropout"  # a variant of bias_gelu
+DROPOUT = 0.1
 FORWARD_FLOPS, BACKWARD_FLOPS = 8, 16  # an element, with exp or erf counted as one operation
 
 
@@ -22,6 +24,8 @@ def _table(quick: bool, device: str, name: str) -> list[Case]:
     cases = [
         Case(name, shape, "", form, ("fwd", "bwd"), headline=i == 0) for i, shape in enumerate(shapes) for form in FORMS
     ]
+    if name == "bias_gelu":
+        cases.append(Case(name, shapes[0], "", DROPPED, ("fwd", "bwd")))
     cases = each_dtype([*cases, *(Case(name, (rows, 3072), "", "tanh", ("fwd",)) for rows in (1, 64, 512))])
     compiled = device != "cpu" or name == "gelu"
     return slow_in_16_bits(cases, lambda c: c.headline and c.variant == "tanh" and compiled)
@@ -45,14 +49,19 @@ def _stock(case: Case):
     return lambda x: F.gelu(x, approximate=form)
 
 
+def _dropout(case: Case) -> tuple[str, float]:
+    """The form, and the probability of dropping."""
+    return FORMS[case.variant.removesuffix("+dropout")], DROPOUT if case.variant == DROPPED else 0.0
+
+
 def _bias_ours(case: Case):
-    form = FORMS[case.variant]
-    return lambda x, bias: fastlm.bias_gelu(x, bias, form)
+    form, p = _dropout(case)
+    return lambda x, bias: fastlm.bias_gelu(x, bias, form, dropout_p=p)
 
 
 def _bias_stock(case: Case):
-    form = FORMS[case.variant]
-    return lambda x, bias: F.gelu(x + bias, approximate=form)
+    form, p = _dropout(case)
+    return lambda x, bias: F.dropout(F.gelu(x + bias, approximate=form), p, p > 0)
 
 
 def _counts(case: Case, which: str) -> Counts:
@@ -83,6 +92,6 @@ GELU = KernelBenchmark(
     lambda case: 1, PEERS,
 )  # fmt: skip
 BIAS_GELU = KernelBenchmark(
-    "bias_gelu", ("M", "N"), tuple(FORMS), lambda q, d: _table(q, d, "bias_gelu"), _inputs, _bias_ours, _bias_stock,
-    _counts, lambda case: case.shape[0],
+    "bias_gelu", ("M", "N"), (*FORMS, DROPPED), lambda q, d: _table(q, d, "bias_gelu"), _inputs, _bias_ours,
+    _bias_stock, _counts, lambda case: case.shape[0],
 )  # fmt: skip

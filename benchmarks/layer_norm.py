@@ -1,4 +1,4 @@
-"""layer_norm and add_layer_norm over M rows of N."""
+"""layer_norm and add_layer_norm over M rows of N; "+dropout" drops elements of what is added."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .peers import attribute, onnx_session
 from .providers import interpreted, need_cuda
 
 EPS = 1e-5
+DROPPED, DROPOUT = "+dropout", 0.1  # a variant of add_layer_norm
 FORWARD_FLOPS, BACKWARD_FLOPS = 7, 12  # an element: sum, centre, square, sum, scale, weight, bias; and their reverse
 
 
@@ -24,6 +25,8 @@ def _table(quick: bool, device: str, name: str) -> list[Case]:
     if device != "cpu":
         shapes = [(16384, N) for N in (768, 1024, 2048, 4096, 8192)]
     cases = [Case(name, s, "", passes=("fwd", "bwd"), headline=i == 0) for i, s in enumerate(shapes)]
+    if name == "add_layer_norm":
+        cases.append(Case(name, shapes[0], "", DROPPED, ("fwd", "bwd")))
     cases = each_dtype([*cases, *(Case(name, (rows, 768), "", passes=("fwd",)) for rows in (1, 64, 512))])
     return slow_in_16_bits(cases, lambda c: c.headline and (device != "cpu" or name == "layer_norm"))
 
@@ -47,14 +50,15 @@ def _stock(case: Case):
 
 
 def _add_ours(case: Case):
-    return lambda x, residual, weight, bias: fastlm.add_layer_norm(x, residual, weight, bias, EPS)
+    p = DROPOUT if case.variant == DROPPED else 0.0
+    return lambda x, residual, weight, bias: fastlm.add_layer_norm(x, residual, weight, bias, EPS, dropout_p=p)
 
 
 def _add_stock(case: Case):
-    N = case.shape[1]
+    N, p = case.shape[1], DROPOUT if case.variant == DROPPED else 0.0
 
     def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        z = residual + x
+        z = residual + F.dropout(x, p, p > 0)
         return F.layer_norm(z, (N,), weight, bias, EPS), z
 
     return run
@@ -97,8 +101,13 @@ def _onnxruntime(case: Case, device: str):
 
 def _flash_add(case: Case, device: str):
     need_cuda(device, "flash-attn")
+    p = DROPOUT if case.variant == DROPPED else 0.0
     function = attribute("flash_attn.ops.triton.layer_norm", "layer_norm_fn")
-    return lambda x, residual, weight, bias: function(x, weight, bias, residual=residual, eps=EPS, prenorm=True)
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return function(x, weight, bias, residual=residual, eps=EPS, dropout_p=p, prenorm=True)
+
+    return run
 
 
 LAYER_NORM = KernelBenchmark(
@@ -106,6 +115,6 @@ LAYER_NORM = KernelBenchmark(
     lambda case: max(case.shape), {"liger": _liger, "quack": _quack, "flash-attn": _flash, "onnxruntime": _onnxruntime},
 )  # fmt: skip
 ADD_LAYER_NORM = KernelBenchmark(
-    "add_layer_norm", ("M", "N"), ("",), lambda q, d: _table(q, d, "add_layer_norm"), _inputs, _add_ours, _add_stock,
-    _counts, lambda case: max(case.shape), {"flash-attn": _flash_add},
+    "add_layer_norm", ("M", "N"), ("", DROPPED), lambda q, d: _table(q, d, "add_layer_norm"), _inputs, _add_ours,
+    _add_stock, _counts, lambda case: max(case.shape), {"flash-attn": _flash_add},
 )  # fmt: skip
