@@ -219,7 +219,7 @@ def test_restore_undoes_everything(name):
     assert torch.equal(model(**inputs).logits, before)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "bert"])
+@pytest.mark.parametrize("name", [*CAUSAL, "bert", "t5"])
 def test_copies_pickles_and_saves(name, tmp_path):
     model = build(name).eval()
     fastlm.accelerate(model)
@@ -234,7 +234,7 @@ def test_copies_pickles_and_saves(name, tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "gemma2", "t5", "vit"])
+@pytest.mark.parametrize("name", NAMES)
 def test_training_follows_the_same_curve(name):
     reference = build(name)
     model = copy.deepcopy(reference)
@@ -256,7 +256,7 @@ def test_training_follows_the_same_curve(name):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", NAMES)
 def test_trainer_follows_the_same_curve(name, tmp_path):
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
     reference = build(name)
@@ -400,9 +400,9 @@ def test_exports(name):
     fastlm.accelerate(model)
     inputs = inputs_of(name)
     del inputs["labels"]
-    if name == "t5":
+    if name in SEQ2SEQ:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    if name not in ("bert", "vit"):
+    if name not in MASKED and name != "vit":
         inputs["use_cache"] = False
     with torch.no_grad():
         exported = torch.export.export(model, (), inputs, strict=False).module()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import pickle
 import warnings
 
 import pytest
@@ -122,66 +120,6 @@ def test_the_causal_mask_is_recognised_and_no_other(changed):
     biased = torch.zeros(S, S).masked_fill(mask, -torch.inf)
     biased[2, 1] = 0.5
     torch.testing.assert_close(ours(x, biased), theirs(x, biased), rtol=1e-4, atol=1e-4)
-
-
-@KINDS
-def test_is_torchs_class_with_its_state_signature_and_repr(kind):
-    torch.manual_seed(1)
-    ours = build(fastlm.nn, kind)
-    torch.manual_seed(1)
-    theirs = build(nn, kind)
-    assert isinstance(ours, type(theirs))
-    assert repr(ours) == repr(theirs)
-    mine, other = (inspect.signature(type(m)).parameters.values() for m in (ours, theirs))
-    assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in other]
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(mine, other)
-    for module in ours.modules():
-        assert type(module) not in (nn.LayerNorm, nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
-
-@KINDS
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_whole(kind, clone):
-    ours, _, _ = twins(kind)
-    copied = clone(ours)
-    inputs = inputs_of(kind)
-    assert type(copied) is type(ours)
-    assert torch.equal(copied(*inputs), ours(*inputs))
-
-
-@KINDS
-def test_compiles_and_exports_whole(kind):
-    torch._dynamo.reset()
-    ours = twins(kind)[0].eval()
-    inputs, masks = inputs_of(kind), masks_of(kind, True, False)
-    expected = ours(*inputs, **masks)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs, **masks), expected)
-    torch.testing.assert_close(torch.export.export(ours, inputs, masks).module()(*inputs, **masks), expected)
-
-
-@KINDS
-def test_autocast_functional_call_and_hooks(kind):
-    ours, theirs, truth = twins(kind)
-    inputs = inputs_of(kind)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual, by_torch = ours(*inputs), theirs(*inputs)
-    assert actual.dtype == by_torch.dtype
-    exact = truth(*(x.double() for x in inputs))
-    assert_as_close_as_torch(actual.detach(), exact.detach(), by_torch.detach(), SIZE)
-    doubled = {name: 2 * p.detach() for name, p in ours.named_parameters()}
-    torch.testing.assert_close(
-        torch.func.functional_call(ours, doubled, inputs),
-        torch.func.functional_call(theirs, doubled, inputs), rtol=1e-3, atol=1e-3,
-    )  # fmt: skip
-    calls = ([], [])
-    for model, seen in zip((ours, theirs), calls, strict=True):
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda module, args, y, name=name, seen=seen: seen.append(name))
-        model(*inputs)
-    assert calls[0] == calls[1]
 
 
 def test_custom_stacks_of_a_transformer_are_left_alone():
