@@ -56,9 +56,10 @@ def accelerate(model: nn.Module, *, attention: bool = True, loss: bool = True, u
     """Swap, in place, every module of `model` that fastlm knows a faster forward of.
 
     Known are torch.nn's LayerNorm, RMSNorm, GELU, MultiheadAttention, the Transformer classes, CrossEntropyLoss and
-    LinearCrossEntropyLoss, and subclasses that keep their forward; RMSNorm and GELU classes of any library, by what
-    they compute; the feed-forward and residual blocks of Hugging Face's BERT, GPT-2, ViT, CLIP and Llama families
-    and of timm's, by their forward's code. Results stay within rounding; dropout draws other masks of the same law.
+    LinearCrossEntropyLoss, and subclasses that keep their forward; Linear itself; RMSNorm and GELU classes of any
+    library, by what they compute; the feed-forward and residual blocks of Hugging Face's BERT, GPT-2, ViT, CLIP and
+    Llama families and of timm's, by their forward's code. Results stay within rounding; dropout draws other masks
+    of the same law.
 
     Args:
         model: any module; calling this again is harmless.
@@ -96,8 +97,8 @@ def _swap(name: str, module: nn.Module, unpad: bool) -> Row | None:
 
 
 def swap_class(module: nn.Module, cls: type) -> None:
-    """Give `module` the class `cls`, a subclass of its own, remembering the one that it had."""
-    module.__dict__[_ORIGINAL] = type(module)
+    """Give `module` the class `cls`, a subclass of its own, remembering the one that it had at first."""
+    module.__dict__.setdefault(_ORIGINAL, type(module))
     module.__class__ = cls
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nn as ours
 from ..nn._plain import plain
+from ..nn.linear import linear
 from ..ops.gelu import bias_gelu, gelu
 from ..ops.layer_norm import add_layer_norm
 from ..ops.rms_norm import rms_norm
@@ -72,13 +72,9 @@ def gelu_form(activation: object) -> str | None:
     return kind.removeprefix("gelu_") if kind in ("gelu_none", "gelu_tanh") else None
 
 
-def _biased(linear: nn.Module, *types: type) -> bool:
-    return plain(linear, *types) and getattr(linear, "bias", None) is not None
-
-
-def _fusible(linear: nn.Module, form: str | None) -> bool:
-    """Whether `bias_gelu` may follow linear's product without its bias."""
-    return form is not None and _biased(linear, nn.Linear)
+def _fusible(layer: nn.Module, form: str | None) -> bool:
+    """Whether `bias_gelu` may follow the layer's product without its bias."""
+    return form is not None and plain(layer, nn.Linear, ours.Linear) and layer.bias is not None
 
 
 def _residual_norm(original: Any) -> Forward:
@@ -106,7 +102,7 @@ def _linear_gelu(original: Any) -> Forward:
         form = gelu_form(self.intermediate_act_fn)
         if not _fusible(self.dense, form):
             return original.forward(self, hidden_states)
-        return bias_gelu(F.linear(hidden_states, self.dense.weight), self.dense.bias, form or "none")
+        return bias_gelu(linear(hidden_states, self.dense.weight), self.dense.bias, form or "none")
 
     return forward
 
@@ -118,7 +114,7 @@ def _feed_forward(original: Any) -> Forward:
         form = gelu_form(self.activation_fn)
         if not _fusible(self.fc1, form):
             return original.forward(self, hidden_states)
-        return self.fc2(bias_gelu(F.linear(hidden_states, self.fc1.weight), self.fc1.bias, form or "none"))
+        return self.fc2(bias_gelu(linear(hidden_states, self.fc1.weight), self.fc1.bias, form or "none"))
 
     return forward
 
@@ -130,9 +126,7 @@ def _timm_mlp(original: Any) -> Forward:
         form, drop = gelu_form(self.act), self.drop1
         if not (_fusible(self.fc1, form) and plain(drop, nn.Dropout)):
             return original.forward(self, x)
-        hidden = bias_gelu(
-            F.linear(x, self.fc1.weight), self.fc1.bias, form or "none", drop.p if drop.training else 0.0
-        )
+        hidden = bias_gelu(linear(x, self.fc1.weight), self.fc1.bias, form or "none", drop.p if drop.training else 0.0)
         return self.drop2(self.fc2(self.norm(hidden)))
 
     return forward

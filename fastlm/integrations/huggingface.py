@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
+from .. import nn as ours
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.attention_varlen import attention_varlen
 from . import rules
@@ -189,7 +190,7 @@ def accelerate_models(model: nn.Module, attention: bool, loss: bool) -> Iterator
         if attention and _PREVIOUS not in module.__dict__:
             yield name, f"{kind} attention", *_switch_attention(module, previous)
         head = module.get_output_embeddings() if loss else None
-        if isinstance(head, nn.Module) and not rules.is_replacement(type(head)):
+        if isinstance(head, nn.Module) and "deferred" not in vars(type(head)).get("_fastlm_kind", ""):
             yield name, f"{kind} output layer", *_defer(head)
 
 
@@ -216,11 +217,11 @@ def _defer(head: nn.Module) -> tuple[str, str]:
     from .accelerate import swap_class
     from .deferred import SMALLEST
 
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, ours.Linear):
         return "", f"it is a {type(head).__name__}"
     if head.out_features < SMALLEST:
         return "", f"its {head.out_features} classes are few"
-    swap_class(head, rules.derived(nn.Linear, "deferred"))
+    swap_class(head, rules.derived(type(head), "deferred"))
     return "fastlm.linear_cross_entropy in training", ""
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.linear import Linear, linear
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -90,8 +91,8 @@ class BERTAttention(nn.Module):
     def __init__(self, config: BERTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.attention_dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.out = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
+        self.out = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(N, C) -> (N, C); every token attends to all of its own sequence."""
@@ -106,13 +107,13 @@ class BERTLayer(nn.Module):
         self.dropout, self.activation = config.dropout, config.activation
         self.attention = BERTAttention(config)
         self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.up = nn.Linear(config.n_embd, config.n_inner)
-        self.down = nn.Linear(config.n_inner, config.n_embd)
+        self.up = Linear(config.n_embd, config.n_inner)
+        self.down = Linear(config.n_inner, config.n_embd)
         self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         x = self.add_norm(self.attention(x, packing), x, self.attention_norm)
-        hidden = F.linear(x, self.up.weight)  # the bias is added inside the GELU
+        hidden = linear(x, self.up.weight)  # the bias is added inside the GELU
         return self.add_norm(self.down(bias_gelu(hidden, self.up.bias, self.activation)), x, self.mlp_norm)
 
     def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -126,13 +127,13 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: BERTConfig):
         super().__init__()
         self.activation = config.activation
-        self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.dense = Linear(config.n_embd, config.n_embd)
         self.norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What the vocabulary's weight is applied to, (..., C)."""
-        x = bias_gelu(F.linear(hidden, self.dense.weight), self.dense.bias, self.activation)
+        x = bias_gelu(linear(hidden, self.dense.weight), self.dense.bias, self.activation)
         return layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
@@ -152,13 +153,13 @@ class BERT(nn.Module):
         self.embedding_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
         self.layers = nn.ModuleList(BERTLayer(config) for _ in range(config.n_layer))
         if config.pooler:
-            self.pooler = nn.Linear(config.n_embd, config.n_embd)
+            self.pooler = Linear(config.n_embd, config.n_embd)
         if config.head in ("masked-lm", "pretraining"):
             self.masked_lm = MaskedLMHead(config)
         if config.head == "pretraining":
-            self.next_sentence = nn.Linear(config.n_embd, 2)
+            self.next_sentence = Linear(config.n_embd, 2)
         if config.head == "classification":
-            self.classifier = nn.Linear(config.n_embd, config.n_class)
+            self.classifier = Linear(config.n_embd, config.n_class)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -193,7 +194,7 @@ class BERT(nn.Module):
             return packing.unpack(hidden)
         if self.config.head == "classification":
             return self.class_logits(self.pooled(hidden, packing))
-        return packing.unpack(F.linear(self.masked_lm(hidden), self.wte.weight, self.masked_lm.bias))
+        return packing.unpack(linear(self.masked_lm(hidden), self.wte.weight, self.masked_lm.bias))
 
     def loss(
         self,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.linear import Linear, linear
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
@@ -129,8 +130,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: Seq2SeqConfig, layer: int):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.attention_dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.out = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
+        self.out = Linear(config.n_embd, config.n_embd)
 
     def encode(self, x: Tensor, packing: Packing) -> Tensor:
         """(N, C) -> (N, C): every source token attends to all of its own sequence."""
@@ -154,9 +155,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.attention_dropout
-        self.q = nn.Linear(config.n_embd, config.n_embd)
-        self.kv = nn.Linear(config.n_embd, 2 * config.n_embd)
-        self.out = nn.Linear(config.n_embd, config.n_embd)
+        self.q = Linear(config.n_embd, config.n_embd)
+        self.kv = Linear(config.n_embd, 2 * config.n_embd)
+        self.out = Linear(config.n_embd, config.n_embd)
 
     def keys_values(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """The source's keys and values, (B, H, S, D) each: the same for every target token."""
@@ -178,13 +179,13 @@ class Layer(nn.Module):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.dropout, self.activation, self.norm_first = config.dropout, config.activation, config.norm_first
-        self.up = nn.Linear(config.n_embd, config.n_inner)
-        self.down = nn.Linear(config.n_inner, config.n_embd)
+        self.up = Linear(config.n_embd, config.n_inner)
+        self.down = Linear(config.n_inner, config.n_embd)
         self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.activation == "gelu":
-            return self.down(bias_gelu(F.linear(x, self.up.weight), self.up.bias))
+            return self.down(bias_gelu(linear(x, self.up.weight), self.up.bias))
         return self.down((F.relu if self.activation == "relu" else F.silu)(self.up(x)))
 
     def residual(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: nn.LayerNorm) -> Tensor:
@@ -239,7 +240,7 @@ class Seq2Seq(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.tie_embeddings:
             self.source_wte = nn.Embedding(config.source_vocab_size, config.n_embd)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.positions == "learned":
             self.source_wpe = nn.Embedding(config.context_length, config.n_embd)
             self.target_wpe = nn.Embedding(config.context_length, config.n_embd)
@@ -349,7 +350,7 @@ class Seq2Seq(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return F.linear(hidden, self.head_weight, self.output_bias)
+        return linear(hidden, self.head_weight, self.output_bias)
 
     def num_parameters(self) -> int:
         """Number of trained values; a tied matrix counts once."""

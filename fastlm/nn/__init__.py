@@ -5,6 +5,7 @@ from .embedding import Embedding, LearnedPositions, RotaryEmbedding, SinusoidalP
 from .feed_forward import FeedForward, SwiGLU
 from .gelu import GELU
 from .layer_norm import LayerNorm
+from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .rms_norm import RMSNorm
 from .stack import Transformer, TransformerDecoder, TransformerEncoder
@@ -17,6 +18,7 @@ __all__ = [
     "FeedForward",
     "LayerNorm",
     "LearnedPositions",
+    "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",

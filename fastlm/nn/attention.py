@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import scaled_dot_product_attention
+from .linear import linear
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -72,7 +73,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if mask is not None and mask.dtype == torch.bool:
                 mask = ~mask  # the op's masks are True where a key is seen
             y = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, causal)
-        return F.linear(_join_heads(self, y, unbatched), self.out_proj.weight, self.out_proj.bias), weights
+        return linear(_join_heads(self, y, unbatched), self.out_proj.weight, self.out_proj.bias), weights
 
 
 def _project(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -80,14 +81,14 @@ def _project(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
     E, heads = layer.embed_dim, (layer.num_heads, layer.head_dim)
     w, b = layer.in_proj_weight, layer.in_proj_bias
     if w is not None and query is key and key is value:
-        return F.linear(query, w, b).unflatten(-1, (3, *heads)).unbind(-3)
+        return linear(query, w, b).unflatten(-1, (3, *heads)).unbind(-3)
     if w is not None and key is value:
         b_q, b_kv = (None, None) if b is None else b.split((E, 2 * E))
-        k, v = F.linear(key, w[E:], b_kv).unflatten(-1, (2, *heads)).unbind(-3)
-        return F.linear(query, w[:E], b_q).unflatten(-1, heads), k, v
+        k, v = linear(key, w[E:], b_kv).unflatten(-1, (2, *heads)).unbind(-3)
+        return linear(query, w[:E], b_q).unflatten(-1, heads), k, v
     ws = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if w is None else w.chunk(3)
     bs = (None, None, None) if b is None else b.chunk(3)
-    projected = (F.linear(*args) for args in zip((query, key, value), ws, bs, strict=True))
+    projected = (linear(*args) for args in zip((query, key, value), ws, bs, strict=True))
     return tuple(x.unflatten(-1, heads) for x in projected)
 
 

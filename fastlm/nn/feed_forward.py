@@ -12,6 +12,7 @@ from ..ops.gelu import bias_gelu, gelu
 from ..ops.swiglu import swiglu
 from ._plain import plain
 from .gelu import GELU
+from .linear import Linear, linear
 
 
 class FeedForward(nn.Module):
@@ -32,10 +33,10 @@ class FeedForward(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
+        self.linear1 = Linear(d_model, dim_feedforward, bias, device, dtype)
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
+        self.linear2 = Linear(dim_feedforward, d_model, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) to the same shape."""
@@ -54,9 +55,9 @@ class SwiGLU(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
-        self.up_proj = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
-        self.down_proj = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
+        self.gate_proj = Linear(d_model, dim_feedforward, bias, device, dtype)
+        self.up_proj = Linear(d_model, dim_feedforward, bias, device, dtype)
+        self.down_proj = Linear(dim_feedforward, d_model, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) to the same shape."""
@@ -68,10 +69,10 @@ def feed_forward(
 ) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), with linear1's bias, GELU and dropout in one pass."""
     form = gelu_form(activation)
-    if form is None or linear1.bias is None or not (plain(linear1, nn.Linear) and plain(dropout, nn.Dropout)):
+    if form is None or linear1.bias is None or not (plain(linear1, nn.Linear, Linear) and plain(dropout, nn.Dropout)):
         hidden = linear1(x)
         return linear2(dropout(activation(hidden) if form is None else gelu(hidden, form)))
-    hidden = F.linear(x, linear1.weight)
+    hidden = linear(x, linear1.weight)
     return linear2(bias_gelu(hidden, linear1.bias, form, dropout.p if dropout.training else 0.0))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attention import MultiheadAttention
 from .layer_norm import LayerNorm
+from .linear import Linear
 from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 
@@ -106,6 +107,7 @@ class Transformer(nn.Transformer):
 
 _OURS: dict[type, type] = {
     nn.LayerNorm: LayerNorm,
+    nn.Linear: Linear,
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
     nn.TransformerDecoderLayer: TransformerDecoderLayer,

@@ -25,6 +25,7 @@ from ._plain import plain
 from .attention import MultiheadAttention
 from .feed_forward import feed_forward
 from .layer_norm import LayerNorm
+from .linear import Linear
 
 # (the sublayer's function, the dropout after it or None, its normalization)
 Sublayer = tuple[Callable[[Tensor], Tensor], nn.Dropout | None, nn.LayerNorm]
@@ -126,7 +127,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
 
 TransformerLayer = TransformerEncoderLayer | TransformerDecoderLayer
-FASTLM_CLASS = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
+FASTLM_CLASS = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm, nn.Linear: Linear}
 
 
 def _adopt_children(layer: nn.Module) -> None:
