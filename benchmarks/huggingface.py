@@ -29,8 +29,62 @@ PATCH = 16
 PROVIDERS = ("fastlm", "torch", "compile")
 
 
+class Family(NamedTuple):
+    """A type of model: its configuration class, the model class of each task, and sizes.
+
+    Sizes that are not given are the configuration's own. Llama, Qwen and Gemma are as wide as published models of
+    1.1, 0.6 and 0.3 billion parameters, with fewer layers and a vocabulary that is smaller alike.
+    """
+
+    config: str
+    models: dict[str, str]
+    sizes: dict[str, Any]
+    shape: tuple[int, int]
+
+
+def _causal(kind: str) -> dict[str, str]:
+    return dict.fromkeys(("train", "generate"), kind)
+
+
+GROUPED = {"vocab_size": 32000, "num_hidden_layers": 4, "pad_token_id": 0}
+FAMILIES = {
+    "bert": Family("BertConfig", {"forward": "BertModel", "train": "BertForMaskedLM"}, {}, (8, 128)),
+    "roberta": Family("RobertaConfig", {"forward": "RobertaModel"}, {"max_position_embeddings": 514}, (8, 128)),
+    "vit": Family("ViTConfig", {"forward": "ViTModel"}, {}, (4, 196)),
+    "gpt2": Family("GPT2Config", _causal("GPT2LMHeadModel"), {}, (4, 256)),
+    "t5": Family("T5Config", _causal("T5ForConditionalGeneration"), {"decoder_start_token_id": 0}, (4, 128)),
+    "bart": Family(
+        "BartConfig", _causal("BartForConditionalGeneration"),
+        {
+            "d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072,
+            "encoder_attention_heads": 12, "decoder_attention_heads": 12,
+        }, (4, 128),
+    ),
+    "llama": Family(
+        "LlamaConfig", _causal("LlamaForCausalLM"),
+        GROUPED | {"hidden_size": 2048, "intermediate_size": 5632, "num_key_value_heads": 4}, (2, 256),
+    ),
+    "qwen3": Family(
+        "Qwen3Config", _causal("Qwen3ForCausalLM"),
+        GROUPED | {
+            "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+        }, (2, 256),
+    ),
+    "gemma3": Family(
+        "Gemma3TextConfig", _causal("Gemma3ForCausalLM"),
+        GROUPED | {
+            "num_hidden_layers": 6, "hidden_size": 640, "intermediate_size": 2048, "num_key_value_heads": 1,
+            "sliding_window": 512,
+        }, (2, 256),
+    ),
+}  # fmt: skip
+SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2}
+SMALL_INNER = {"bert": {"intermediate_size": 512}, "gpt2": {"n_inner": 512}}
+
+
 class Variant(NamedTuple):
-    """What is run: a family, a size, and one of "forward", "train" and "generate"."""
+    """What is run: a family, and one of "forward", "train" and "generate"."""
 
     family: str
     task: str = "forward"
@@ -41,15 +95,26 @@ class Variant(NamedTuple):
 VARIANTS = {
     "bert-base": Variant("bert"),
     "bert-base-padded": Variant("bert", padded=True),
+    "bert-base-train": Variant("bert", "train"),
     "bert-base-padded-train": Variant("bert", "train", padded=True),
+    "roberta-base": Variant("roberta"),
+    "vit-base": Variant("vit"),
     "gpt2-124m-train": Variant("gpt2", "train"),
     "gpt2-124m-generate": Variant("gpt2", "generate"),
-    "vit-base": Variant("vit"),
+    "t5-small-train": Variant("t5", "train"),
+    "t5-small-generate": Variant("t5", "generate"),
+    "bart-base-train": Variant("bart", "train"),
+    "bart-base-generate": Variant("bart", "generate"),
+    "llama-4-layers-train": Variant("llama", "train"),
+    "llama-4-layers-generate": Variant("llama", "generate"),
+    "qwen3-4-layers-train": Variant("qwen3", "train"),
+    "qwen3-4-layers-generate": Variant("qwen3", "generate"),
+    "gemma3-6-layers-train": Variant("gemma3", "train"),
+    "gemma3-6-layers-generate": Variant("gemma3", "generate"),
     "bert-small-padded": Variant("bert", padded=True, small=True),
     "gpt2-small-train": Variant("gpt2", "train", small=True),
 }
 COMMONEST = (("bert-base-padded", "bfloat16"), ("gpt2-124m-train", "bfloat16"))
-SHAPES = {"bert": (8, 128), "gpt2": (4, 256), "vit": (4, 196)}
 
 
 class HuggingFace:
@@ -59,7 +124,7 @@ class HuggingFace:
         cases = []
         for name, variant in VARIANTS.items():
             if variant.small == quick:
-                B, T = (2, 64) if quick else SHAPES[variant.family]
+                B, T = (2, 64) if quick else FAMILIES[variant.family].shape
                 shape = (1, 16) if variant.task == "generate" else (B, T)
                 passes = ("full",) if variant.task == "train" else ("fwd",)
                 cases.append(Case(self.name, shape, "", name, passes))
@@ -87,7 +152,7 @@ class HuggingFaceSession:
         )
         self.work = {"tokens": case.shape[0] * NEW_TOKENS if self.variant.task == "generate" else self.tokens}
         model: Any = self._model()
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = _multiplied(model)
         self.terms = 4 * model.config.hidden_size * model.config.num_hidden_layers
         if self.variant.task != "train":  # weights rounded to the dtype are the given
             model.to(case.torch_dtype)
@@ -97,23 +162,17 @@ class HuggingFaceSession:
 
     def _model(self) -> nn.Module:
         torch.manual_seed(0)
-        small = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
-        small |= {"n_layer": 2, "n_embd": 128, "n_head": 2}
-        sizes: dict[str, Any] = small if self.variant.small else {}
-        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        if self.variant.family == "gpt2":
-            sizes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | {
-                k: v for k, v in sizes.items() if k.startswith("n_")
-            }
-            return attribute("transformers", "GPT2LMHeadModel")(attribute("transformers", "GPT2Config")(**sizes))
-        sizes = no_dropout | {k: v for k, v in sizes.items() if not k.startswith("n_")}
-        if self.variant.family == "vit":
-            config = attribute("transformers", "ViTConfig")(image_size=PATCH * math.isqrt(self.case.shape[1]), **sizes)
-            return attribute("transformers", "ViTModel")(config, add_pooling_layer=False)
-        config = attribute("transformers", "BertConfig")(**sizes)
-        if self.variant.task == "train":
-            return attribute("transformers", "BertForMaskedLM")(config)
-        return attribute("transformers", "BertModel")(config, add_pooling_layer=False)
+        family, task, _, small = self.variant
+        kind = FAMILIES[family]
+        sizes = kind.sizes | (SMALL | SMALL_INNER[family] if small else {})
+        if family == "vit":
+            sizes |= {"image_size": PATCH * math.isqrt(self.case.shape[1])}
+        config = attribute("transformers", kind.config)(**sizes)
+        for name in config.to_dict():
+            if "dropout" in name or name.endswith("pdrop"):
+                setattr(config, name, 0.0)
+        pooled = {} if task != "forward" else {"add_pooling_layer": False}
+        return attribute("transformers", kind.models[task])(config, **pooled)
 
     def _inputs(self, B: int, T: int) -> dict[str, Tensor]:
         torch.manual_seed(1)
@@ -125,8 +184,10 @@ class HuggingFaceSession:
         mask = torch.arange(T, device=self.device) < lengths[:, None]
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self.variant.task == "train":
-            chosen = mask if self.variant.family == "gpt2" else mask & (torch.rand(B, T, device=self.device) < 0.15)
-            chosen[:, 1] |= mask[:, 1]  # masked language models learn from some, and at least these
+            chosen = mask.clone()
+            if self.variant.family == "bert":  # masked language models learn from some, and at least one a sequence
+                chosen &= torch.rand(B, T, device=self.device) < 0.15
+                chosen[:, 1] = mask[:, 1]
             inputs["labels"] = ids.masked_fill(~chosen, -100)
         return inputs
 
@@ -134,7 +195,10 @@ class HuggingFaceSession:
         return PROVIDERS
 
     def counts(self, which: str) -> Counts:
-        """2 operations a parameter and token forward, 6 with the backward pass; attention's own are left out."""
+        """2 operations a parameter that multiplies and token forward, 6 with the backward pass.
+
+        Attention's own are left out, and all of a generation but the new tokens' in an encoder-decoder.
+        """
         steps = NEW_TOKENS if self.variant.task == "generate" else 1
         flops = (6 if which == "full" else 2) * self.parameters * (self.tokens + (steps - 1) * self.case.shape[0])
         traffic = self.parameters * self.case.torch_dtype.itemsize * steps * (3 if which == "full" else 1)
@@ -188,13 +252,21 @@ class HuggingFaceSession:
             with self._autocast(autocast):
                 loss = model(**inputs).loss
             loss.backward()
-            norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
-            grad = norms[-1].weight.grad
-            assert grad is not None
-            return {"output 0": loss.detach(), "gradient of the last norm": grad}
+            norms: list[Any] = [m for m in model.modules() if "Norm" in type(m).__name__]
+            return {"output 0": loss.detach(), "gradient of the last norm": norms[-1].weight.grad}
+        if self.variant.family in ("t5", "bart"):
+            inputs = inputs | {"decoder_input_ids": inputs["input_ids"]}
         with torch.no_grad():
             output = model(**inputs)[0]
         return {"output 0": output[inputs["attention_mask"].bool()] if "attention_mask" in inputs else output}
+
+
+def _multiplied(model: Any) -> int:
+    """Parameters that a token is multiplied with: no embedding, unless it is the output layer too."""
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()
+    tables -= {head.weight} if head is not None else set()
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1 and p not in tables)
 
 
 def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
