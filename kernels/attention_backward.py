@@ -71,6 +71,13 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, size: Geometry) -> Te
     return delta
 
 
+def _whole_dmask(mask: Tensor | None, q: Tensor, size: Geometry) -> Tensor | None:
+    """The gradient of a mask that broadcasts over nothing, for the pass over the keys: 0 where a window keeps it out."""
+    if mask is None or mask.shape != (q.shape[0], size.H, size.T, size.S):
+        return None
+    return (torch.zeros_like if any(size.features) else torch.empty_like)(mask, memory_format=torch.contiguous_format)
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -103,6 +110,7 @@ def backward(
     flags = *size.features, softcap > 0, dropout_p > 0
     with on_device_of(q):
         delta = _delta(out, dout, dlse, size)
+        dmask = _whole_dmask(mask, q, size) if mask_grad and grads is not None else None
         if grads is not None:
             dq, dk, dv = grads
             blocks = blocks_for(KEYS, arch, q.dtype, head, masked)
@@ -119,10 +127,10 @@ def backward(
             if tiles * batch * size.H * size.T:
                 together = min(batch * size.H, heads_together(size.S, head_bytes, size.group))
                 attention_bwd_queries_kernel[(tiles * batch * size.H,)](
-                    q, k, v, mask, cu_q, cu_k, dout, lse, delta, dq, *inputs, *dq.stride()[:3],
+                    q, k, v, mask, cu_q, cu_k, dout, lse, delta, dq, dmask, *inputs, *dq.stride()[:3],
                     *size[:5], tiles, batch * size.H, together, *scalars, blocks.M, blocks.N, *flags,
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
-        if mask is None or not mask_grad:
-            return None
+        if mask is None or not mask_grad or dmask is not None:
+            return dmask
         return mask_gradient(mask, q, k, v, dout, lse, delta, inputs, size, scalars, flags)

@@ -1,4 +1,7 @@
-"""The pass of attention's backward that goes over the keys for each tile of queries: dq."""
+"""The pass of attention's backward that goes over the keys for each tile of queries: dq.
+
+It also writes the gradient of a mask that broadcasts over nothing, which is the scores' own.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ def _over_keys(
     k_ptr,  # this and what follows at the tile's batch and head
     v_ptr,
     mask_ptr,
+    dmask_ptr,  # (B, H, T, S) or None
     row,  # [M]
     numbered,  # [M] int64: the rows' numbers in the dropout mask
     start,
@@ -90,6 +94,12 @@ def _over_keys(
         if DROPOUT:
             dp *= dropout_factors(numbered, first, seed, threshold, dropout_scale, N)
         ds = p * (dp - delta[:, None])
+        if dmask_ptr is not None:
+            there = (row < T)[:, None]
+            if BOUNDS:
+                there = there & (col < S)[None, :]
+            store = dmask_ptr + numbered[:, None] * S + col[None, :]
+            tl.store(store, ds.to(dmask_ptr.dtype.element_ty), there)
         if SOFTCAP:
             ds *= 1 - capped * capped
         dq = dot(ds.to(k.dtype), k, dq)
@@ -113,6 +123,7 @@ def attention_bwd_queries_kernel(
     lse_ptr,  # (B, H, T) fp32
     delta_ptr,  # (B, H, T) fp32
     dq_ptr,  # like q
+    dmask_ptr,  # (B, H, T, S) where the mask has that shape and needs its gradient; else None
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qt: tl.int64,
@@ -180,7 +191,7 @@ def attention_bwd_queries_kernel(
     for phase in tl.static_range(3):
         if phase != 0 or LEFT:
             dq = _over_keys(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, mask, row, first_numbered + row,
+                dq, q, dout, lse, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,

@@ -3,6 +3,7 @@
 A program has a tile of the mask's queries and keys and sums over the batches and heads that share it, in order. Where
 the mask has one row for all queries, or one column for all keys, each tile writes a partial sum, and the partial sums
 are added in order. The scores are made once more here: a matrix of their gradients would be the largest tensor of all.
+Where the mask is that large itself, because it broadcasts over nothing, the pass over the keys writes it instead.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Attention(NamedTuple):
     D: int
     Dv: int | None = None
     dtype: torch.dtype = BF16
-    mask: str = ""  # bool or bias (with its gradient)
+    mask: str = ""  # bool, or with its gradient: bias (one for all batches) or whole (one for each)
     left: int = -1
     right: int = -1
     softcap: float = 0.0
@@ -134,10 +134,11 @@ def attention_pair(B: int, f: Attention, p: float | None = None, seed: int = 7) 
     q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
     lse = empty(B, 12, f.T, dtype=FP32)
     masks = {"": None, "bool": empty(B, 1, 1, S, dtype=torch.bool), "bias": empty(12, f.T, S, dtype=f.dtype)[None]}
+    masks["whole"] = empty(B, 12, f.T, S, dtype=f.dtype)
     mask = masks[f.mask]
     attention.attention_fwd(q, k, v, mask, *options)
     if f.T > 16:
-        attention.attention_bwd(out, lse, q, k, v, mask, out, lse, *options, mask_grad=f.mask == "bias")
+        attention.attention_bwd(out, lse, q, k, v, mask, out, lse, *options, mask_grad=f.mask in ("bias", "whole"))
 
 
 # Every row of every table: with what most models run, and with the features that take the most registers.
