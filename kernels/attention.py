@@ -30,13 +30,19 @@ from .attention_tables import (
     heads_together,
 )
 from .attention_tiles import (
+    AGAIN_ROWS,
+    AGAIN_SINGLE_ROWS,
     LN2,
     attend,
+    attend_again,
+    is_spoilt,
     load_rows,
+    normalized,
     owned,
     place,
+    program_again,
     span,
-    store_rows,
+    store_at,
     tile_and_head,
 )
 
@@ -62,6 +68,29 @@ FORWARD: Blockings = {
 }
 
 
+@triton.jit
+def _tile(
+    program, q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_ptr, stride_qb, stride_qh, stride_qt,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh,
+    B, H, T, S, group, tiles, heads, together, DV: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """A program's tile: its first query, batch and key head, T and S, where it begins in each tensor, rows to write."""
+    tile, head = tile_and_head(program, tiles, heads, together, True)
+    tile, b, h, q_start, k_start, T_own, S_own = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
+    batch = b if cu_q_ptr is None else b * 0
+    kv_head = h // group
+    return (
+        tile * M, b, kv_head, T_own, S_own,
+        q_ptr + batch * stride_qb + h * stride_qh + q_start * stride_qt,
+        k_ptr + batch * stride_kb + kv_head * stride_kh + k_start * stride_ks,
+        v_ptr + batch * stride_vb + kv_head * stride_vh + k_start * stride_vs,
+        b * stride_mb + h * stride_mh,
+        head.to(tl.int64) * T + q_start,  # number of its sequence's first row, in lse and in the dropout mask
+        out_ptr + ((batch * T.to(tl.int64) + q_start) * H + h) * DV,
+        owned(cu_q_ptr, b, B, T_own, T),
+    )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=[
         "B", "H", "T", "S", "group", "tiles", "heads", "together", "scale", "softcap", "window_left", "window_right",
@@ -72,6 +101,8 @@ def _attention_fwd_kernel(
     q_ptr,  # (B, H, T, D), or packed: (1, H, Tq, D)
     k_ptr,  # (B, Hkv, S, D)
     v_ptr,  # (B, Hkv, S, DV)
+    k_tiles,  # descriptors of both, or None
+    v_tiles,
     mask_ptr,  # broadcast over (B, H, T, S) by strides, or None
     cu_q_ptr,  # (B + 1) int32 where sequences are packed, or None
     cu_k_ptr,
@@ -115,48 +146,55 @@ def _attention_fwd_kernel(
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
-    tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, True)
-    total_rows = T
-    tile, b, h, q_start, k_start, T, S = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
-    batch = b if cu_q_ptr is None else b * 0
-    kv_head = h // group
-    row = tile * M + tl.arange(0, M)
-    numbered = (head.to(tl.int64) * total_rows + q_start) + row  # in lse and in the dropout mask
-    q_ptr += batch * stride_qb + h * stride_qh + q_start * stride_qt
-    if not DESCRIPTORS:
-        k_ptr += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
-        v_ptr += batch * stride_vb + kv_head * stride_vh + k_start * stride_vs
-    mask_row = row.to(tl.int64)
-    if mask_ptr is not None:
-        mask_row = b * stride_mb + h * stride_mh + mask_row * stride_mt
-    q = load_rows(q_ptr, row, T, stride_qt, D, BLOCK_D)
+    first, b, kv_head, T_own, S_own, q_own, k_own, v_own, mask_start, numbers, out_own, limit = _tile(
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_ptr, stride_qb, stride_qh, stride_qt,
+        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh,
+        B, H, T, S, group, tiles, heads, together, DV, M,
+    )  # fmt: skip
+    row = first + tl.arange(0, M)
+    q = load_rows(q_own, row, T_own, stride_qt, D, BLOCK_D)
     q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
-    scale = tl.abs(scale)
     acc = tl.zeros((M, BLOCK_DV), tl.float32)
     total = tl.zeros((M,), tl.float32)
     peak = tl.full((M,), float("-inf"), tl.float32)
-    start, whole, whole_end, end = span(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT, True)
-    end = tl.where(tile * M < T, end, start)  # nothing for rows after the last sequence
+    start, whole, whole_end, end = span(first, S_own, window_left, window_right, M, N, LEFT, RIGHT, True)
+    end = tl.where(first < T_own, end, start)  # nothing for rows after the last sequence
     for phase in tl.static_range(3):
         if phase != 0 or LEFT:
             acc, total, peak = attend(
-                acc, total, peak, q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head,
+                acc, total, peak, q, k_own, v_own, k_tiles, v_tiles, mask_ptr, row, mask_start + row * stride_mt,
+                numbers + row, b, kv_head,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
-                stride_ks, stride_vs, stride_ms, T, S, scale, softcap,
+                stride_ks, stride_vs, stride_ms, T_own, S_own, tl.abs(scale), softcap,
                 window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
-                LEFT, RIGHT, SOFTCAP, DROPOUT, DESCRIPTORS, phase != 1,
+                LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
             )  # fmt: skip
-    attended = (total != 0) & (row < T)
-    acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
-    limit = owned(cu_q_ptr, b, B, T, total_rows)
-    token = batch * total_rows.to(tl.int64) + q_start
-    store_rows(out_ptr + (token * H + h) * DV, acc, row, limit, (H * DV).to(tl.int64), DV, BLOCK_DV)
+    out, lse = normalized(acc, total, peak, row < T_own)
+    spoilt = is_spoilt(out) if mask_ptr is not None or LEFT or RIGHT else False
+    stride_ot = (H * DV).to(tl.int64)
+    store_at(out_own, out, row * stride_ot, row < limit, DV, BLOCK_DV)
     if lse_ptr is not None:
-        lse = tl.where(attended, (peak + tl.log2(total)) * LN2, float("-inf"))
-        tl.store(lse_ptr + numbered, lse, row < limit)
+        tl.store(lse_ptr + numbers + row, lse * LN2, row < limit)
+    if spoilt:
+        ROWS: tl.constexpr = AGAIN_SINGLE_ROWS if q_ptr.dtype.element_ty == tl.float32 else AGAIN_ROWS
+        first, b, kv_head, T_own, S_own, q_own, k_own, v_own, mask_start, numbers, out_own, limit = _tile(
+            program_again(), q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_ptr, stride_qb, stride_qh, stride_qt,
+            stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh,
+            B, H, T, S, group, tiles, heads, together, DV, M,
+        )  # fmt: skip
+        start, whole, whole_end, end = span(first, S_own, window_left, window_right, M, N, LEFT, RIGHT, True)
+        tl.debug_barrier()  # what the program's other threads stored is read
+        for part in range(first, tl.minimum(first + M, T_own), ROWS):
+            own = part + tl.arange(0, ROWS)
+            attend_again(
+                q_own, own * stride_qt, out_own, own * stride_ot, lse_ptr, numbers + own, LN2, own < T_own,
+                k_own, v_own, mask_ptr, own, mask_start + own * stride_mt, numbers + own, start, end,
+                stride_ks, stride_vs, stride_ms, T_own, S_own, scale, softcap,
+                window_left, window_right, seed, threshold, dropout_scale,
+                D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, DROPOUT,
+            )  # fmt: skip
 
 
 def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
@@ -178,15 +216,15 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
     together = heads_together(size.S, (size.head[0] + size.head[1]) * q.element_size(), size.group)
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides
-    descriptors = blocks.descriptors and cu_q is None and describable(k, v)
-    if descriptors:
-        k, v = described(k, blocks.N, size.head[2]), described(v, blocks.N, size.head[3])
+    tiled = None, None
+    if blocks.descriptors and cu_q is None and describable(k, v):
+        tiled = described(k, blocks.N, size.head[2]), described(v, blocks.N, size.head[3])
     with on_device_of(q):
         _attention_fwd_kernel[(tiles * heads,)](
-            q, k, v, mask, cu_q, cu_k, out, sums, *strides,
+            q, k, v, *tiled, mask, cu_q, cu_k, out, sums, *strides,
             *size[:5], tiles, heads, min(together, heads), float(scale), softcap, size.window_left, size.window_right,
             *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
-            dropout_p > 0, descriptors, num_warps=blocks.warps, num_stages=blocks.stages,
+            dropout_p > 0, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out, sums
 

@@ -72,7 +72,7 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, size: Geometry) -> Te
 
 
 def _whole_dmask(mask: Tensor | None, q: Tensor, size: Geometry) -> Tensor | None:
-    """The gradient of a mask that broadcasts over nothing, for the pass over the keys: 0 where a window keeps it out."""
+    """The gradient of a mask that broadcasts over nothing, for the pass over the keys; 0 where a window stops it."""
     if mask is None or mask.shape != (q.shape[0], size.H, size.T, size.S):
         return None
     return (torch.zeros_like if any(size.features) else torch.empty_like)(mask, memory_format=torch.contiguous_format)

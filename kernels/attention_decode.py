@@ -22,9 +22,15 @@ from .attention_tables import (
     broadcast_strides,
 )
 from .attention_tiles import (
+    AGAIN_ROWS,
+    AGAIN_SINGLE_ROWS,
     LN2,
     attend,
+    attend_again,
+    is_spoilt,
     load_at,
+    normalized,
+    program_again,
     store_at,
 )
 
@@ -40,6 +46,24 @@ FEW: Blockings = {
 MANY: Blockings = {
     80: Blocking({256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 4, 1)}),
 }
+
+
+@triton.jit
+def _split(program, splits, row_tiles, H, group, M: tl.constexpr):
+    """A program's (split of the keys, first row, batch, key head)."""
+    split, rest = program % splits, program // splits
+    kv, heads = rest // row_tiles, H // group
+    return split, rest % row_tiles * M, kv // heads, kv % heads
+
+
+@triton.jit
+def _rows(first, b, kv_head, group, stride_mb, stride_mh, stride_mt, H, T, M: tl.constexpr):
+    """Rows from `first` on, of all heads of a group: (h, query, whether it is there, its mask's begin, its number)."""
+    packed = first + tl.arange(0, M)
+    there = packed < group * T
+    h = (kv_head * group + packed // T).to(tl.int64)
+    row = tl.where(there, packed % T, T)
+    return h, row, there, b * stride_mb + h * stride_mh + row * stride_mt, (b * H + h) * T + row
 
 
 @triton.jit(
@@ -93,38 +117,43 @@ def _attention_decode_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    split, rest = program % splits, program // splits
-    row_tile, kv = rest % row_tiles, rest // row_tiles
-    heads = H // group
-    b, kv_head = kv // heads, kv % heads
-    packed = row_tile * M + tl.arange(0, M)  # (head of the group, query)
-    there = packed < group * T
-    h = (kv_head * group + packed // T).to(tl.int64)
-    row = tl.where(there, packed % T, T)
-    k_ptr += b * stride_kb + kv_head * stride_kh
-    v_ptr += b * stride_vb + kv_head * stride_vh
-    mask_row = row.to(tl.int64)
-    if mask_ptr is not None:
-        mask_row = b * stride_mb + h * stride_mh + row * stride_mt
-    numbered = (b * H + h) * T + row
+    split, first, b, kv_head = _split(tl.program_id(0), splits, row_tiles, H, group, M)
+    h, row, there, mask_row, numbered = _rows(first, b, kv_head, group, stride_mb, stride_mh, stride_mt, H, T, M)
     q = load_at(q_ptr, b * stride_qb + h * stride_qh + row * stride_qt, there, D, BLOCK_D)
     q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
-    start = split * split_keys
-    end = tl.minimum(S, start + split_keys)
+    end = tl.minimum(S, (split + 1) * split_keys)
     if RIGHT:
         end = tl.minimum(end, T + window_right)
     acc, total, peak = attend(
         tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32),
-        q, k_ptr, v_ptr, mask_ptr, row, mask_row, numbered, b, kv_head, start, end, stride_ks, stride_vs, stride_ms,
+        q, k_ptr + b * stride_kb + kv_head * stride_kh, v_ptr + b * stride_vb + kv_head * stride_vh, None, None,
+        mask_ptr, row, mask_row, numbered, b, kv_head, split * split_keys, end, stride_ks, stride_vs, stride_ms,
         T, S, tl.abs(scale), softcap, window_left, window_right, seed, threshold, dropout_scale,
-        D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, False, True,
+        D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
     )  # fmt: skip
-    attended = total != 0
-    acc = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
+    out, sums = normalized(acc, total, peak, there)
+    spoilt = is_spoilt(out) if mask_ptr is not None or LEFT or RIGHT else False
     place = numbered * splits + split
-    store_at(partial_ptr, acc, place * DV, there, DV, BLOCK_DV)
-    tl.store(sums_ptr + place, tl.where(attended, peak + tl.log2(total), float("-inf")), there)
+    store_at(partial_ptr, out, place * DV, there, DV, BLOCK_DV)
+    tl.store(sums_ptr + place, sums, there)
+    if spoilt:
+        ROWS: tl.constexpr = AGAIN_SINGLE_ROWS if q_ptr.dtype.element_ty == tl.float32 else AGAIN_ROWS
+        split, first, b, kv_head = _split(program_again(), splits, row_tiles, H, group, M)
+        end = tl.minimum(S, (split + 1) * split_keys)
+        tl.debug_barrier()  # what the program's other threads stored is read
+        for part in range(first, tl.minimum(first + M, group * T), ROWS):
+            own_h, own, own_there, own_mask, own_number = _rows(
+                part, b, kv_head, group, stride_mb, stride_mh, stride_mt, H, T, ROWS
+            )
+            own_place = own_number * splits + split
+            attend_again(
+                q_ptr, b * stride_qb + own_h * stride_qh + own * stride_qt, partial_ptr, own_place * DV,
+                sums_ptr, own_place, 1.0, own_there,
+                k_ptr + b * stride_kb + kv_head * stride_kh, v_ptr + b * stride_vb + kv_head * stride_vh,
+                mask_ptr, own, own_mask, own_number, split * split_keys, end, stride_ks, stride_vs, stride_ms,
+                T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
+                D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, DROPOUT,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["H", "T", "splits"])

@@ -2,6 +2,10 @@
 
 Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the scale. A tile of scores is [M, N]
 (queries, keys) or its transpose: `row` and `col` are index tensors that broadcast to it either way.
+
+A weight of 0 times NaN is NaN, so in a product of tiles a key that a row does not attend to could reach that row. The
+loops of the forward pass pay nothing against it: a program that finds a result not finite makes those rows again from
+what is finite, and then marks as NaN what attends to the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from ._common import INTERPRETING, dropout_factors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-WIDEN = tl.constexpr(INTERPRETING)  # the interpreter's dot of bf16 tiles is wrong
+# A tile of rows that are made again, fewer of float32: little for registers, nothing for tensor memory.
+AGAIN_ROWS, AGAIN_SINGLE_ROWS, AGAIN_KEYS = tl.constexpr(16), tl.constexpr(4), tl.constexpr(64 if INTERPRETING else 16)
+INTERPRETED = tl.constexpr(INTERPRETING)
 
 
 @triton.jit
@@ -117,10 +123,32 @@ def store_rows(ptr, x, row, limit, stride, D: tl.constexpr, BLOCK_D: tl.constexp
 @triton.jit
 def dot(a, b, acc):
     """a @ b + acc in fp32; fp32 inputs are multiplied in full precision."""
-    if WIDEN:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def is_spoilt(x):
+    """Whether any of x is NaN or infinite."""
+    return tl.sum(x * 0.0) != 0
+
+
+@triton.jit
+def finite(x):
+    """(x with 0 in the place of what is not finite, 1 there and 0 elsewhere in x's dtype)."""
+    kept = tl.abs(x.to(tl.float32)) < float("inf")
+    return tl.where(kept, x, 0.0).to(x.dtype), tl.where(kept, 0.0, 1.0).to(x.dtype)
+
+
+@triton.jit
+def program_again():
+    """The program's id, read anew: what follows from it takes no registers in the loops before."""
+    if INTERPRETED:
+        return tl.program_id(0)
+    else:
+        return tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -216,8 +244,10 @@ def attend(
     total,  # [M] fp32: sum of weights
     peak,  # [M] fp32: the largest score so far, in log2 units
     q,  # [M, BLOCK_D]
-    k_ptr,  # at the tile's batch and head; a descriptor of (B, Hkv, S, D) with DESCRIPTORS
+    k_ptr,  # at the tile's batch and head
     v_ptr,
+    k_tiles,  # a descriptor of (B, Hkv, S, D) in its stead, or None
+    v_tiles,
     mask_ptr,  # or None
     row,  # [M]: which queries
     mask_row,  # [M] int64: where each row's mask begins
@@ -247,23 +277,32 @@ def attend(
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     BOUNDS: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):
-    """Take the keys from `start` to `end` into the online softmax."""
-    for first in tl.range(start, end, N):
+    """Take the keys from `start` to `end` into the online softmax.
+
+    AGAIN: what is not finite reaches only the rows that attend to it, as NaN; with BOUNDS.
+    """
+    STAGES: tl.constexpr = 1 if AGAIN else None
+    for first in tl.range(start, end, N, num_stages=STAGES):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
-        if DESCRIPTORS:
-            k = k_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
+        if k_tiles is not None:
+            k = k_tiles.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
         else:
             k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
+        if AGAIN:
+            k, not_finite = finite(k)
+            spoilt = tl.max(not_finite.to(tl.float32), 1)[None, :] != 0
         qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
         if SOFTCAP or mask_ptr is not None or BOUNDS:
             s, _ = scores(
                 qk, row[:, None], col[None, :], mask_ptr, mask_row[:, None], stride_ms, T, S, scale, softcap,
                 window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
             )  # fmt: skip
+            if AGAIN:
+                s = tl.where(spoilt & (s != float("-inf")), float("nan"), s)
             new_peak = tl.maximum(peak, tl.max(s, 1))
         else:  # the scale is not negative, so the maximum can be taken before it: one multiply-add an element less
             s = qk * (scale * LOG2E)
@@ -274,13 +313,84 @@ def attend(
         total = total * alpha + tl.sum(p, 1)
         if DROPOUT:
             p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
-        if DESCRIPTORS:
-            v = v_ptr.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
+        if v_tiles is not None:
+            v = v_tiles.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
         else:
             v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
+        if AGAIN:
+            v, not_finite = finite(v)
+            attended = tl.where(s != float("-inf"), 1.0, 0.0).to(v.dtype)
+            reached = dot(attended, not_finite, tl.zeros_like(acc))
+            acc = tl.where(reached != 0, float("nan"), acc)
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         peak = new_peak
     return acc, total, peak
+
+
+@triton.jit
+def normalized(acc, total, peak, there):
+    """(out, log-sum-exp in log2 units) of rows: 0 and -inf where a row attends to nothing or is not there."""
+    attended = (total != 0) & there
+    out = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
+    return out, tl.where(attended, peak + tl.log2(total), float("-inf"))
+
+
+@triton.jit
+def attend_again(
+    q_ptr,  # at the tile's batch and head, as out_ptr and sums_ptr
+    q_offset,  # [M] int64: where each row of q begins
+    out_ptr,
+    out_offset,  # [M] int64
+    sums_ptr,  # log-sum-exp in log2 units times `unit`, or None
+    sums_offset,  # [M] int64
+    unit: tl.constexpr,
+    there,  # [M]: which rows are
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    row,
+    mask_row,
+    dropout_row,
+    start,
+    end,
+    stride_ks,
+    stride_vs,
+    stride_ms,
+    T,
+    S,
+    scale,  # of any sign
+    softcap,
+    window_left,
+    window_right,
+    seed,
+    threshold,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Make those of AGAIN_ROWS stored rows again that are not finite."""
+    M: tl.constexpr = row.shape[0]
+    stored = load_at(out_ptr, out_offset, there, DV, BLOCK_DV)
+    again = tl.sum(stored.to(tl.float32) * 0.0, 1) != 0
+    q = load_at(q_ptr, q_offset, there, D, BLOCK_D)
+    q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
+    acc, total, peak = attend(
+        tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32),
+        q, k_ptr, v_ptr, None, None, mask_ptr, row, mask_row, dropout_row, 0, 0, start, end,
+        stride_ks, stride_vs, stride_ms, T, S, tl.abs(scale), softcap, window_left, window_right,
+        seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, AGAIN_KEYS,
+        LEFT, RIGHT, SOFTCAP, DROPOUT, True, True,
+    )  # fmt: skip
+    out, sums = normalized(acc, total, peak, there)
+    store_at(out_ptr, out, out_offset, again, DV, BLOCK_DV)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + sums_offset, sums * unit, again)
 
 
 @triton.jit

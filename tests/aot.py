@@ -26,7 +26,7 @@ from fastlm.kernels import _common, _norm, attention, cross_entropy, gelu, layer
 
 TARGETS = (80, 90, 100)
 BF16, FP32 = torch.bfloat16, torch.float32
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -242,15 +242,33 @@ def distinct(arch: int) -> dict[str, tuple]:
     return found
 
 
+def accesses_in_loops(code: str) -> int:
+    """How often a disassembled kernel reads or writes its stack between a jump back and what it jumps to."""
+    labels: dict[str, int] = {}
+    accesses, loops = [], []
+    for place, line in enumerate(code.splitlines()):
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = place
+        elif re.search(r"\b(LDL|STL)\b", line):
+            accesses.append(place)
+        elif (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and jump[1] in labels:
+            loops.append((labels[jump[1]], place))
+    return sum(any(first < place < last for first, last in loops) for place in accesses)
+
+
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and bytes of stack, shared and local memory."""
+    """Registers, bytes of stack, shared and local memory, and how often the stack is used inside loops."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+        def output(tool: str, *options: str) -> str:
+            command = [NVIDIA / tool, *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+        sizes = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output("cuobjdump", "--dump-resource-usage"))
+        used = {key: int(value) for key, value in sizes}
+        return used | {"spills": accesses_in_loops(output("nvdisasm", "-c")) if used["STACK"] else 0}
 
 
 def compile_share(share: int, shares: int) -> None:

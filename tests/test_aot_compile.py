@@ -47,22 +47,22 @@ def test_every_architecture_got_the_same_kernels(compiled):
     assert len(kernels[80]) > 5
 
 
-def _stack_bound(line):
-    """Bytes of stack that a kernel may use: none, but for attention's key gradients in float32.
+def _is_exempt(line):
+    """Attention's key gradients in float32 with large heads may spill: they need whole rows of an operand at once.
 
-    Products in full precision run on the FMA units with whole rows of an operand in registers. The compiler of
-    triton 3.6 needs a few registers more in attention: eight to forty bytes of stack in seven kernels.
+    Products in full precision run on the FMA units, not on the tensor cores.
     """
     name = line["name"]
     single = "attention_bwd_keys_kernel" in name and not re.search(r"\*(bf|fp)16'", name)
-    if single and int(re.search(r"'BLOCK_D': (\d+)", name)[1]) >= 128:
-        return 512
-    return 64 if "attention_" in name and triton.__version__.startswith("3.6.") else 0
+    return single and int(re.search(r"'BLOCK_D': (\d+)", name)[1]) >= 128
 
 
-def test_no_spills_and_no_stack(compiled):
-    spilled = [line for line in compiled if line["STACK"] > _stack_bound(line) or line["LOCAL"]]
+def test_no_spills_in_loops_and_little_stack(compiled):
+    """What a program puts aside once, before its loops, and takes back once, after them, costs it nothing."""
+    spilled = [line for line in compiled if (line["spills"] and not _is_exempt(line)) or line["LOCAL"]]
     assert not spilled, "\n".join(map(str, spilled))
+    large = [line for line in compiled if line["STACK"] > (512 if _is_exempt(line) else 64)]
+    assert not large, "\n".join(map(str, large))
 
 
 def test_shared_memory_and_registers_within_the_limits(compiled):

@@ -18,6 +18,9 @@ from tolerances import assert_as_close_as_torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 attention = pytest.importorskip("fastlm.kernels.attention")
+backward = pytest.importorskip("fastlm.kernels.attention_backward")
+decoding = pytest.importorskip("fastlm.kernels.attention_decode")
+mask_pass = pytest.importorskip("fastlm.kernels.attention_mask")
 tables = pytest.importorskip("fastlm.kernels.attention_tables")
 tiles = pytest.importorskip("fastlm.kernels.attention_tiles")
 
@@ -148,6 +151,62 @@ def test_rows_masked_by_large_numbers_have_finite_gradients():
     assert all(g.isfinite().all() and g.abs().max() < 100 for g in grads)
 
 
+def _attended_alone(q, k, v, attended, bias, scale, softcap):
+    """(out, lse) in fp64 of each row from the keys that it attends to and nothing else, whatever the others hold."""
+    T, group = q.shape[2], q.shape[1] // k.shape[1]
+    out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=torch.float64), q.new_empty(q.shape[:3], dtype=torch.float64)
+    for h, t in ((h, t) for h in range(q.shape[1]) for t in range(T)):
+        seen = attended[t].nonzero().flatten()
+        keys, values = (x[0, h // group, seen].double() for x in (k, v))
+        scores = keys @ q[0, h, t].double() * scale
+        scores = softcap * torch.tanh(scores / softcap) + bias[0, h, t, seen].double()
+        lse[0, h, t] = scores.logsumexp(0)
+        out[0, h, t] = (scores.softmax(0)[:, None] * values).sum(0)
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [70, 7])
+@pytest.mark.parametrize("kind", ["bool", "additive", "window"])
+def test_what_is_not_attended_to_does_not_reach_a_row(poisoned, kind, T, dtype):
+    """NaN and infinity in keys and values, all keys in one program and split: rows without them do not notice."""
+    S = 300 if T < 16 else 140
+    q, k, v = _inputs(1, 4, 2, T, S, 16, 24, dtype)
+    k[0, 1, 31], v[0, 1, 33, 3], v[0, 0, S - 1] = math.nan, math.inf, math.nan
+    attended = torch.ones(T, S, dtype=torch.bool).tril(30).triu(-20)
+    if kind != "window":
+        attended = torch.rand(T, S) > 0.5
+    bias = torch.zeros(1, 4, T, S, dtype=dtype)
+    options = {"window": {"window": (20, 30)}, "bool": {"attn_mask": attended}, "additive": {"attn_mask": bias}}[kind]
+    if kind == "additive":
+        bias += torch.randn(1, 4, T, S).to(dtype).masked_fill(~attended, -math.inf)
+    out, lse = fastlm.scaled_dot_product_attention(q, k, v, enable_gqa=True, softcap=5.0, return_lse=True, **options)
+    truth, truth_lse = _attended_alone(q, k, v, attended, bias, 0.25, 5.0)
+    for mine, expected in ((out, truth), (lse.to(dtype), truth_lse)):
+        finite = expected.isfinite()
+        assert 0.2 < finite.float().mean() < 1  # both kinds of rows are there
+        assert torch.equal(mine.isfinite(), finite)
+        own = expected.to(dtype).where(finite, 0)
+        assert_as_close_as_torch(mine.where(finite, 0), expected.where(finite, 0), own, S)
+
+
+def test_what_is_not_attended_to_with_dropout_and_packed_sequences(poisoned):
+    """Rows that are made again drop the same weights; sequences do not see their neighbours' NaN."""
+    q, k, v = (torch.randn(200, heads, 16) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 90, 110, 200], dtype=torch.int32)
+    clean, rows = (), torch.ones(200, dtype=torch.bool)
+    for spoilt in (False, True):
+        if spoilt:
+            k[60], v[100] = math.nan, math.inf
+            rows[60:90], rows[100:110] = False, False
+        torch.manual_seed(3)
+        result = fastlm.attention_varlen(q, k, v, cu, dropout_p=0.3, is_causal=True, return_lse=True)
+        clean = clean or result
+    torch.testing.assert_close(result[0][rows], clean[0][rows])
+    torch.testing.assert_close(result[1][:, rows], clean[1][:, rows])
+    assert not result[0][~rows].isfinite().any()
+
+
 def test_a_window_wider_than_32_bits():
     q, k, v = _inputs(1, 1, 1, 9, 9, 8, 8)
     wide = fastlm.scaled_dot_product_attention(q, k, v, window=(2**40, 2**33))
@@ -166,6 +225,70 @@ def test_backward_passes_have_the_same_bits(poisoned):
 
     first = run()
     assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def _shipped(table):
+    """The distinct tiles, queries by keys, of a configuration table."""
+    rows = (blocks for by_size in table.values() for sizes in by_size if sizes for blocks in sizes.values())
+    return sorted({(blocks.M, blocks.N) for blocks in rows})
+
+
+def _in_turn(*tables):
+    """Tuples of one tile of each table that together have every tile of every table."""
+    tiles_of = [_shipped(table) for table in tables]
+    return [tuple(own[i % len(own)] for own in tiles_of) for i in range(max(map(len, tiles_of)))]
+
+
+def _use(monkeypatch, chosen):
+    """Let the launchers take the tiles of `chosen`, pairs of a table and (M, N), and no others."""
+
+    def blocks_for(table, *rest):
+        return next(tables.Blocks(*tile, 4, 1) for own, tile in chosen if own is table)
+
+    for module in (attention, backward, mask_pass, decoding):
+        monkeypatch.setattr(module, "blocks_for", blocks_for)
+
+
+TABLES = attention.FORWARD, backward.KEYS, backward.QUERIES, mask_pass.MASK
+
+
+@pytest.mark.parametrize("chosen", _in_turn(*TABLES), ids=str)
+def test_shipped_tiles(poisoned, monkeypatch, chosen):
+    """Forward and all gradients in the tiles of a GPU: other tests run in one size of tile that suits the interpreter.
+
+    Sequences end a little behind a tile's, and the window leaves whole tiles, cut ones and some that are not read.
+    """
+    _use(monkeypatch, list(zip(TABLES, chosen, strict=True)))
+    T, S = (max(tile[axis] for tile in chosen) + 5 for axis in (0, 1))
+    S += S // 2
+    leaves = [x.requires_grad_() for x in (*_inputs(1, 2, 1, T, S, 16, 24), torch.randn(1, 1, T, S))]
+    window = S // 2, 7
+    out, lse = fastlm.scaled_dot_product_attention(*leaves, enable_gqa=True, window=window, return_lse=True)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    options = False, 0.25, 0.0, 0, *window
+    truth, truth_lse = attention_ref(*doubles, *options)
+    own, own_lse = attention_ref(*leaves, *options)
+    assert_as_close_as_torch(out, truth, own, S, "out")
+    assert_as_close_as_torch(lse, truth_lse, own_lse, S, "lse")
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    grads = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    expected = torch.autograd.grad((truth, truth_lse), doubles, (dout.double(), dlse.double()))
+    theirs = torch.autograd.grad((own, own_lse), leaves, (dout, dlse))
+    for name, g, e, t in zip(("dq", "dk", "dv", "dmask"), grads, expected, theirs, strict=True):
+        assert_as_close_as_torch(g, e, t, 2 * max(T, S), name)
+
+
+@pytest.mark.parametrize(("few", "many"), _in_turn(decoding.FEW, decoding.MANY), ids=str)
+def test_shipped_tiles_of_split_keys(poisoned, monkeypatch, few, many):
+    _use(monkeypatch, [(decoding.FEW, few), (decoding.MANY, many)])
+    k, v = torch.randn(1, 1, 261, 16), torch.randn(1, 1, 261, 24)
+    for heads in (3, max(many[0] + 1, 17)):
+        q = torch.randn(1, heads, 1, 16)
+        out = fastlm.scaled_dot_product_attention(q, k, v, enable_gqa=True, window=(None, 250))
+        options = False, 0.25, 0.0, 0, -1, 250
+        truth, _ = attention_ref(q.double(), k.double(), v.double(), None, *options)
+        own, _ = attention_ref(q, k, v, None, *options)
+        assert_as_close_as_torch(out, truth, own, 261)
 
 
 tanh = tiles.tanh
