@@ -43,6 +43,11 @@ AttentionArgs attention_args(int device, ptr stream, ptr q, const py::tuple& qs,
   return a;
 }
 
+MaskGradient mask_gradient(ptr data, int type, ptr partial, const py::tuple& sizes) {
+  return {P(data), type, static_cast<float*>(P(partial)), sizes[0].cast<int64_t>(), sizes[1].cast<int64_t>(),
+          sizes[2].cast<int64_t>(), sizes[3].cast<int64_t>()};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -104,18 +109,28 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
   });
+  // sizes are (B, H, T, S, D)
+  m.def("attention_mask_partials", [](int device, ptr, const py::tuple& mask, const py::tuple& sizes, int type) {
+    AttentionArgs a{};
+    a.device = device, a.type = type, a.dmask = mask_gradient(0, 0, 0, mask);
+    int64_t* const size[] = {&a.B, &a.H, &a.T, &a.S, &a.D};
+    for (size_t i = 0; i < 5; ++i) *size[i] = sizes[i].cast<int64_t>();
+    return attention_mask_partials(a);
+  });
   m.def("attention_bwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
                             int64_t seed, int type, ptr out, const py::tuple& outs, ptr lse, ptr dout,
                             const py::tuple& douts, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk,
-                            const py::tuple& dks, ptr dv, const py::tuple& dvs, ptr stats, ptr dscores) {
+                            const py::tuple& dks, ptr dv, const py::tuple& dvs, ptr stats, ptr dmask, int dmask_type,
+                            ptr partial, const py::tuple& dmask_sizes) {
     AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
                                      scale, softcap, p, seed, type);
     a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse));
     a.dout = heads(dout, douts), a.dlse = static_cast<const float*>(P(dlse));
     a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);
-    a.stats = static_cast<float*>(P(stats)), a.dscores = static_cast<float*>(P(dscores));
+    a.stats = static_cast<float*>(P(stats));
+    if (dmask) a.dmask = mask_gradient(dmask, dmask_type, partial, dmask_sizes);
     const py::gil_scoped_release nogil_here;
     attention_bwd(a);
   });

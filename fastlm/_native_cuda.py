@@ -250,6 +250,19 @@ def _attention_arguments(
     )  # fmt: skip
 
 
+def _mask_gradient(q: Tensor, S: int, D: int, mask: Tensor, wholly_written: bool) -> tuple[Tensor, Tensor | None]:
+    """(the gradient's tensor, a workspace of partial sums or None); D: the larger head size."""
+    B, H, T, _ = q.shape
+    if 0 in (B, H, T, S):
+        return torch.zeros_like(mask, dtype=torch.float32), None
+    partials = _call(_cuda.attention_mask_partials, q, tuple(mask.shape), (B, H, T, S, D), TYPE_CODE[q.dtype])
+    if partials == 0:  # as large as the scores, in its own dtype
+        dtype = mask.dtype if mask.dtype == q.dtype else torch.float32
+        return (q.new_empty if wholly_written else q.new_zeros)(mask.shape, dtype=dtype), None
+    partial = q.new_empty(partials, *mask.shape, dtype=torch.float32) if partials > 1 else None
+    return q.new_empty(mask.shape, dtype=torch.float32), partial
+
+
 def _attention_heads(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
     return (0, ()) if x is None else (_ptr(x), x.stride())
 
@@ -267,14 +280,17 @@ def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, gra
     """Writes dq, dk and dv into `grads`, those that are not None, and returns the mask's."""
     B, H, T, _ = q.shape
     stats = lse.new_empty(2, B, H, T)
-    # One number a score: summed over the mask's broadcast dimensions afterwards, in torch's fixed order.
-    dscores = lse.new_zeros(B, H, T, k.shape[2]) if mask is not None and mask_grad else None
+    dmask = partial = None
+    if mask is not None and mask_grad:
+        everywhere = options[4] < 0 and options[5] < 0  # tiles outside of a window are left out
+        dmask, partial = _mask_gradient(q, k.shape[2], max(q.shape[3], v.shape[3]), mask, everywhere)
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
     _call(
         _cuda.attention_bwd, q, *arguments, *_attention_heads(out), _ptr(lse), *_attention_heads(dout), _ptr(dlse),
-        *(part for grad in grads for part in _attention_heads(grad)), _ptr(stats), _ptr(dscores),
+        *(part for grad in grads for part in _attention_heads(grad)), _ptr(stats),
+        _ptr(dmask), 0 if dmask is None else TYPE_CODE[dmask.dtype], _ptr(partial), () if dmask is None else tuple(dmask.shape),
     )  # fmt: skip
-    return None if dscores is None else dscores.sum_to_size(mask.shape)
+    return dmask
 
 
 def attention_fwd(

@@ -6,11 +6,15 @@ import ctypes
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastlm
 from conftest import CUDA
 from emulation import build
 from fastlm._native import TYPE_CODE
+from fastlm.ops import _dropout
+from fastlm.ops._attention_reference import attention_ref
 from test_attention import (
     test_any_strides,
     test_dropout,
@@ -32,6 +36,7 @@ from test_attention_varlen import test_any_strides as test_any_strides_of_packed
 from test_attention_varlen import test_dropout as test_dropout_of_packed_sequences
 from test_attention_varlen import test_parity as test_parity_of_packed_sequences
 from test_attention_window import test_all_together, test_boolean_mask_and_dropout, test_softcap, test_window
+from tolerances import assert_as_close_as_torch
 
 pytestmark = pytest.mark.parametrize("kernels", [CUDA], indirect=True)
 
@@ -73,6 +78,83 @@ def test_masks_of_other_dtypes(attention_kernels, dtype):
     for mask in (narrow.half(), narrow.float(), narrow.double()):
         out = fastlm.scaled_dot_product_attention(q, k, v, mask)
         assert torch.equal(out, fastlm.scaled_dot_product_attention(q, k, v, narrow.float()))
+
+
+class _Sizes(TorchDispatchMode):
+    """The number of elements of every tensor that operators return inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.seen += [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        return made
+
+
+# Head sizes of every class of tiles and dtype; one batch, one head, one row, one column, all, and none.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("head_size", "shape"),
+    [
+        (24, (1, 2, 140, 150)),
+        (64, (2, 1, 1, 150)),
+        (80, (140, 1)),
+        (128, (1,)),
+        (192, (2, 1, 140, 150)),
+        (256, (150,)),
+        (40, (2, 2, 140, 150)),
+    ],
+)
+def test_gradient_of_a_mask_with_everything_else(attention_kernels, poisoned, head_size, shape, dtype):
+    """Beside window, soft cap, dropout and grouped heads, in tiles cut on both sides.
+
+    The part of the log-sum-exp alone does not vanish in the sum over a row.
+    """
+    q, k, v = (torch.randn(2, heads, n, head_size).to(dtype) for heads, n in ((2, 140), (1, 150), (1, 150)))
+    mask = torch.randn(shape).to(dtype).requires_grad_()
+    grads_in = torch.randn(2, 2, 140, head_size).to(dtype), torch.randn(2, 2, 140)
+    torch.manual_seed(5)
+    seed = _dropout.draw_seed()
+    torch.manual_seed(5)
+    outs = fastlm.scaled_dot_product_attention(
+        q, k, v, mask, 0.2, window=(30, 90), softcap=8.0, enable_gqa=True, return_lse=True
+    )
+    (dmask,) = torch.autograd.grad(outs, mask, grads_in)
+    options = False, head_size**-0.5, 0.2, seed, 30, 90, 8.0
+    grads = []
+    for wide in (torch.float64, dtype):
+        inputs = [x.detach().to(wide).requires_grad_() for x in (q, k, v, mask)]
+        outs = attention_ref(*inputs, *options)
+        grads += torch.autograd.grad(outs, inputs[3], [g.to(o.dtype) for g, o in zip(grads_in, outs, strict=True)])
+    assert dmask.shape == mask.shape
+    assert_as_close_as_torch(dmask, *grads, max(head_size, 4 * 140 * 150 // mask.numel()), "dmask")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation alone")
+def test_gradient_of_a_mask_of_many_small_matrices(attention_kernels, emulation):
+    """Where its own tiles are too few for the GPU, blocks share the batches; a larger GPU has other partial sums."""
+    q, k, v = (torch.randn(30, 2, 9, 16) for _ in range(3))
+    mask, dout = torch.randn(2, 9, 9).requires_grad_(), torch.randn(30, 2, 9, 16)
+    expected = torch.autograd.grad(attention_ref(q, k, v, mask[None], False, 0.25)[0], mask, dout)[0]
+    grads = []
+    for multiprocessors in (1, 3, 50):
+        emulation.set_device(multiprocessors=multiprocessors)
+        out = fastlm.scaled_dot_product_attention(q, k, v, mask)
+        grads += torch.autograd.grad(out, mask, dout)
+        torch.testing.assert_close(grads[-1], expected)
+    assert not torch.equal(grads[0], grads[2])
+
+
+def test_no_matrix_of_scores_for_a_mask_that_broadcasts(attention_kernels):
+    q, k, v = (torch.randn(3, 4, 130, 16, requires_grad=True) for _ in range(3))
+    for shape in ((4, 130, 130), (3, 1, 1, 130), (130, 1), (130,)):
+        mask = torch.randn(shape, requires_grad=True)
+        out = fastlm.scaled_dot_product_attention(q, k, v, mask)
+        with _Sizes() as sizes:
+            torch.autograd.grad(out, (q, mask), torch.ones_like(out))
+        assert max(sizes.seen) <= max(q.numel(), mask.numel())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation alone")

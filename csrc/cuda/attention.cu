@@ -9,6 +9,8 @@ template <class T, int D>
 void attention_fwd(const AttentionParams& params, const AttentionArgs& args);
 template <class T, int D>
 void attention_bwd(const AttentionParams& params, const AttentionArgs& args);
+template <class T, int D>
+int64_t attention_mask_partials(const AttentionArgs& args);
 
 namespace {
 
@@ -23,12 +25,18 @@ bool aligned(const Heads& x, int64_t width, int64_t element) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && whole(x.b) && whole(x.h) && whole(x.t) && whole(width);
 }
 
+bool as_large_as_scores(const AttentionArgs& a) {
+  const MaskGradient& m = a.dmask;
+  return m.B == a.B && m.H == a.H && m.T == a.T && m.S == a.S;
+}
+
 AttentionParams params_of(const AttentionArgs& a) {
   AttentionParams p{};
   p.q = a.q, p.k = a.k, p.v = a.v, p.out = a.out, p.dout = a.dout, p.dq = a.dq, p.dk = a.dk, p.dv = a.dv;
   if (a.cu_q)  // sequences differ in their rows alone
     for (Heads* x : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv}) x->b = 0;
-  p.mask = a.mask, p.lse = a.lse, p.dlse = a.dlse, p.stats = a.stats, p.dscores = a.dscores;
+  p.mask = a.mask, p.lse = a.lse, p.dlse = a.dlse, p.stats = a.stats;
+  if (as_large_as_scores(a)) p.dmask = a.dmask.data, p.dmask_type = a.dmask.type;
   p.cu_q = a.cu_q, p.cu_k = a.cu_k;
   p.B = (int)a.B, p.H = (int)a.H, p.Hkv = (int)a.Hkv, p.T = (int)a.T, p.S = (int)a.S, p.D = (int)a.D, p.Dv = (int)a.Dv;
   p.left = reach(a.left), p.right = reach(a.right);
@@ -77,6 +85,14 @@ void attention_bwd(const AttentionArgs& args) {
   set_device(args.device);
   const AttentionParams params = params_of(args);
   for_kernel(args, [&](auto type, auto D) { attention_bwd<decltype(type), D()>(params, args); });
+}
+
+int64_t attention_mask_partials(const AttentionArgs& args) {
+  if (as_large_as_scores(args)) return 0;
+  set_device(args.device);
+  int64_t partials = 0;
+  for_kernel(args, [&](auto type, auto D) { partials = attention_mask_partials<decltype(type), D()>(args); });
+  return partials;
 }
 
 }  // namespace fastlm::cuda

@@ -16,7 +16,8 @@ struct AttentionParams {
   float* lse;
   const float* dlse;
   float* stats;
-  float* dscores;
+  void* dmask;  // the gradient of a mask as large as the scores, or null
+  int dmask_type;
   const int32_t *cu_q, *cu_k;
   int B, H, Hkv, T, S, D, Dv, left, right;
   float scale, softcap, softcap_inverse;

@@ -20,13 +20,22 @@ struct Mask {
 };
 constexpr int kBool = 4;
 
+// The gradient of an additive mask of sizes B, H, T and S, each 1 or the scores'. One as large as the scores is of
+// `type`, f32 or the type of q, and holds 0 where no query attends; others are f32.
+struct MaskGradient {
+  void* data;  // contiguous; null: not wanted
+  int type;
+  float* partial;  // attention_mask_partials() times as many numbers, where there are more than one
+  int64_t B, H, T, S;
+};
+
 struct AttentionArgs {
   Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; any of dq, dk and dv may be null
   Mask mask;
   float* lse;          // (B, H, T), or (H, T) of packed sequences; null in a forward pass that does not want it
   const float* dlse;   // the same, or null
   float* stats;        // backward's workspace: (2, B, H, T)
-  float* dscores;      // (B, H, T, S) zeros for the gradient of the masked scores, or null
+  MaskGradient dmask;
   const int32_t* cu_q;  // (B + 1) first rows of packed sequences, T and S the totals; null for a batch of equal ones
   const int32_t* cu_k;
   int64_t B, H, Hkv, T, S, D, Dv;
@@ -39,5 +48,7 @@ struct AttentionArgs {
 
 void attention_fwd(const AttentionArgs& args);
 void attention_bwd(const AttentionArgs& args);
+// Partial sums of a mask's gradient by the sizes, type and device of `args`; 0 where it is as large as the scores.
+int64_t attention_mask_partials(const AttentionArgs& args);
 
 }  // namespace fastlm::cuda

@@ -1,6 +1,7 @@
 // Attention backward for sm_80 and later. With P = exp(score - lse) recomputed tile by tile and dropout's factors F:
 //   dV = (P F)^T dO,   dP = dO V^T F,   dS = P (dP - delta),   delta = rowsum(dO O) - dlse,
-//   dQ = scale dS K,   dK = scale dS^T Q,   and dS is the gradient of the masked scores.
+//   dQ = scale dS K,   dK = scale dS^T Q,   and dS is the gradient of the masked scores: the pass over dQ writes it as
+//   the gradient of a mask that is as large; attention_mask.cuh has those of smaller ones.
 //
 // Three launches: delta and lse in units of log2, a warp per row; dK and dV; dQ. The last two are one kernel in which a
 // block owns a tile of rows of one side and walks over tiles of the other, two of them in shared memory: owners of keys
@@ -13,7 +14,7 @@
 // and the walked side once for each owner's tile, of which L2 serves most. Not measured on a GPU yet.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_mask.cuh"
 
 namespace fastlm::cuda {
 
@@ -59,6 +60,14 @@ FASTLM_DEVICE void load_stats(float* to, const float* from, int64_t row, int fir
   cp_async<4>(to + i, Global<const float>(from + row + (inside ? first + i : 0)), inside ? 4 : 0);
 }
 
+template <class T>
+FASTLM_DEVICE void store_dmask(const AttentionParams& a, int64_t at, float x) {
+  if (std::is_same_v<T, float> || a.dmask_type == (int)DType::f32)
+    Global<float>((float*)a.dmask)[at] = x;
+  else
+    Global<T>((T*)a.dmask)[at] = from_float<T>(x);
+}
+
 template <class T, int D, int WARPS, int PARTS, int N, bool KEYS>
 __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_bwd_kernel(const __grid_constant__ AttentionParams a) {
   constexpr int M = 16 * WARPS / PARTS, kThreads = WARPS * kWarp, kColumns = D / PARTS;
@@ -98,7 +107,6 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_bwd_kernel(const __
   const int warp_row = warp_index() / PARTS * 16, column = warp_index() % PARTS * kColumns;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const bool general = a.general();
-  const Global<float> dmasked(a.dscores);
   const float unit = a.scale * kLog2e;
   float grad[1][kColumns / 8][4], grad_v[1][KEYS ? kColumns / 8 : 2][4];
   clear(grad);
@@ -156,7 +164,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_bwd_kernel(const __
           weight = exp2_approx(rules.score(weights[0][n][e], i, j, slope) - lse);
         float dscore = weight * (dscores[0][n][e] * factor[e] - delta);
         if constexpr (!KEYS)
-          if (dmasked && i < p.T && j < p.S) dmasked[(p.row(head) + i) * p.S + j] = dscore;
+          if (a.dmask && i < p.T && j < p.S) store_dmask<T>(a, (p.row(head) + i) * p.S + j, dscore);
         weights[0][n][e] = weight * factor[e];
         dscores[0][n][e] = dscore * slope;
       }
@@ -197,7 +205,8 @@ void attention_bwd(const AttentionParams& params, const AttentionArgs& args) {
     launch({"attention_delta", {(unsigned)divided_up<int64_t>(params.stat_rows, 8)}, 256, 0, args.stream},
            attention_delta_kernel<T>, params);
   if (args.dk.data) attention_bwd_pass<T, D, true>(params, args);
-  if (args.dq.data || args.dscores) attention_bwd_pass<T, D, false>(params, args);
+  if (args.dq.data || params.dmask) attention_bwd_pass<T, D, false>(params, args);
+  if (args.dmask.data && !params.dmask) attention_bwd_mask<T, D>(params, args);
 }
 
 }  // namespace fastlm::cuda

@@ -4,7 +4,10 @@
 namespace fastlm::cuda {
 
 template void attention_bwd<bf16, 128>(const AttentionParams&, const AttentionArgs&);
+template int64_t attention_mask_partials<bf16, 128>(const AttentionArgs&);
 template void attention_bwd<fp16, 128>(const AttentionParams&, const AttentionArgs&);
+template int64_t attention_mask_partials<fp16, 128>(const AttentionArgs&);
 template void attention_bwd<float, 128>(const AttentionParams&, const AttentionArgs&);
+template int64_t attention_mask_partials<float, 128>(const AttentionArgs&);
 
 }  // namespace fastlm::cuda

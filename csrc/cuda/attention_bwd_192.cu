@@ -4,6 +4,8 @@
 namespace fastlm::cuda {
 
 template void attention_bwd<bf16, 192>(const AttentionParams&, const AttentionArgs&);
+template int64_t attention_mask_partials<bf16, 192>(const AttentionArgs&);
 template void attention_bwd<fp16, 192>(const AttentionParams&, const AttentionArgs&);
+template int64_t attention_mask_partials<fp16, 192>(const AttentionArgs&);
 
 }  // namespace fastlm::cuda

@@ -4,6 +4,8 @@
 namespace fastlm::cuda {
 
 template void attention_bwd<bf16, 32>(const AttentionParams&, const AttentionArgs&);
+template int64_t attention_mask_partials<bf16, 32>(const AttentionArgs&);
 template void attention_bwd<fp16, 32>(const AttentionParams&, const AttentionArgs&);
+template int64_t attention_mask_partials<fp16, 32>(const AttentionArgs&);
 
 }  // namespace fastlm::cuda
