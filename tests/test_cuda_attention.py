@@ -3,6 +3,7 @@
 # ruff: noqa: F401  (the imported tests are collected here as well, with this file's fixture)
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -91,6 +92,62 @@ class _Sizes(TorchDispatchMode):
         made = function(*args, **(kwargs or {}))
         self.seen += [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
         return made
+
+
+def _closed_keys(kind, T, S):
+    """(mask, further arguments, (T, S): what each query attends to)."""
+    i, j = torch.arange(T)[:, None], torch.arange(S)
+    if kind == "causal":
+        return None, {"is_causal": True}, j <= i
+    if kind == "window":
+        return None, {"window": (20, 9)}, (j >= i - 20) & (j <= i + 9)
+    open_ = torch.rand(T, S) > 0.4
+    open_[5] = False  # a row that attends to nothing
+    if kind == "bool":
+        return open_, {}, open_
+    return torch.zeros(T, S).masked_fill(~open_, -math.inf), {"softcap": 5.0}, open_
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "bool", "additive"])
+@pytest.mark.parametrize(
+    ("dtype", "head_size"),
+    [(torch.float32, 40), (torch.bfloat16, 24), (torch.float16, 64), (torch.bfloat16, 128), (torch.float32, 256)],
+    ids=str,
+)
+def test_what_a_row_does_not_attend_to_may_be_anything(attention_kernels, emulation, poisoned, dtype, head_size, kind):
+    """Keys and values that are not finite: the rows that do not attend to them keep their bits, the others' are lost."""
+    emulation.set_device(architecture=80)
+    T, S = 100, 140
+    mask, options, attended = _closed_keys(kind, T, S)
+    q, k, v = (torch.randn(1, 2, n, head_size).to(dtype) for n in (T, S, S))
+    clean = fastlm.scaled_dot_product_attention(q, k, v, mask, return_lse=True, **options)
+    for bad in (math.nan, math.inf, -math.inf):
+        for names, key in (("k", 3), ("v", 64), ("kv", 97)):
+            spoiled = {"k": k.clone(), "v": v.clone()}
+            for name in names:
+                spoiled[name][0, 1, key, 7:9] = bad
+            out = fastlm.scaled_dot_product_attention(
+                q, spoiled["k"], spoiled["v"], mask, return_lse=True, **options
+            )
+            safe = torch.ones(2, T, dtype=torch.bool)
+            safe[1] = ~attended[:, key]
+            for mine, before in zip(out, clean, strict=True):
+                assert torch.equal(mine[0][safe], before[0][safe])
+            if names == "v":
+                assert not out[0][0, 1, attended[:, key], 7:9].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_lies_behind_a_sequence_may_be_anything(attention_kernels, poisoned, dtype):
+    """The rest of a cache, and the neighbours of a packed sequence."""
+    q, k, v = (torch.randn(1, 2, 100, 40).to(dtype) for _ in range(3))
+    clean = fastlm.scaled_dot_product_attention(q, k[:, :, :70], v[:, :, :70])
+    for x in (k, v):
+        x[:, :, 70:] = math.nan
+    assert torch.equal(fastlm.scaled_dot_product_attention(q, k[:, :, :70], v[:, :, :70]), clean)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    cu_q, cu_k = (torch.tensor([0, end, 100], dtype=torch.int32) for end in (100, 70))
+    assert torch.equal(fastlm.attention_varlen(q, k, v, cu_q, cu_k), clean[0].transpose(0, 1))
 
 
 # Head sizes of every class of tiles and dtype; one batch, one head, one row, one column, all, and none.

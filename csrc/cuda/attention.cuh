@@ -122,9 +122,13 @@ struct ScoreRules {
   FASTLM_DEVICE float masked(float x, int i, int j) const {
     const int64_t at = i * a.mask.t + j * a.mask.s;
     if (a.mask.type == kBool) return Global<const uint8_t>((const uint8_t*)mask)[at] ? x : -kInfinity;
-    if (std::is_same_v<Element, float> || a.mask.type == (int)DType::f32)
-      return x + Global<const float>((const float*)mask)[at];
-    return x + to_float(Global<const Element>((const Element*)mask)[at]);
+    const float added = std::is_same_v<Element, float> || a.mask.type == (int)DType::f32
+                            ? Global<const float>((const float*)mask)[at]
+                            : to_float(Global<const Element>((const Element*)mask)[at]);
+    return added == -kInfinity ? added : x + added;  // whatever x is: NaN or infinite
+  }
+  FASTLM_DEVICE bool attends(int i, int j) const {
+    return inside(i, j) && (!mask || masked(0, i, j) != -kInfinity);
   }
 
   // The score of a product; slope is its derivative by scale times the product.

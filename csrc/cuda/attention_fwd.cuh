@@ -4,13 +4,15 @@
 // that a row's maximum and sum stay within four lanes. The weights go from the accumulators of q k^T straight into the
 // left operand of the product with v. cp.async brings the values while q k^T runs and the next keys while the softmax
 // and the second product run. Only tiles that window or sizes cut, or all where there is a mask or a soft cap, pay for
-// the general rules; tiles outside of the window are never loaded.
+// the general rules; tiles outside of the window are never loaded. attention_not_finite.cuh says what happens to values
+// that are infinite or NaN.
 //
 // FLOPs: 2 (D + Dv) for each pair of query and key that is not in a skipped tile. Bytes: q, out and lse once; k and v
 // once for each 16 ROWS WARPS queries, of which L2 serves most, since neighbouring blocks read the same head. Not
 // measured on a GPU yet.
 #pragma once
 
+#include "attention_not_finite.cuh"
 #include "attention_softmax.cuh"
 
 namespace fastlm::cuda {
@@ -45,35 +47,45 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_fwd_kernel(const __
   const bool general = a.general();
   const float unit = general ? 1.0f : a.scale * kLog2e;
   float out[ROWS][D / 8][4], scores[ROWS][N / 8][4], factor[ROWS][2];
-  clear(out);
   SoftmaxState<ROWS> state;
 
   load_tile<M, kThreads>(q, rows_of<const T>(a.q, p.b, p.head, p.q_row, p.T, a.D, a.vectors), p.first);
-  if (begin < end) load_tile<N, kThreads>(k, keys, begin);
-  cp_async_commit();
-  for (int j0 = begin; j0 < end; j0 += N) {
-    cp_async_wait<0>();
-    sync_threads();  // the keys are there, and the last tile's values have been used
-    load_tile<N, kThreads>(v, values, j0);
+  const bool closed = a.mask.data || !rules.all_inside(p.first, p.first + M, begin, end);
+  bool careful = false;
+  for (;; careful = true) {
+    clear(out);
+    state = {};
+    if (begin < end) load_tile<N, kThreads>(k, keys, begin);
     cp_async_commit();
-    product_of_rows(scores, q, warp_row, k);
-    if (general || !rules.all_inside(p.first, p.first + M, j0, j0 + N))
-      apply_rules(scores, rules, general, i, j0 + 2 * (lane_index() % 4));
+    for (int j0 = begin; j0 < end; j0 += N) {
+      cp_async_wait<0>();
+      sync_threads();  // the keys are there, and the last tile's values have been used
+      load_tile<N, kThreads>(v, values, j0);
+      cp_async_commit();
+      if (careful) clean_tile<N, kThreads>(v);
+      product_of_rows(scores, q, warp_row, k);
+      if (general || !rules.all_inside(p.first, p.first + M, j0, j0 + N))
+        apply_rules(scores, rules, general, i, j0 + 2 * (lane_index() % 4));
+      cp_async_wait<0>();
+      sync_threads();  // the values are there, and the keys have been used
+      if (j0 + N < end) load_tile<N, kThreads>(k, keys, j0 + N);
+      cp_async_commit();
+      softmax_step(scores, state, unit, factor);
+      multiply_rows(out, factor);
+      if (a.drops) drop_weights(scores, a.dropout, p.row(p.head) + i, j0);
+      add_weighted(out, scores, v, 0);
+    }
     cp_async_wait<0>();
-    sync_threads();  // the values are there, and the keys have been used
-    if (j0 + N < end) load_tile<N, kThreads>(k, keys, j0 + N);
-    cp_async_commit();
-    softmax_step(scores, state, unit, factor);
-    multiply_rows(out, factor);
-    if (a.drops) drop_weights(scores, a.dropout, p.row(p.head) + i, j0);
-    add_weighted(out, scores, v, 0);
+    if (careful || !closed || !sync_threads_or(not_finite(out))) break;
   }
-  cp_async_wait<0>();
 
   finish_softmax(state, unit, Global<float>(a.lse ? a.lse + p.row(p.head) : nullptr), i, p.T, factor);
   multiply_rows(out, factor);
   const auto target = rows_of<T>(a.out, p.b, p.head, p.q_row, p.T, a.Dv, a.vectors);
   store_rows(target, p.first + warp_row, q, warp_row, 0, out);
+  if (careful)
+    spread_not_finite<N, kThreads>(values, begin, end, target, p.first, smaller(M, p.T - p.first),
+                                   [&](int row, int key) { return rules.attends(p.first + row, key); });
 }
 
 template <class T, int D>

@@ -194,6 +194,23 @@ FASTLM_DEVICE void add_weighted(float (&c)[ROWS][N][4], const float (&weights)[R
   }
 }
 
+// Whether any of a thread's accumulators is infinite or NaN.
+template <int ROWS, int N>
+FASTLM_DEVICE bool not_finite(const float (&c)[ROWS][N][4]) {
+  float zero = 0;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) zero = fmaf(c[r][n][e], 0.0f, zero);
+  return zero != 0;
+}
+template <class T>
+FASTLM_DEVICE bool not_finite(T x) {
+  return to_float(x) * 0 != 0;
+}
+
 // Rows of a matrix in global memory, `stride` elements apart; `width` of their elements and `rows` of them exist, and
 // where `vectors` holds, each 16-byte chunk of a row is aligned and exists whole or not at all.
 template <class T>

@@ -53,6 +53,8 @@ FASTLM_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_g
 
 // Barriers.
 FASTLM_DEVICE void sync_threads() { __syncthreads(); }
+// As sync_threads; whether any thread of the block votes for it.
+FASTLM_DEVICE bool sync_threads_or(bool vote) { return __syncthreads_or(vote) != 0; }
 FASTLM_DEVICE void sync_warp() { __syncwarp(); }
 // Barrier `id` in 1 to 15 for `threads` threads, a multiple of 32: sync waits for all of them, arrive does not.
 FASTLM_DEVICE void sync_named(int id, int threads) {

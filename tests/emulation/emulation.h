@@ -67,6 +67,7 @@ struct Block {
   std::vector<Meeting> warps;       // one a warp: shuffles and everything else that a warp does together
   std::vector<Meeting> warpgroups;  // one a group of four warps
   Meeting barriers[16];
+  Meeting votes;                    // barriers that combine something
   std::map<const void*, std::shared_ptr<void>> objects;  // state that other headers keep: mbarriers, products in flight
 };
 

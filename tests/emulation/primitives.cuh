@@ -66,6 +66,16 @@ T* shared_memory() {
 #define FASTLM_LINE int line = __builtin_LINE()
 
 inline void sync_threads(FASTLM_LINE) { emulation::barrier(0, block_threads(), true, line); }
+inline bool sync_threads_or(bool vote, FASTLM_LINE) {
+  const int threads = block_threads();
+  emulation::meet(emulation::block().votes, "sync_threads_or", line, thread_index(), threads, &vote,
+                  [threads](bool** all) {
+                    bool any = false;
+                    for (int i = 0; i < threads; ++i) any = any || *all[i];
+                    for (int i = 0; i < threads; ++i) *all[i] = any;
+                  });
+  return vote;
+}
 inline void sync_named(int id, int threads, FASTLM_LINE) { emulation::barrier(id, threads, true, line); }
 inline void arrive_named(int id, int threads, FASTLM_LINE) { emulation::barrier(id, threads, false, line); }
 inline void sync_warp(FASTLM_LINE) {
