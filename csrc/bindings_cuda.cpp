@@ -117,6 +117,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     for (size_t i = 0; i < 5; ++i) *size[i] = sizes[i].cast<int64_t>();
     return attention_mask_partials(a);
   });
+  m.def("attention_bwd_workspace", [](int device, ptr, int64_t B, int64_t H, int64_t T, int64_t D, int64_t Dv, int type,
+                                      bool plain) {
+    return attention_bwd_workspace(device, B, H, T, D, Dv, type, plain);
+  });
   m.def("attention_bwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,

@@ -278,12 +278,14 @@ def _attention_fwd(q, k, v, mask, cu_q, cu_k, options, lse) -> tuple[Tensor, Ten
 
 def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, grads, mask_grad) -> Tensor | None:
     """Writes dq, dk and dv into `grads`, those that are not None, and returns the mask's."""
-    B, H, T, _ = q.shape
-    stats = lse.new_empty(2, B, H, T)
+    B, H, T, D = q.shape
+    plain = mask is None and cu_q is None and options[2] == 0
+    sizes = B, H, T, D, v.shape[3], TYPE_CODE[q.dtype], plain
+    stats = lse.new_empty(_call(_cuda.attention_bwd_workspace, q, *sizes))
     dmask = partial = None
     if mask is not None and mask_grad:
         everywhere = options[4] < 0 and options[5] < 0  # tiles outside of a window are left out
-        dmask, partial = _mask_gradient(q, k.shape[2], max(q.shape[3], v.shape[3]), mask, everywhere)
+        dmask, partial = _mask_gradient(q, k.shape[2], max(D, v.shape[3]), mask, everywhere)
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
     _call(
         _cuda.attention_bwd, q, *arguments, *_attention_heads(out), _ptr(lse), *_attention_heads(dout), _ptr(dlse),

@@ -1,6 +1,6 @@
 // Chooses attention's kernel by element type and head size; attention_fwd.cuh and attention_bwd.cuh have the kernels,
-// attention_fwd_<head size>.cu and attention_bwd_<head size>.cu compile them. Hopper has its own forward kernel
-// for the calls that attention_sm90.cu serves.
+// attention_fwd_<head size>.cu and attention_bwd_<head size>.cu compile them. Hopper has its own kernels for the
+// calls that attention_sm90.cu and attention_bwd_sm90.cu serve.
 #include "attention.cuh"
 
 namespace fastlm::cuda {
@@ -84,6 +84,7 @@ void attention_fwd(const AttentionArgs& args) {
 void attention_bwd(const AttentionArgs& args) {
   set_device(args.device);
   const AttentionParams params = params_of(args);
+  if (attention_bwd_serves_sm90(params, args)) return attention_bwd_sm90(params, args);
   for_kernel(args, [&](auto type, auto D) { attention_bwd<decltype(type), D()>(params, args); });
 }
 

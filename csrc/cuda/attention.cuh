@@ -29,9 +29,11 @@ struct AttentionParams {
   FASTLM_ANY bool general() const { return mask.data || softcap > 0 || !(scale > 0); }
 };
 
-// attention_sm90.cu: whether this call runs on Hopper's own forward kernel, and that.
+// attention_sm90.cu and attention_bwd_sm90.cu: whether a call runs on Hopper's own kernels, and those.
 bool attention_fwd_serves_sm90(const AttentionParams& params, const AttentionArgs& args);
 void attention_fwd_sm90(const AttentionParams& params, const AttentionArgs& args);
+bool attention_bwd_serves_sm90(const AttentionParams& params, const AttentionArgs& args);
+void attention_bwd_sm90(const AttentionParams& params, const AttentionArgs& args);
 
 // The sequence, head and rows of a block. `first` is its first query, or key where blocks own keys.
 struct Problem {

@@ -34,7 +34,7 @@ struct AttentionArgs {
   Mask mask;
   float* lse;          // (B, H, T), or (H, T) of packed sequences; null in a forward pass that does not want it
   const float* dlse;   // the same, or null
-  float* stats;        // backward's workspace: (2, B, H, T)
+  float* stats;        // backward's workspace: (2, B, H, T), and what Hopper's kernel adds to it
   MaskGradient dmask;
   const int32_t* cu_q;  // (B + 1) first rows of packed sequences, T and S the totals; null for a batch of equal ones
   const int32_t* cu_k;
@@ -50,5 +50,8 @@ void attention_fwd(const AttentionArgs& args);
 void attention_bwd(const AttentionArgs& args);
 // Partial sums of a mask's gradient by the sizes, type and device of `args`; 0 where it is as large as the scores.
 int64_t attention_mask_partials(const AttentionArgs& args);
+// How many floats the workspace of attention_bwd has; plain: without mask, dropout and packed sequences.
+int64_t attention_bwd_workspace(int device, int64_t B, int64_t H, int64_t T, int64_t D, int64_t Dv, int type,
+                                bool plain);
 
 }  // namespace fastlm::cuda

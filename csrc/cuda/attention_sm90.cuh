@@ -13,9 +13,8 @@
 // each 128 queries, mostly from L2. Has not run on a GPU; hopper.cuh says what the emulation leaves open.
 #pragma once
 
-#include <hopper.cuh>
-
 #include "attention_softmax.cuh"
+#include "attention_tile_sm90.cuh"
 
 namespace fastlm::cuda {
 
@@ -77,39 +76,6 @@ FASTLM_DEVICE void produce(HopperTile<T, D>& tile, const HopperMaps& maps, const
     load(tile.k[s], maps.k, &tile.k_full[s], &tile.k_empty[s]);
     load(tile.v[s], maps.v, &tile.v_full[s], &tile.v_empty[s]);
   }
-}
-
-// scores (64, 128) = q k^T, of a warpgroup's queries and a tile of keys; issued, not waited for.
-template <class T, int PANELS, int ROWS, int N>
-FASTLM_DEVICE void issue_scores(float (&scores)[1][N / 8][4], const T (&q)[PANELS][ROWS][kPanelColumns],
-                                const T (&k)[PANELS][N][kPanelColumns]) {
-#pragma unroll
-  for (int panel = 0; panel < PANELS; ++panel)
-#pragma unroll
-    for (int column = 0; column < kPanelColumns; column += 16) {
-      const uint64_t a = wgmma_descriptor(&q[panel][0][column], 16, 8 * kPanelRowBytes);
-      const uint64_t b = wgmma_descriptor(&k[panel][0][column], 16, 8 * kPanelRowBytes);
-      if (panel == 0 && column == 0)
-        wgmma_rows<T, false>(scores, a, b);
-      else
-        wgmma_rows<T, true>(scores, a, b);
-    }
-  wgmma_commit();
-}
-
-// out (64, D) += weights (64, N) v, likewise.
-template <class T, int PANELS, int N, int COLUMNS>
-FASTLM_DEVICE void issue_weighted(float (&out)[1][COLUMNS][4], const Left<T> (&weights)[N / 16],
-                                  const T (&v)[PANELS][N][kPanelColumns]) {
-#pragma unroll
-  for (int row = 0; row < N; row += 16)
-    wgmma_weighted<T>(out, weights[row / 16].word, wgmma_descriptor(&v[0][row], (int)sizeof(v[0]), 8 * kPanelRowBytes));
-  wgmma_commit();
-}
-
-// Tells the producer that this warp needs a stage no more.
-FASTLM_DEVICE void release(Barrier* empty) {
-  if (lane_index() == 0) barrier_arrive(empty);
 }
 
 // The warpgroups' turns at issuing products: barrier 1 + w is warpgroup w's, 3 + w is for its own threads.

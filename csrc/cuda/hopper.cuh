@@ -115,6 +115,63 @@ FASTLM_DEVICE void copy_panel(void* to, const TensorMap& map, Barrier* b, int co
                : "memory");
 }
 
+// What threads write for products and copies to read goes through these two and a fence_async of each writing thread
+// before the barrier that tells of it.
+// Four 8 x 8 matrices of 16-bit elements, spread over the warp as ldmatrix's are; lane 8 i + r gives the place of row r
+// of matrix i, 16 bytes.
+FASTLM_DEVICE void store_matrices(void* row, const uint32_t (&word)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+FASTLM_DEVICE void store_numbers(float* to, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+FASTLM_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Has the copy engine write `bytes` bytes, a multiple of 16, to global memory, or add so many fp32 numbers to what is
+// there. One thread calls; those since its last commit form a group. wait_read returns when its groups need shared
+// memory no more, wait when global memory has them.
+FASTLM_DEVICE void bulk_store(Global<float> to, const float* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+}
+FASTLM_DEVICE void bulk_add(Global<float> to, const float* from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+FASTLM_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int GROUPS>
+FASTLM_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(GROUPS) : "memory");
+}
+template <int GROUPS>
+FASTLM_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Blocks wait for one another by counters in global memory, which a launch finds at 0. Whoever takes tickets first has
+// started first: a block that only waits for lower tickets waits for blocks that run.
+FASTLM_DEVICE int take_ticket(Global<int> counter) { return atomicAdd(counter, 1); }
+// Waits for a counter to reach a value; what was written before that, the copy engine's writes too, is seen after it.
+FASTLM_DEVICE void await_count(Global<int> counter, int value) {
+  int found;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+  while (found != value);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+FASTLM_DEVICE void set_count(Global<int> counter, int value) {
+  asm volatile("fence.proxy.async.global;\nst.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+// Has the stream set bytes to 0.
+inline void queue_zeros(void* data, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "zeros");
+}
+
 // Sets the registers of each thread of the calling warpgroup, from fewer or from more.
 template <int REGISTERS>
 FASTLM_DEVICE void take_registers() {
@@ -159,19 +216,41 @@ FASTLM_DEVICE uint64_t wgmma_descriptor(const void* start, int leading_bytes, in
              "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTLM_WGMMA(N, TYPE) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"
 
-// c (64, 128) = a (64, 16) b (128, 16)^T, added to c where ADD; both operands K-major in shared memory.
-template <class T, bool ADD>
-FASTLM_DEVICE void wgmma_rows(float (&c)[1][16][4], uint64_t a, uint64_t b) {
-#define FASTLM_ROWS(TYPE)                                                                          \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" FASTLM_WGMMA(128, TYPE) FASTLM_R128 \
-               "}, %64, %65, add, 1, 1, 0, 0;\n}"                                                   \
-               : FASTLM_C128                                                                       \
-               : "l"(a), "l"(b), "r"((int)ADD))
-  if constexpr (std::is_same_v<T, bf16>)
-    FASTLM_ROWS("bf16");
+// c (64, 8 N) = a b, added to c where ADD, N is 8 or 16; both operands in shared memory: rows are m or n, or rows are k.
+template <class T, bool ADD, bool ROWS_ARE_K, int N>
+FASTLM_DEVICE void wgmma_shared(float (&c)[1][N][4], uint64_t a, uint64_t b) {
+  static_assert(N == 8 || N == 16);
+#define FASTLM_SHARED(SIZE, TYPE, A, B, ADDED, MAJOR)                                                           \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADDED ", 0;\n" FASTLM_WGMMA(SIZE, TYPE) FASTLM_R##SIZE \
+               "}, " A ", " B ", add, 1, 1, " MAJOR ", " MAJOR ";\n}"                                           \
+               : FASTLM_C##SIZE                                                                                \
+               : "l"(a), "l"(b), "r"((int)ADD), "n"((int)ROWS_ARE_K))
+#define FASTLM_SHARED_64(TYPE) FASTLM_SHARED(64, TYPE, "%32", "%33", "%34", "%35")
+#define FASTLM_SHARED_128(TYPE) FASTLM_SHARED(128, TYPE, "%64", "%65", "%66", "%67")
+  constexpr bool brain = std::is_same_v<T, bf16>;
+  if constexpr (N == 8 && brain)
+    FASTLM_SHARED_64("bf16");
+  else if constexpr (N == 8)
+    FASTLM_SHARED_64("f16");
+  else if constexpr (brain)
+    FASTLM_SHARED_128("bf16");
   else
-    FASTLM_ROWS("f16");
-#undef FASTLM_ROWS
+    FASTLM_SHARED_128("f16");
+#undef FASTLM_SHARED_128
+#undef FASTLM_SHARED_64
+#undef FASTLM_SHARED
+}
+
+// c (64, 8 N) = a (64, 16) b (8 N, 16)^T, added to c where ADD; both K-major.
+template <class T, bool ADD, int N>
+FASTLM_DEVICE void wgmma_rows(float (&c)[1][N][4], uint64_t a, uint64_t b) {
+  wgmma_shared<T, ADD, false>(c, a, b);
+}
+
+// c (64, 8 N) = a (16, 64)^T b (16, 8 N), added to c where ADD; both MN-major.
+template <class T, bool ADD, int N>
+FASTLM_DEVICE void wgmma_columns(float (&c)[1][N][4], uint64_t a, uint64_t b) {
+  wgmma_shared<T, ADD, true>(c, a, b);
 }
 
 // c (64, 8 N) += a (64, 16) b (16, 8 N), N is 8 or 16; a is in registers, b MN-major in shared memory.

@@ -1,6 +1,8 @@
 // The names of csrc/cuda/hopper.cuh on a CPU, as strict as the PTX ISA lets hardware be: a copy lands only when someone
 // has to wait for its barrier, until then its place holds NaN; products are done when they are waited for, until then
-// their accumulators are NaN, and an operand that changes meanwhile is an error; descriptors are decoded bit by bit.
+// their accumulators are NaN, and an operand that changes meanwhile is an error; descriptors are decoded bit by bit; what
+// store_matrices and store_numbers wrote must be fenced by who wrote it before a product or a copy reads it; a bulk copy
+// reaches global memory when it is waited for, and no count is set before that.
 #pragma once
 
 #include <primitives.cuh>
@@ -35,6 +37,68 @@ inline int shared_offset(const void* p) {
   return (int)(static_cast<const unsigned char*>(p) - emulation::block().shared);
 }
 inline int swizzled(int address) { return address ^ (address >> 7 & 7) << 4; }
+
+// Words of shared memory that a thread wrote and has not fenced.
+struct Unfenced {
+  std::map<int, int> writers;  // by the word's offset
+};
+inline Unfenced& unfenced() {
+  static const char key = 0;
+  return state_of<Unfenced>(&key);
+}
+inline void write_word(void* to, uint32_t word, int thread) {
+  std::memcpy(to, &word, sizeof word);
+  unfenced().writers[shared_offset(to)] = thread;
+}
+inline void check_fenced(const void* p, int bytes) {
+  const auto& writers = unfenced().writers;
+  if (writers.empty()) return;
+  const auto found = writers.lower_bound(shared_offset(p) / 4 * 4);
+  if (found != writers.end() && found->first < shared_offset(p) + bytes)
+    emulation::fail("read what thread " + std::to_string(found->second) + " wrote and has not fenced");
+}
+
+// Bulk copies of one thread, from shared to global memory.
+struct BulkCopy {
+  Global<float> to;
+  const float* from;
+  bool add;
+  std::vector<float> numbers;  // as they were when it was issued
+};
+struct BulkCopies {
+  std::vector<BulkCopy> open;
+  std::vector<std::vector<BulkCopy>> groups;  // committed, oldest first
+  size_t read = 0;                            // groups whose numbers have been read
+
+  void issue(Global<float> to, const float* from, int bytes, bool add) {
+    emulation::check_shared(from, (size_t)bytes, "a bulk copy");
+    emulation::check_global(to.raw(), (size_t)bytes, "a bulk copy");
+    if (bytes % 16 || shared_offset(from) % 16 || reinterpret_cast<uintptr_t>(to.raw()) % 16)
+      emulation::fail("a bulk copy of a misaligned address or size");
+    check_fenced(from, bytes);
+    const int count = bytes / 4;
+    open.push_back({to, from, add, {from, from + count}});
+    if (!add)
+      for (int i = 0; i < count; ++i) to[i] = __builtin_nanf("");
+  }
+  void finish_reading(size_t groups_left) {
+    for (; groups.size() - read > groups_left; ++read)
+      for (const BulkCopy& copy : groups[read])
+        if (std::memcmp(copy.from, copy.numbers.data(), copy.numbers.size() * sizeof(float)) != 0)
+          emulation::fail("the source of a bulk copy changed before it was read");
+  }
+  void finish(size_t groups_left) {
+    while (groups.size() > groups_left) {
+      if (read == 0) finish_reading(groups.size() - 1);
+      for (const BulkCopy& copy : groups.front())
+        for (size_t i = 0; i < copy.numbers.size(); ++i)
+          copy.to[(int64_t)i] = copy.add ? copy.to[(int64_t)i] + copy.numbers[i] : copy.numbers[i];
+      groups.erase(groups.begin());
+      --read;
+    }
+  }
+};
+inline BulkCopies& bulk_copies() { return state_of<BulkCopies>(&emulation::self()); }
 
 struct Copy {
   void* to;
@@ -107,7 +171,7 @@ struct Product {
   bool brain, add, from_registers;
   int n;
   uint64_t a_descriptor, b_descriptor;
-  bool transposed;
+  bool a_transposed, b_transposed;
   const uint32_t* a[kWarpgroup];
   float* c[kWarpgroup];
   std::vector<uint16_t> left, right;
@@ -122,6 +186,7 @@ struct Product {
       emulation::fail("a wgmma descriptor of a panel that does not start at a multiple of 1024 bytes");
     const auto* at = emulation::block().shared + swizzled(start + (int)offset);
     emulation::check_shared(at, 2, "wgmma");
+    check_fenced(at, 2);
     uint16_t word;
     std::memcpy(&word, at, sizeof word);
     return word;
@@ -139,7 +204,8 @@ struct Product {
     for (int row = 0; row < 64; ++row)
       for (int k = 0; k < 16; ++k) {
         if (!from_registers) {
-          found[(size_t)(16 * row + k)] = of_rows(a_descriptor, row, k);
+          found[(size_t)(16 * row + k)] =
+              a_transposed ? of_columns(a_descriptor, k, row) : of_rows(a_descriptor, row, k);
           continue;
         }
         const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2, word = row % 16 / 8 + k / 8 * 2;
@@ -152,7 +218,7 @@ struct Product {
     for (int k = 0; k < 16; ++k)
       for (int column = 0; column < n; ++column)
         found[(size_t)(n * k + column)] =
-            transposed ? of_columns(b_descriptor, k, column) : of_rows(b_descriptor, column, k);
+            b_transposed ? of_columns(b_descriptor, k, column) : of_rows(b_descriptor, column, k);
     return found;
   }
   float value(uint16_t word) const { return brain ? to_float(bf16{word}) : to_float(fp16{word}); }
@@ -325,6 +391,65 @@ inline void copy_panel(void* to, const TensorMap& map, Barrier* b, int column, i
   hopper::barrier(b).copies.push_back(copy);
 }
 
+inline void store_matrices(void* row, const uint32_t (&word)[4], FASTLM_LINE) {
+  struct Matrices {
+    void* row;
+    const uint32_t* word;
+  } mine{row, word};
+  emulation::meet_warp("store_matrices", line, &mine, [](Matrices** all) {
+    const int first = thread_index() - lane_index();
+    for (int i = 0; i < 32; ++i) {
+      auto* to = static_cast<unsigned char*>(all[i]->row);
+      emulation::check_shared(to, 16, "store_matrices");
+      if (hopper::shared_offset(to) % 16) emulation::fail("store_matrices at a misaligned address");
+      for (int t = 0; t < 4; ++t) {
+        const int lane = i % 8 * 4 + t;
+        hopper::write_word(to + 4 * t, all[lane]->word[i / 8], first + lane);
+      }
+    }
+  });
+}
+inline void store_numbers(float* to, const float (&x)[4]) {
+  emulation::check_shared(to, 16, "store_numbers");
+  if (hopper::shared_offset(to) % 16) emulation::fail("store_numbers at a misaligned address");
+  for (int i = 0; i < 4; ++i) hopper::write_word(to + i, bits::of(x[i]), thread_index());
+}
+inline void fence_async() {
+  auto& writers = hopper::unfenced().writers;
+  for (auto at = writers.begin(); at != writers.end();)
+    at = at->second == thread_index() ? writers.erase(at) : std::next(at);
+}
+
+inline void bulk_store(Global<float> to, const float* from, int bytes) {
+  hopper::bulk_copies().issue(to, from, bytes, false);
+}
+inline void bulk_add(Global<float> to, const float* from, int bytes) {
+  hopper::bulk_copies().issue(to, from, bytes, true);
+}
+inline void bulk_commit() {
+  auto& mine = hopper::bulk_copies();
+  mine.groups.push_back(std::exchange(mine.open, {}));
+}
+template <int GROUPS>
+void bulk_wait_read() {
+  hopper::bulk_copies().finish_reading(GROUPS);
+}
+template <int GROUPS>
+void bulk_wait() {
+  hopper::bulk_copies().finish(GROUPS);
+}
+
+inline int take_ticket(Global<int> counter) { return (*counter)++; }
+inline void await_count(Global<int> counter, int value, FASTLM_LINE) {
+  emulation::wait("a count in global memory", line, [&] { return *counter == value; });
+}
+inline void set_count(Global<int> counter, int value) {
+  if (const auto& mine = hopper::bulk_copies(); !mine.open.empty() || !mine.groups.empty())
+    emulation::fail("a count was set while bulk copies of its thread were under way");
+  *counter = value;
+}
+inline void queue_zeros(void* data, size_t bytes, void*) { std::memset(data, 0, bytes); }
+
 template <int REGISTERS>
 void take_registers(FASTLM_LINE) {
   hopper::set_registers("setmaxnreg.inc", line, REGISTERS, true);
@@ -356,15 +481,20 @@ inline uint64_t wgmma_descriptor(const void* start, int leading_bytes, int strid
          (uint64_t)1 << 62;
 }
 
-template <class T, bool ADD>
-void wgmma_rows(float (&c)[1][16][4], uint64_t a, uint64_t b, FASTLM_LINE) {
-  const hopper::Product product{std::is_same_v<T, bf16>, ADD, false, 128, a, b, false, {}, {}, {}, {}};
-  hopper::issue("wgmma.m64n128k16", line, product, &c[0][0][0], nullptr);
+template <class T, bool ADD, int N>
+void wgmma_rows(float (&c)[1][N][4], uint64_t a, uint64_t b, FASTLM_LINE) {
+  const hopper::Product product{std::is_same_v<T, bf16>, ADD, false, 8 * N, a, b, false, false, {}, {}, {}, {}};
+  hopper::issue("wgmma of rows", line, product, &c[0][0][0], nullptr);
+}
+template <class T, bool ADD, int N>
+void wgmma_columns(float (&c)[1][N][4], uint64_t a, uint64_t b, FASTLM_LINE) {
+  const hopper::Product product{std::is_same_v<T, bf16>, ADD, false, 8 * N, a, b, true, true, {}, {}, {}, {}};
+  hopper::issue("wgmma of columns", line, product, &c[0][0][0], nullptr);
 }
 template <class T, int N>
 void wgmma_weighted(float (&c)[1][N][4], const uint32_t (&a)[4], uint64_t b, FASTLM_LINE) {
-  const hopper::Product product{std::is_same_v<T, bf16>, true, true, 8 * N, 0, b, true, {}, {}, {}, {}};
-  hopper::issue("wgmma.m64n128k16 with a in registers", line, product, &c[0][0][0], a);
+  const hopper::Product product{std::is_same_v<T, bf16>, true, true, 8 * N, 0, b, false, true, {}, {}, {}, {}};
+  hopper::issue("wgmma with a in registers", line, product, &c[0][0][0], a);
 }
 
 }  // namespace fastlm::cuda
