@@ -1,4 +1,4 @@
-"""Attention forward on Hopper's own instructions: parity on the emulated GPU, strides, the calls it leaves to others.
+"""Attention on Hopper's own instructions, both directions: parity on the emulated GPU, strides, what others serve.
 
 The emulation takes its instructions' encodings from the PTX ISA; csrc/cuda/hopper.cuh lists what that does not show.
 """
@@ -13,26 +13,36 @@ import fastlm
 from conftest import CUDA
 from emulation import build
 from fastlm.ops._attention_reference import attention_ref
-from tolerances import assert_as_close_as_torch
+from tolerances import assert_as_close_as_torch, atol, max_error
 
 on_cuda = pytest.mark.parametrize("kernels", [CUDA], indirect=True)
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation alone")
 
-# (B, H, Hkv, T, S): one row, half a tile less a row, whole tiles, tails of both kinds, more keys than the ring holds,
+# (B, H, Hkv, T, S): two rows, half a tile less a row, whole tiles, tails of both kinds, more keys than the ring holds,
 # grouped heads, more queries than keys and the reverse.
 SIZES = [
-    (1, 1, 1, 1, 1),
+    (1, 1, 1, 2, 2),
     (1, 2, 1, 63, 200),
     (2, 2, 2, 128, 128),
     (1, 3, 1, 200, 63),
     (1, 1, 1, 200, 300),
-    (1, 2, 2, 300, 1),
-    (1, 1, 1, 1, 700),
+    (1, 2, 2, 300, 3),
+    (1, 1, 1, 2, 700),
 ]
 
 
 def _inputs(B, H, Hkv, T, S, D, dtype):
-    return [torch.randn(B, heads, rows, D).to(dtype) for heads, rows in ((H, T), (Hkv, S), (Hkv, S))]
+    sizes = (H, T), (Hkv, S), (Hkv, S)
+    return [torch.randn(B, heads, rows, D).to(dtype).requires_grad_() for heads, rows in sizes]
+
+
+def _compare(results, truths, by_torch, size):
+    for name, result, truth, stock in zip(("out", "dq", "dk", "dv"), results, truths, by_torch, strict=True):
+        assert_as_close_as_torch(result, truth, stock, size, name)
+
+
+def _with_gradients(out, inputs, dout):
+    return out, *torch.autograd.grad(out, inputs, dout)
 
 
 def _check(q, k, v, causal=False, scale=None):
@@ -40,11 +50,15 @@ def _check(q, k, v, causal=False, scale=None):
         q, k, v, is_causal=causal, scale=scale, enable_gqa=True, return_lse=True
     )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    truth, truth_lse = attention_ref(q.double(), k.double(), v.double(), None, causal, factor)
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth, truth_lse = attention_ref(*doubles, None, causal, factor)
     stock = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
-    assert_as_close_as_torch(out, truth, stock, k.shape[2], "out")
+    dout = torch.randn_like(out)
+    results = _with_gradients(out, (q, k, v), dout)
+    truths = _with_gradients(truth, doubles, dout.double())
+    _compare(results, truths, _with_gradients(stock, (q, k, v), dout), max(q.shape[2], k.shape[2]) * q.shape[1])
     assert_as_close_as_torch(lse.to(q.dtype), truth_lse, truth_lse.to(q.dtype), k.shape[2], "lse")
-    return out
+    return results
 
 
 @on_cuda
@@ -56,26 +70,76 @@ def test_parity(kernels, poisoned, sizes, D, causal, dtype):
     _check(*_inputs(*sizes, D, dtype), causal)
 
 
+@on_cuda
+@pytest.mark.parametrize("D", [64, 128])
+def test_one_key(kernels, poisoned, D):
+    """Every weight is 1: the output is the value, and the scores' gradient, a difference of equal sums, is rounding."""
+    q, k, v = _inputs(1, 2, 2, 140, 1, D, torch.float16)
+    dout = torch.randn(1, 2, 140, D).half()
+    out, *grads = _with_gradients(fastlm.scaled_dot_product_attention(q, k, v), (q, k, v), dout)
+    assert torch.equal(out, v.expand_as(out))
+    truth = dout.double().sum(2, keepdim=True)
+    assert_as_close_as_torch(grads[2], truth, truth.half(), 140, "dv")
+    dscore = atol(torch.float32, float((dout * v).detach().abs().max()), D) * D**-0.5
+    assert max_error(grads[0], torch.zeros_like(q)) <= dscore * float(k.detach().abs().max())
+    assert max_error(grads[1], torch.zeros_like(k)) <= dscore * float(q.detach().abs().max()) * 140
+
+
+@on_cuda
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D", [64, 128])
+def test_gradient_of_lse(kernels, poisoned, D, causal):
+    """Beside that of the output; PyTorch has no such sum, so its operators on the reference are compared with."""
+    inputs = _inputs(1, 4, 2, 150, 170, D, torch.bfloat16)
+    dout, dlse = torch.randn(1, 4, 150, D).bfloat16(), torch.randn(1, 4, 150)
+
+    def gradients(out, lse, leaves):
+        return torch.autograd.grad((out * dout.to(out.dtype)).sum() + (lse * dlse.to(lse.dtype)).sum(), leaves)
+
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    out, lse = fastlm.scaled_dot_product_attention(*inputs, is_causal=causal, enable_gqa=True, return_lse=True)
+    truth, truth_lse = attention_ref(*doubles, None, causal, D**-0.5)
+    stock, stock_lse = attention_ref(*inputs, None, causal, D**-0.5)
+    results = out, *gradients(out, lse, inputs)
+    truths = truth, *gradients(truth, truth_lse, doubles)
+    _compare(results, truths, (stock, *gradients(stock, stock_lse, inputs)), 170 * 4)
+
+
 @emulated
 @on_cuda
 @pytest.mark.parametrize("architecture", [80, 100])
 @pytest.mark.parametrize("D", [64, 128])
 def test_other_architectures_take_the_portable_kernel(kernels, emulation, D, architecture):
     """It sums in another order, so that its bits tell the two apart."""
-    q, k, v = _inputs(1, 2, 1, 90, 200, D, torch.bfloat16)
-    hopper = _check(q * 3, k, v, True)
+    inputs = _inputs(1, 2, 1, 150, 200, D, torch.bfloat16)
+    torch.manual_seed(1)
+    hopper = _check(*inputs, True)
     emulation.set_device(architecture)
-    assert not torch.equal(_check(q * 3, k, v, True), hopper)
+    torch.manual_seed(1)
+    for portable, own in zip(_check(*inputs, True), hopper, strict=True):
+        assert not torch.equal(portable, own)
 
 
 @on_cuda
 def test_strides(kernels, poisoned):
     """A fused projection's views are read in place, and views that TMA can't describe by the portable kernel."""
-    q, k, v = torch.randn(2, 90, 3, 2, 64).bfloat16().permute(2, 0, 3, 1, 4)
+    q, k, v = torch.randn(2, 90, 3, 2, 64).bfloat16().requires_grad_().permute(2, 0, 3, 1, 4)
     _check(q, k, v, True)
     _check(q[:, :1], k[:, :1].expand(2, 1, 90, 64), v[:1, :1].expand(2, 1, 90, 64))
-    odd = torch.randn(2, 2, 90, 65).bfloat16()[..., 1:]
+    odd = torch.randn(2, 2, 90, 65).bfloat16().requires_grad_()[..., 1:]
     _check(odd, k, v, True)
+
+
+@on_cuda
+def test_one_gradient_for_every_row(kernels, poisoned):
+    """A sum's gradient is one number expanded, which TMA can't describe: the portable kernel takes it."""
+    inputs = _inputs(1, 2, 1, 90, 140, 64, torch.bfloat16)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(fastlm.scaled_dot_product_attention(*inputs, enable_gqa=True).sum(), inputs)
+    stock = torch.autograd.grad(F.scaled_dot_product_attention(*inputs, enable_gqa=True).sum(), inputs)
+    truth = torch.autograd.grad(attention_ref(*doubles, None, False, 0.125)[0].sum(), doubles)
+    for name, g, t, s in zip("qkv", grads, truth, stock, strict=True):
+        assert_as_close_as_torch(g, t, s, 280, name)
 
 
 @on_cuda
@@ -87,18 +151,27 @@ def test_scales(kernels, scale):
 @on_cuda
 def test_extreme_scores(kernels):
     q, k, v = _inputs(1, 1, 1, 70, 260, 64, torch.bfloat16)
-    _check(q * 60, k * 10, v)
+    _check(*(x.detach().mul(factor).requires_grad_() for x, factor in ((q, 60), (k, 10), (v, 1))))
 
 
-@emulated
 @on_cuda
-def test_any_order_gives_the_same_bits(kernels, emulation):
-    inputs = _inputs(1, 2, 1, 140, 400, 64, torch.bfloat16)
-    results = []
-    for order in (0, 1, 2):
-        emulation.set_order(order)
-        results.append(fastlm.scaled_dot_product_attention(*inputs, enable_gqa=True))
-    assert all(torch.equal(results[0], other) for other in results[1:])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D", [64, 128])
+def test_any_order_gives_the_same_bits(kernels, request, D, causal):
+    """Blocks add to dQ in turns whatever the order they run in: the emulation draws one, a GPU runs a hundred times."""
+    on_gpu = torch.cuda.is_available()
+    inputs = _inputs(*((2, 8, 2, 1100, 1300) if on_gpu else (1, 2, 1, 140, 300)), D, torch.bfloat16)
+    dout = torch.randn_like(inputs[0])
+
+    def run(order):
+        if not on_gpu:
+            request.getfixturevalue("emulation").set_order(order)
+        out = fastlm.scaled_dot_product_attention(*inputs, is_causal=causal, enable_gqa=True)
+        return _with_gradients(out, inputs, dout)
+
+    first = run(0)
+    for order in range(1, 100 if on_gpu else 3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(order), strict=True))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -123,6 +196,28 @@ def test_a_mistake_is_caught(emulation, fault, said, seed):
     """A product of two tiles copied by TMA, with one mistake."""
     emulation.set_order(seed)
     run = ctypes.CDLL(str(build.build())).fastlm_emulation_hopper_fault
+    run.restype = ctypes.c_char_p
+    message = run(fault.encode()).decode()
+    assert said in message
+    assert bool(said) == bool(message)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("none", ""),
+        ("matrices not fenced", "wrote and has not fenced"),
+        ("numbers not fenced", "wrote and has not fenced"),
+        ("count set before the copy is waited for", "a count was set while bulk copies of its thread were under way"),
+        ("source of a bulk copy overwritten", "the source of a bulk copy changed before it was read"),
+        ("a turn that never comes", "wait at a count in global memory"),
+    ],
+)
+def test_a_mistake_in_taking_turns_is_caught(emulation, fault, said, seed):
+    """Blocks that add a product to one matrix, one after the other, with one mistake."""
+    emulation.set_order(seed)
+    run = ctypes.CDLL(str(build.build())).fastlm_emulation_turn_fault
     run.restype = ctypes.c_char_p
     message = run(fault.encode()).decode()
     assert said in message

@@ -149,6 +149,7 @@ FASTLM_DEVICE void write_dq(HopperBackwardTile<T, D>& tile, const HopperBackward
     if (lane_index() == 0) await_count(turn, order);
 #pragma unroll
     for (int w = 0; w < C::kConsumers; ++w) {
+      sync_warp();
       sync_named(kDqFull + w, kWithWriter);
       if (lane_index() != 0) continue;
       if (order == 0)

@@ -151,6 +151,7 @@ bool step(Block& b, int warp, bool backwards) {
   const int first = warp * 32, end = std::min(first + 32, (int)b.threads.size());
   for (int i = first; i < end; ++i) {
     Thread& t = b.threads[(size_t)(backwards ? end - 1 - (i - first) : i)];
+    machine.current = &t;  // whose block and errors a condition speaks of
     if (t.done || (t.ready && !t.ready(t.ready_argument))) continue;
     resume(t);
     ran = true;
