@@ -84,27 +84,38 @@ def test_nothing_spills(kernels_built):
 
 @pytest.mark.slow
 def test_registers_fit_a_block(kernels_built):
-    """The norms launch up to 512 threads, GELU 256: more registers a thread and the launch would fail."""
-    threads = {"norm": 512, "gelu": 256, "sum_partials": 256}
+    """The norms launch up to 512 threads, GELU 256, Hopper's 384: more registers a thread and the launch would fail."""
+    threads = {"norm": 512, "gelu": 256, "sum_partials": 256, "sm90": 384}
     for kernel in kernels_built:
         for part, count in threads.items():
             if part in kernel["name"]:
                 assert int(kernel["registers"]) * count <= REGISTERS, kernel
 
 
+PRODUCTS = ("HGMMA.64x128x16", "UTMALDG.4D", "SYNCS", "USETMAXREG")
+SUMS = ("HGMMA.64x64x16", "STSM.16.M88.4", "UBLKCP.G.S", "UBLKRED.G.S.ADD.F32", "FENCE.VIEW.ASYNC.G")
+
+
 @pytest.mark.slow
-def test_hopper_kernels_use_its_instructions(built):
+@pytest.mark.parametrize(
+    ("stem", "name", "instructions"),
+    [
+        ("attention_sm90", "attention_fwd_sm90_kernel", PRODUCTS),
+        ("attention_bwd_sm90", "attention_bwd_sm90_kernel", PRODUCTS + SUMS),
+    ],
+)
+def test_hopper_kernels_use_its_instructions(built, stem, name, instructions):
     """wgmma, TMA and setmaxnreg are in the machine code; the compiler neither serializes products nor ignores them."""
     tool = Path(_nvcc()).parent / "cuobjdump"
     if not tool.exists():
         pytest.skip("no cuobjdump beside nvcc")
-    (made,) = (built[0].parent / "objects" / "cuda").glob("attention_sm90-*.o")
+    (made,) = (built[0].parent / "objects" / "cuda").glob(f"{stem}-*.o")
     command = [tool, "--dump-sass", "--gpu-architecture", "sm_90a", made]
     code = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    kernels = [part for part in code.split("Function : ")[1:] if "attention_fwd_sm90" in part]
+    kernels = [part for part in code.split("Function : ")[1:] if name in part.split("\n")[0]]
     assert len(kernels) == 4  # two head sizes, two dtypes
     for kernel in kernels:
-        for instruction in ("HGMMA.64x128x16", "UTMALDG.4D", "SYNCS", "USETMAXREG"):
+        for instruction in instructions:
             assert instruction in kernel, instruction
         assert "HMMA" not in kernel
     assert not re.findall(r".*\(C75\d\d\).*", built[1])

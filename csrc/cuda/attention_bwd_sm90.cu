@@ -48,7 +48,8 @@ bool attention_bwd_serves_sm90(const AttentionParams& p, const AttentionArgs& ar
 int64_t attention_bwd_workspace(int device, int64_t B, int64_t H, int64_t T, int64_t D, int64_t Dv, int type,
                                 bool plain) {
   set_device(device);
-  if (!plain || type == (int)DType::f32 || D != Dv || (D != 64 && D != 128) || architecture() != 90) return 2 * B * H * T;
+  const bool sized = type != (int)DType::f32 && D == Dv && (D == 64 || D == 128);
+  if (!plain || !sized || architecture() != 90) return 2 * B * H * T;
   const Plan plan(B, H, T, D);
   return plan.stats + plan.dq + plan.counters;
 }

@@ -7,17 +7,17 @@
 // wgmma: S^T = K Q^T and dP^T = V dO^T from shared memory; dV += P^T dO and dK += dS^T Q, whose left operands go from
 // accumulators to registers without passing through memory; and, after both have put their dS^T into shared memory,
 // dQ = dS K, of which each makes one half. dK and dV stay in registers. In the producer warpgroup one warp has TMA load
-// tiles into a ring of two stages, one brings the rows' lse and delta, and one hands dQ to the copy engine.
+// tiles into a ring of two stages, one brings the rows' lse and delta, and two hand dQ to the copy engine.
 //
 // Every block adds its part of dQ to an fp32 workspace, in the order of the keys, so that the same bits come out of
-// every run: a counter a query tile says whose turn it is, and the copy engine adds while nobody else may. Blocks take
-// their keys by a ticket in the same order, so that a block only ever waits for blocks that have started: no order of
-// execution blocks. All blocks of a head go from the last queries to the first: under a causal mask too they all begin
-// at the same tile, each one handing-over behind the one before it, and the longest walks begin first.
+// every run: a counter for each query tile says whose turn it is, and while the copy engine adds, nobody else touches
+// the tile. Blocks take their keys by a ticket in the same order, so that a block only ever waits for blocks that have
+// started, and no schedule can lock them. All blocks of a head go from the last queries to the first: under a causal
+// mask too they begin at the same tile, each one handing-over behind the block before it, the longest walks first.
 //
-// FLOPs: 10 D for each pair of query and key in a tile that is not skipped. Bytes: k, v, dk and dv once; q, dout and the
-// row statistics once for each 128 keys, mostly from L2; the fp32 dQ written or added to once for each 128 keys, and
-// read once. Not measured on any GPU yet; hopper.cuh says what the emulation leaves open.
+// FLOPs: 10 D for each pair of query and key in a tile that is not skipped. Bytes: k, v, dk and dv once; q, dout and
+// the rows' statistics once for each 128 keys, mostly from L2; the fp32 dQ written or added to once for each 128 keys,
+// and read once. Not measured on any GPU yet; hopper.cuh says what the emulation leaves open.
 #pragma once
 
 #include "attention_bwd.cuh"
@@ -83,8 +83,8 @@ struct QueryWalk {
   }
 };
 
-// Named barriers: of all consumers, and of each warpgroup of them with the warp that hands on dQ.
-constexpr int kDscoresReady = 1, kDqFull = 2, kDqEmpty = 4, kWithWriter = kWarpgroup + kWarp;
+// Named barriers: of all consumers; of each of them, and of all, with a warp that hands dQ on.
+constexpr int kDscoresReady = 1, kDqEmpty = 2, kDqFull = 4, kConsumerThreads = 2 * kWarpgroup;
 
 // One thread has TMA load tiles.
 template <class T, int D>
@@ -136,34 +136,33 @@ FASTLM_DEVICE void load_statistics(HopperBackwardTile<T, D>& tile, const Attenti
   }
 }
 
-// One warp hands dQ on: block `order` of its head's keys comes after `order` others.
+// Two warps hand dQ on, every other step each, so that one step's part may still be on its way to global memory while
+// the next one's sets out. Block `order` of its head's keys comes after `order` others.
 template <class T, int D>
 FASTLM_DEVICE void write_dq(HopperBackwardTile<T, D>& tile, const HopperBackwardSpace& space, const AttentionParams& a,
-                            const Problem& p, int order, QueryWalk walk, int steps) {
+                            const Problem& p, int order, QueryWalk walk, int steps, int first_step) {
   using C = HopperBackwardTile<T, D>;
+  const bool leader = lane_index() == 0;
+  for (int i = 0; i < first_step; ++i) walk.next();
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step, walk.next()) {
+  for (int step = first_step; step < steps; step += 2, walk.next(), walk.next()) {
     const int64_t index = (int64_t)(p.b * a.H + walk.head) * walk.end + walk.tile;
     const Global<float> dq = Global<float>(space.dq) + index * (C::kConsumers * C::kPart);
     const Global<int> turn = Global<int>(space.counters) + (1 + index);
-    if (lane_index() == 0) await_count(turn, order);
-#pragma unroll
-    for (int w = 0; w < C::kConsumers; ++w) {
-      sync_warp();
-      sync_named(kDqFull + w, kWithWriter);
-      if (lane_index() != 0) continue;
-      if (order == 0)
-        bulk_store(dq + w * C::kPart, tile.dq[w], (int)sizeof(tile.dq[w]));
-      else
-        bulk_add(dq + w * C::kPart, tile.dq[w], (int)sizeof(tile.dq[w]));
+    if (leader) await_count(turn, order);
+    sync_warp();
+    sync_named(kDqFull + step % 2, kConsumerThreads + kWarp);
+    if (leader) {
+      float* const from = tile.dq[0];
+      order == 0 ? bulk_store(dq, from, (int)sizeof(tile.dq)) : bulk_add(dq, from, (int)sizeof(tile.dq));
       bulk_commit();
+      bulk_wait_read<0>();
     }
-    if (lane_index() == 0) bulk_wait_read<0>();
     sync_warp();
     if (step + 1 < steps)
 #pragma unroll
-      for (int w = 0; w < C::kConsumers; ++w) arrive_named(kDqEmpty + w, kWithWriter);
-    if (lane_index() == 0) bulk_wait<0>(), set_count(turn, order + 1);
+      for (int w = 0; w < C::kConsumers; ++w) arrive_named(kDqEmpty + w, kWarpgroup + kWarp);
+    if (leader) bulk_wait<0>(), set_count(turn, order + 1);
   }
 }
 
@@ -190,7 +189,7 @@ template <class T, int D>
 FASTLM_DEVICE void add_gradients(HopperBackwardTile<T, D>& tile, const AttentionParams& a, const Problem& p, int w,
                                  QueryWalk walk, int steps) {
   using C = HopperBackwardTile<T, D>;
-  constexpr int M = C::M, kAll = C::kConsumers * kWarpgroup;
+  constexpr int M = C::M;
   const ScoreRules<T> rules(a, p, p.head);
   const float unit = a.scale * kLog2e;
   const int lane = lane_index(), warp_row = warp_index() % 4 * 16, first = p.first + w * C::kRows;
@@ -255,7 +254,7 @@ FASTLM_DEVICE void add_gradients(HopperBackwardTile<T, D>& tile, const Attention
       }
     }
     fence_async();
-    sync_named(kDscoresReady, kAll);  // and the products with the other stage's dS are done
+    sync_named(kDscoresReady, kConsumerThreads);  // and the products with the other stage's dS are done
 
     float dq[1][8][4];
     hold(dq), hold(dk);
@@ -265,18 +264,18 @@ FASTLM_DEVICE void add_gradients(HopperBackwardTile<T, D>& tile, const Attention
     wgmma_wait<1>();
     hold(dv), hold(dq);
     release(&tile.dout_empty[s]);
-    if (step > 0) sync_named(kDqEmpty + w, kWithWriter);
+    if (step > 0) sync_named(kDqEmpty + w, kWarpgroup + kWarp);
 #pragma unroll
     for (int n = 0; n < 8; ++n)
       store_numbers(&tile.dq[w][(n * kWarpgroup + thread_index() % kWarpgroup) * 4], dq[0][n]);
     fence_async();
-    arrive_named(kDqFull + w, kWithWriter);
+    arrive_named(kDqFull + step % 2, kConsumerThreads + kWarp);
     wgmma_wait<0>();
     hold(dk);
     release(&tile.q_empty[s]);
   }
 
-  sync_named(kDscoresReady, kAll);  // nobody needs keys and values any more: their place takes the results
+  sync_named(kDscoresReady, kConsumerThreads);  // nobody needs keys and values any more: their place takes the results
   const float scale[1][2] = {{a.scale, a.scale}};
   multiply_rows(dk, scale);
   const auto to = [&](const Heads& x) { return rows_of<T>(x, p.b, p.head, 0, p.S, D, true); };
@@ -286,10 +285,12 @@ FASTLM_DEVICE void add_gradients(HopperBackwardTile<T, D>& tile, const Attention
 
 template <class T, int D>
 __global__ void __launch_bounds__(HopperBackwardTile<T, D>::kThreads, 1)
-    attention_bwd_sm90_kernel(const __grid_constant__ AttentionParams a, const __grid_constant__ HopperBackwardMaps maps,
+    attention_bwd_sm90_kernel(const __grid_constant__ AttentionParams a,
+                              const __grid_constant__ HopperBackwardMaps maps,
                               const __grid_constant__ HopperBackwardSpace space) {
 #if FASTLM_SM90A
   using C = HopperBackwardTile<T, D>;
+  static_assert(sizeof(C) <= 227 * 1024);
   C& tile = *shared_memory<C>();
   if (thread_index() == 0) {
     tile.init();
@@ -310,7 +311,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<T, D>::kThreads, 1)
     const int warp = shuffle(warp_index(), 0);
     if (warp == 0 && lane_index() == 0 && steps > 0) load_tiles(tile, maps, p, walk, steps);
     if (warp == 1) load_statistics(tile, a, p, walk, steps);
-    if (warp == 2) write_dq(tile, space, a, p, order, walk, steps);
+    if (warp >= 2) write_dq(tile, space, a, p, order, walk, steps, warp - 2);
   } else {
     take_registers<C::kConsumerRegisters>();
     add_gradients(tile, a, p, warpgroup - 1, walk, steps);
@@ -323,7 +324,8 @@ __global__ void __launch_bounds__(HopperBackwardTile<T, D>::kThreads, 1)
 // dq = scale times the workspace's, a block a tile.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kWarpgroup)
-    attention_dq_sm90_kernel(const __grid_constant__ AttentionParams a, const __grid_constant__ HopperBackwardSpace space) {
+    attention_dq_sm90_kernel(const __grid_constant__ AttentionParams a,
+                             const __grid_constant__ HopperBackwardSpace space) {
   using C = HopperBackwardTile<T, D>;
   const int64_t index = block_index().x;
   const int tiles = divided_up(a.T, C::M), head = (int)(index / tiles % a.H), b = (int)(index / tiles / a.H);

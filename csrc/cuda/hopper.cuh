@@ -1,5 +1,6 @@
-// Instructions of sm_90a: mbarriers, tiles copied by the tensor memory accelerator (TMA), products of a warpgroup
-// (wgmma), registers handed from one warpgroup to another. tests/emulation/hopper.cuh has the same names for a CPU.
+// Instructions of sm_90a: mbarriers, tiles copied by the tensor memory accelerator (TMA), bulk copies and sums to global
+// memory, products of a warpgroup (wgmma), registers handed from one warpgroup to another, turns of blocks.
+// tests/emulation/hopper.cuh has the same names for a CPU.
 //
 // Encodings, by the PTX ISA (sections "Matrix Descriptor Format" and "Shared Memory Matrix Layout" of wgmma):
 //   Tiles lie in shared memory as panels of 64 16-bit columns: rows of 128 bytes whose 16-byte chunk c is stored at
@@ -14,9 +15,10 @@
 //   the left operand in registers likewise.
 //
 // What the emulation does not show: that hardware decodes descriptors, and the driver tensor maps, as read here; fences
-// between the generic and the asynchronous proxy except the one after barriers are made; the memory model (all threads
-// run on one processor, in turns); how hardware rounds the sums of a product; what the compiler does with registers
-// that an asynchronous product still uses, or with setmaxnreg; speed. Nothing here has run on a GPU.
+// between the generic and the asynchronous proxy except after barriers are made and after store_matrices and
+// store_numbers; the memory model (all threads run on one processor, in turns, and blocks one after the other); how
+// hardware rounds the sums of a product; what the compiler does with registers that an asynchronous product still uses,
+// or with setmaxnreg; speed. Nothing here has run on a GPU.
 #pragma once
 
 #include <primitives.cuh>
@@ -216,15 +218,15 @@ FASTLM_DEVICE uint64_t wgmma_descriptor(const void* start, int leading_bytes, in
              "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTLM_WGMMA(N, TYPE) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"
 
-// c (64, 8 N) = a b, added to c where ADD, N is 8 or 16; both operands in shared memory: rows are m or n, or rows are k.
-template <class T, bool ADD, bool ROWS_ARE_K, int N>
+// c (64, 8 N) = a b, added to c where ADD, N is 8 or 16; both operands are in shared memory, K-major or MN-major.
+template <class T, bool ADD, bool MN_MAJOR, int N>
 FASTLM_DEVICE void wgmma_shared(float (&c)[1][N][4], uint64_t a, uint64_t b) {
   static_assert(N == 8 || N == 16);
 #define FASTLM_SHARED(SIZE, TYPE, A, B, ADDED, MAJOR)                                                           \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADDED ", 0;\n" FASTLM_WGMMA(SIZE, TYPE) FASTLM_R##SIZE \
                "}, " A ", " B ", add, 1, 1, " MAJOR ", " MAJOR ";\n}"                                           \
                : FASTLM_C##SIZE                                                                                \
-               : "l"(a), "l"(b), "r"((int)ADD), "n"((int)ROWS_ARE_K))
+               : "l"(a), "l"(b), "r"((int)ADD), "n"((int)MN_MAJOR))
 #define FASTLM_SHARED_64(TYPE) FASTLM_SHARED(64, TYPE, "%32", "%33", "%34", "%35")
 #define FASTLM_SHARED_128(TYPE) FASTLM_SHARED(128, TYPE, "%64", "%65", "%66", "%67")
   constexpr bool brain = std::is_same_v<T, bf16>;
