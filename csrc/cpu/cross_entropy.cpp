@@ -11,24 +11,37 @@
 // The functions that compute are not inlined: a second copy could contract its products differently.
 // Ignored rows have loss 0 and gradient 0, whatever they hold.
 //
-// 1024 x 50257, AVX-512, one thread, freed memory kept, against F.cross_entropy: forward 28 ms fp32 (2.2 times faster)
-// and 22 ms bf16 (1.9), forward and backward 44 ms (3.2) and 40 ms (2.4). A row in cache costs 0.23 ns an element fp32
-// and 0.30 bf16, bound by exp; from memory 0.50 and 0.44, where a bare read of fp32 costs 0.38. Computing the gradient
-// in the forward sweep leaves out one read of the logits. Tried without gain: prefetching the next block, blocks of
-// 4096, sums in more registers. The 16-bit gradient's shorter exponential took 0.06 ns an element off.
+// 1024 x 50257, AVX-512, two threads, freed memory kept, against F.cross_entropy: forward 9.0 ms fp32 (3.7 times
+// faster) and 4.9 ms bf16 (4.8), forward and backward 16.7 ms (4.8) and 13.1 ms (4.2). In cache an element costs a
+// thread 0.15 ns in either; memory takes longer. What got it there from 15.5, 13.7, 24.7 and 23 ms: exponentials from
+// a table; prefetches of the next block (3.0 ms of fp32 forward) spread over pages (another 2.4); the maximum of bf16
+// by its bits and its conversion in two instructions for five; the next row fetched while this one's gradient is made
+// (0.9 ms); bf16 gradients stored past the caches in whole lines. Computing the gradient in the forward sweep leaves
+// out one read of the logits. Tried without gain: fetching the gradient's pages ahead, blocks of 4096.
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
 #ifndef FASTLM_ISA
+#define FASTLM_WANT_BF16  // for its conversion to bf16
 #define FASTLM_FILE "cpu/cross_entropy.cpp"
 
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 
 namespace fastlm::cross_entropy {
 
 constexpr int64_t kBlock = 2048;
+
+// 2^(i / 32), for CPUs that look 32 values up in one instruction.
+struct alignas(64) PowersOfTwo {
+  float at[32];
+  PowersOfTwo() {
+    for (int i = 0; i < 32; ++i) at[i] = (float)std::exp2(i / 32.0);
+  }
+};
+const PowersOfTwo kPowers;
 
 // What a call is about, whatever the instruction set and the storage type.
 struct Problem {
@@ -53,153 +66,12 @@ struct Gradient {
 #endif
 
 #ifdef FASTLM_ISA
+#if FASTLM_ISA_LEVEL <= 3  // there is nothing to multiply with tiles
+#include "cpu/cross_entropy_block.h"
+
 namespace fastlm::FASTLM_ISA {
 
 namespace cross_entropy {
-
-using namespace ::fastlm::cross_entropy;
-
-// A running row: maximum, sum of exp(x - maximum) without the true class, sum of w (x - maximum), sum of w, x_y.
-template <class S>
-struct State {
-  S m, others, smooth, weight, x_y;
-};
-
-// A finished row, all that the gradient needs: maximum, 1 / s, 1 - p_y.
-template <class S>
-struct Stats {
-  S m, inv_s, q;
-};
-
-// A store past the caches, to an address aligned to the vector's own size.
-template <class V, class T>
-inline void stream(T* p, V v) {
-#if FASTLM_X86
-  constexpr size_t kBytes = lanes<V> * sizeof(T);
-  alignas(kBytes) T a[lanes<V>];
-  store(a, v);
-#if FASTLM_ISA_LEVEL >= 2
-  if constexpr (kBytes == 64) return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(a));
-#endif
-#if FASTLM_ISA_LEVEL >= 1
-  if constexpr (kBytes == 32) return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)a));
-#endif
-  if constexpr (kBytes == 16) return _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)a));
-#endif
-  store(p, v);
-}
-
-inline void fence() {
-#if FASTLM_X86
-  _mm_sfence();
-#endif
-}
-
-template <class S>
-inline S pivot(S m) {
-  return m == -std::numeric_limits<S>::infinity() ? S(0) : m;
-}
-
-template <class S>
-inline void start(State<S>* a) {
-  *a = {-std::numeric_limits<S>::infinity(), 0, 0, 0, 0};
-}
-
-template <class S>
-inline void fold(State<S>* a, const State<S>& b) {
-  const S m = b.m > a->m ? b.m : a->m;
-  const S fa = a->m == m ? S(1) : std::exp(a->m - m), fb = b.m == m ? S(1) : std::exp(b.m - m);
-  a->others = a->others * fa + b.others * fb;
-  a->smooth += a->weight * (pivot(a->m) - pivot(m)) + (b.smooth + b.weight * (pivot(b.m) - pivot(m)));
-  a->weight += b.weight;
-  a->m = m;
-}
-
-// One block of k columns; y in [0, k) is the true class, or -1 where it is elsewhere.
-template <class T, bool kSmooth>
-struct Block {
-  using V = vec_of<T>;
-  using S = scalar_of<T>;
-  static constexpr int64_t L = lanes<V>;
-  const T* x;
-  const S* w;
-  S m;
-  V sum, smooth;
-
-  S maximum(int64_t k) const {
-    const V low = set1<V>(-1) / 0.0f;
-    V a = low, b = low, c = low, d = low;
-    int64_t j = 0;
-    for (; j + 4 * L <= k; j += 4 * L) {
-      a = max(a, load<V>(x + j));
-      b = max(b, load<V>(x + j + L));
-      c = max(c, load<V>(x + j + 2 * L));
-      d = max(d, load<V>(x + j + 3 * L));
-    }
-    for (; j + L <= k; j += L) a = max(a, load<V>(x + j));
-    if (j < k) b = max(b, load_n<V>(x + j, k - j, -std::numeric_limits<S>::infinity()));
-    return reduce_max(max(max(a, b), max(c, d)));
-  }
-
-  // exp(x - m), and its part of the smoothing sum into *t.
-  template <class Count>
-  inline __attribute__((always_inline)) V term(int64_t j, Count n, V* t) const {
-    const V d = load<V>(x + j, n, -std::numeric_limits<S>::infinity()) - m;
-    if constexpr (kSmooth && !std::is_same_v<Count, int64_t>) *t += w ? load<V>(w + j, n) * d : d;
-    if constexpr (kSmooth && std::is_same_v<Count, int64_t>) {  // lanes beyond the row would be 0 times -inf
-      S a[L];
-      store(a, d);
-      for (int64_t i = 0; i < n; ++i) (*t)[i] += w ? w[j + i] * a[i] : a[i];
-    }
-    return exp(d);
-  }
-
-  inline __attribute__((always_inline)) void range(int64_t j, int64_t end) {
-    using whole = std::integral_constant<int64_t, L>;
-    V a{}, b{}, c{}, d{}, ta{}, tb{}, tc{}, td{};
-    for (; j + 4 * L <= end; j += 4 * L) {
-      a += term(j, whole{}, &ta);
-      b += term(j + L, whole{}, &tb);
-      c += term(j + 2 * L, whole{}, &tc);
-      d += term(j + 3 * L, whole{}, &td);
-    }
-    for (; j + L <= end; j += L) a += term(j, whole{}, &ta);
-    if (j < end) b += term(j, end - j, &tb);
-    sum += (a + b) + (c + d);
-    if (kSmooth) smooth += (ta + tb) + (tc + td);
-  }
-
-  State<S> run(int64_t k, int64_t y) {
-    State<S> out;
-    out.m = maximum(k);
-    m = pivot(out.m);
-    sum = smooth = V{};
-    S beside = 0;  // of the vector that holds y, without y
-    if (y < 0) {
-      range(0, k);
-    } else {
-      const int64_t at = y / L * L, n = std::min(L, k - at);
-      range(0, at);
-      S e[L];
-      store(e, term(at, n, &smooth));
-      for (int64_t i = 0; i < n; ++i) beside += at + i == y ? S(0) : e[i];
-      range(at + n, k);
-    }
-    out.others = reduce_add(sum) + beside;
-    out.smooth = kSmooth ? reduce_add(smooth) : S(0);
-    out.weight = 0;
-    if (kSmooth) {
-      out.weight = S(k);
-      if (w) {
-        V a{};
-        for_lanes<V>(k, [&](int64_t j, auto n) { a += load<V>(w + j, n); });
-        out.weight = reduce_add(a);
-      }
-    }
-    out.x_y = y < 0 ? S(0) : S(to_float(x[y]));
-    return out;
-  }
-};
 
 template <class T>
 struct Rows {
@@ -223,7 +95,7 @@ struct Rows {
     if (y < 0 || y >= k) y = -1;
     const T* at = x + i * p.n + from;
     const S* weights = w ? w + column : nullptr;
-    return p.smoothing > 0 ? Block<T, true>{at, weights}.run(k, y) : Block<T, false>{at, weights}.run(k, y);
+    return p.smoothing > 0 ? Block<T, true>{at, weights, from}.run(k, y) : Block<T, false>{at, weights, from}.run(k, y);
   }
 
   __attribute__((noinline)) void take(State<S>* state, const State<S>& part, int64_t i, int64_t b) const {
@@ -272,8 +144,10 @@ struct Rows {
     return S(1 - p.smoothing) * nll + S(p.smoothing / (double)p.N) * (a.weight * log_s - a.smooth);
   }
 
+  // `ahead`: bytes from what is read here to what will be read from memory next.
   template <bool kSmooth>
-  __attribute__((noinline)) void gradient_block(const Stats<S>& stats, const Gradient& d, int64_t i, int64_t b) const {
+  __attribute__((noinline)) void gradient_block(const Stats<S>& stats, const Gradient& d, int64_t i, int64_t b,
+                                                int64_t ahead) const {
     const int64_t from = b * kBlock, k = std::min(kBlock, p.n - from), column = p.first + from;
     const T* in = x + i * p.n + from;
     T* out = (T*)d.dx + i * p.n + from;
@@ -284,38 +158,42 @@ struct Rows {
     const int64_t y = p.target[i] - column;
     const bool here = y >= 0 && y < k;
     const S x_y = here ? S(to_float(in[y])) : S(0);  // before out, which may be in, is written
+    const Exponential<is_short, V> exponential{};
+    const V factors = set1<V>(factor);
     auto value = [&](int64_t j, auto n) __attribute__((always_inline)) {
-      V v = load<V>(in + j, n) - m;
-      if constexpr (is_short)
-        v = exp_16(v) * factor;
-      else
-        v = exp(v) * factor;
+      V v = exponential.times(factors, V(load<V>(in + j, n) - m));
       if constexpr (kSmooth) v -= w ? load<V>(w + column + j, n) * minus : set1<V>(minus);
       return v;
     };
+    constexpr std::integral_constant<int64_t, L> whole;
+    constexpr bool full_lines = 2 * L * sizeof(T) >= kLine || sizeof(T) >= 4;  // bf16's halves: 45 ms cached, 50 so
+    const bool stream = d.stream && full_lines;
+    const int64_t head = stream ? std::min<int64_t>(k, (-(uintptr_t)out & (kLine - 1)) / sizeof(T)) : 0;
     int64_t j = 0;
-    if (d.stream) {
-      const int64_t head = std::min<int64_t>(k, (-(uintptr_t)out & (L * sizeof(T) - 1)) / sizeof(T));
-      if (head) store(out, value(0, head), head);
-      for (j = head; j + L <= k; j += L) stream(out + j, value(j, std::integral_constant<int64_t, L>{}));
-    } else {
-      for (; j + L <= k; j += L) store(out + j, value(j, std::integral_constant<int64_t, L>{}));
+    for (int64_t n; j < head; j += n) n = std::min(L, head - j), store(out + j, value(j, n), n);
+    for (; j + 2 * L <= k; j += 2 * L) {
+      fetch<2 * L>(in - from, from + j, ahead);
+      if (stream)
+        put_two<true>(out + j, value(j, whole), value(j + L, whole));
+      else
+        put_two<false>(out + j, value(j, whole), value(j + L, whole));
     }
+    if (j + L <= k) store(out + j, value(j, whole)), j += L;
     if (j < k) store(out + j, value(j, k - j), k - j);
-    if (d.stream) fence();
+    if (stream) fence();
     if (!here) return;
     const S p_y = std::exp(x_y - m) * stats.inv_s;
     from_float(g * (spread * (total * p_y - w_y) - keep * stats.q), out + y);
   }
 
-  void gradient_block(const Stats<S>& stats, const Gradient& d, int64_t i, int64_t b) const {
+  void gradient_block(const Stats<S>& stats, const Gradient& d, int64_t i, int64_t b, int64_t ahead) const {
     if (ignored(i)) {
       const int64_t from = b * kBlock;
       std::memset((T*)d.dx + i * p.n + from, 0, (size_t)std::min(kBlock, p.n - from) * sizeof(T));
     } else if (p.smoothing > 0) {
-      gradient_block<true>(stats, d, i, b);
+      gradient_block<true>(stats, d, i, b, ahead);
     } else {
-      gradient_block<false>(stats, d, i, b);
+      gradient_block<false>(stats, d, i, b, ahead);
     }
   }
 
@@ -324,17 +202,18 @@ struct Rows {
 #pragma omp parallel for schedule(static) if (p.M * p.n > kParallelGrain)
     for (int64_t k = 0; k < p.M * pieces; ++k)
       for (int64_t b = k % pieces * size; b < std::min(blocks, (k % pieces + 1) * size); ++b)
-        gradient_block(stats[k / pieces], d, k / pieces, b);
+        gradient_block(stats[k / pieces], d, k / pieces, b, kAhead);
   }
 
   void forward(S* loss, Stats<S>* stats, const Gradient* d) const {
+    const int64_t next_row = p.n * (int64_t)sizeof(T);
     if (split()) return forward_split(loss, stats, d);
 #pragma omp parallel for schedule(static) if (p.M * p.n > kParallelGrain)
     for (int64_t i = 0; i < p.M; ++i) {
       State<S> state;
       update_row(&state, i);
       loss[i] = finish(state, stats + i, i);
-      for (int64_t b = 0; d && b < blocks; ++b) gradient_block(stats[i], *d, i, b);
+      for (int64_t b = 0; d && b < blocks; ++b) gradient_block(stats[i], *d, i, b, next_row);
     }
   }
 
@@ -389,6 +268,7 @@ void backward_dispatch(const Problem& p, const void* stats, const Gradient& d, i
 
 }  // namespace cross_entropy
 }  // namespace fastlm::FASTLM_ISA
+#endif
 
 #else
 
@@ -410,10 +290,9 @@ double weight_sum(const void* w, int64_t N, int type) {
   return sum;
 }
 
-// Whether the gradient goes past the caches: a new tensor larger than they are, in whole lines. 1024 x 50257
-// forward and backward on one thread: fp32 55 ms with plain stores, 44 ms so; bf16, in half lines, 45 and 50 ms.
-bool streams(const void* x, const void* dx, int64_t elements, int type) {
-  return dx != x && elements > (int64_t(4) << 20) && ((DType)type == DType::f32 || (DType)type == DType::f64);
+// Whether the gradient goes past the caches: a new tensor larger than they are.
+bool streams(const void* x, const void* dx, int64_t elements) {
+  return dx != x && elements > (int64_t(4) << 20);
 }
 
 cross_entropy::Problem problem(const void* x, const void* target, const void* w, int64_t M, int64_t n, int64_t first,
@@ -448,22 +327,22 @@ void cross_entropy_fwd(const void* x, const void* target, const void* w, void* l
                        int64_t N, int64_t ignore_index, double smoothing, double scale, int type, int w_type) {
   const AsCompute wc(w, N, w_type, type);
   const auto p = problem(x, target, wc.data, M, N, 0, N, ignore_index, smoothing, type);
-  const cross_entropy::Gradient d{dx, nullptr, scale, streams(x, dx, M * N, type)};
-  FASTLM_DISPATCH(cross_entropy::forward_dispatch, p, loss, stats, dx ? &d : nullptr, type);
+  const cross_entropy::Gradient d{dx, nullptr, scale, streams(x, dx, M * N)};
+  FASTLM_DISPATCH_BF16(cross_entropy::forward_dispatch, p, loss, stats, dx ? &d : nullptr, type);
 }
 
 void cross_entropy_update(const void* x, const void* target, const void* w, void* states, int64_t M, int64_t n,
                           int64_t first, int64_t N, int64_t ignore_index, double smoothing, int type, int w_type) {
   const AsCompute wc(w, N, w_type, type);
   const auto p = problem(x, target, wc.data, M, n, first, N, ignore_index, smoothing, type);
-  FASTLM_DISPATCH(cross_entropy::update_dispatch, p, states, type);
+  FASTLM_DISPATCH_BF16(cross_entropy::update_dispatch, p, states, type);
 }
 
 void cross_entropy_finish(const void* states, const void* target, const void* w, void* loss, void* stats, int64_t M,
                           int64_t N, int64_t ignore_index, double smoothing, int type, int w_type) {
   const AsCompute wc(w, N, w_type, type);
   const auto p = problem(nullptr, target, wc.data, M, 0, 0, N, ignore_index, smoothing, type);
-  FASTLM_DISPATCH(cross_entropy::finish_dispatch, p, states, loss, stats, type);
+  FASTLM_DISPATCH_BF16(cross_entropy::finish_dispatch, p, states, loss, stats, type);
 }
 
 void cross_entropy_bwd(const void* x, const void* target, const void* w, const void* stats, const void* g, void* dx,
@@ -471,8 +350,8 @@ void cross_entropy_bwd(const void* x, const void* target, const void* w, const v
                        double scale, int type, int w_type) {
   const AsCompute wc(w, N, w_type, type);
   const auto p = problem(x, target, wc.data, M, n, first, N, ignore_index, smoothing, type);
-  const cross_entropy::Gradient d{dx, g, scale, streams(x, dx, M * n, type)};
-  FASTLM_DISPATCH(cross_entropy::backward_dispatch, p, stats, d, type);
+  const cross_entropy::Gradient d{dx, g, scale, streams(x, dx, M * n)};
+  FASTLM_DISPATCH_BF16(cross_entropy::backward_dispatch, p, stats, d, type);
 }
 
 }  // namespace fastlm

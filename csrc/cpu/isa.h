@@ -55,6 +55,11 @@ constexpr int64_t kParallelGrain = 16 * 1024;
   (::fastlm::isa() >= ::fastlm::Isa::avx512  ? avx512::fn(__VA_ARGS__) \
    : ::fastlm::isa() == ::fastlm::Isa::avx2 ? avx2::fn(__VA_ARGS__)   \
                                             : baseline::fn(__VA_ARGS__))
+// For files with a pass of their own for avx512_bf16.
+#define FASTLM_DISPATCH_BF16(fn, ...)                                                        \
+  (::fastlm::isa() >= ::fastlm::Isa::avx512_bf16 ? avx512_bf16::fn(__VA_ARGS__)              \
+                                                 : FASTLM_DISPATCH(fn, __VA_ARGS__))
 #else
 #define FASTLM_DISPATCH(fn, ...) baseline::fn(__VA_ARGS__)
+#define FASTLM_DISPATCH_BF16(fn, ...) baseline::fn(__VA_ARGS__)
 #endif

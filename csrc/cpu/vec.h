@@ -226,9 +226,13 @@ inline V load(const double* p) {
 }
 template <class V>
 inline V load(const bf16_t* p) {
+#if FASTLM_ISA_LEVEL >= 2  // GCC 12 widens halves and joins them, in five instructions
+  return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   VH h;
   std::memcpy(&h, p, sizeof h);
   return (VF)(__builtin_convertvector(h, VU) << 16);
+#endif
 }
 template <class V>
 inline V load(const f16_t* p) {
@@ -324,6 +328,8 @@ inline void stream(float* p, VF v) {
   _mm512_stream_ps(p, (__m512)v);
 #elif FASTLM_ISA_LEVEL == 1
   _mm256_stream_ps(p, (__m256)v);
+#elif FASTLM_X86
+  _mm_stream_ps(p, (__m128)v);
 #else
   store(p, v);
 #endif
