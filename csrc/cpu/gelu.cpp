@@ -8,7 +8,7 @@
 // forward 1.8x and 1.9x, backward 2.2x and 2.8x. Arithmetic and memory take about as long as each other (fp32 forward
 // 1.3 and 1.9 ms of 2.2), so what counts is that they overlap: prefetches 512 bytes ahead gained 1.3x forward and
 // 1.15x backward over the hardware's alone, and more than those 256, 1024 or 4096 bytes ahead. Two vectors at a time
-// make whole lines of bf16 (1.2x) for stores that go past the caches.
+// make whole lines of bf16 for stores that go past the caches.
 // Forward reads x and writes y; backward reads dy and x and writes dx. The bias gradient is summed in the same pass,
 // four rows at a time, into partial sums of fixed chunks of rows that are added in order.
 
