@@ -120,7 +120,7 @@ def _sum_partials_kernel(
     k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
+        p = start + tl.arange(0, BLOCK_P).to(tl.int64)
         total += tl.load(partial_ptr + p[:, None] * K + k[None, :], (p < P)[:, None] & (k < K)[None, :], 0.0)
     tl.store(out_ptr + k, tl.sum(total, 0), k < K)
 

@@ -40,12 +40,16 @@ COMBINED_SPLITS = 16  # of a tile
 
 # Rows are the queries of a group: up to 16, and more. Keys, warps and stages of the first as in the source of the
 # forward pass's table for its decoding kernel; the rest by registers alone. Not measured on this kernel yet.
-FEW: Blockings = {
-    80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 16, 4, 2)}),
-}
-MANY: Blockings = {
-    80: Blocking({256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 4, 1)}),
-}
+FEW = Blockings(
+    {
+        80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 16, 4, 2)}),
+    }
+)
+MANY = Blockings(
+    {
+        80: Blocking({256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 4, 1)}),
+    }
+)
 
 
 @triton.jit

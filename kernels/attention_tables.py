@@ -39,9 +39,13 @@ class Blocking(NamedTuple):
     half_masked: dict[int, Blocks] | None = None
 
 
-Blockings = dict[int, Blocking]
+class Blockings(dict[int, Blocking]):
+    """Rows by the oldest architecture that they are for; hashed as an object, so that what is chosen can be kept."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
+@functools.lru_cache(4096)
 def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int, masked: bool) -> Blocks:
     """The row for the newest architecture no newer than `arch` and the least head size that holds `head`."""
     if INTERPRETING:  # which spends its time on programs, not on elements
@@ -75,13 +79,18 @@ class Geometry(NamedTuple):
 
 def geometry(q: Tensor, k: Tensor, v: Tensor, B: int, window_left: int, window_right: int) -> Geometry:
     """For q (B, H, T, D), or (1, H, Tq, D) with B packed sequences in it."""
-    H, T, D = q.shape[1:]
-    S, Dv = v.shape[2:]
+    return _geometry(B, *q.shape[1:], *v.shape[1:], window_left, window_right)
+
+
+@functools.lru_cache(4096)
+def _geometry(
+    B: int, H: int, T: int, D: int, Hkv: int, S: int, Dv: int, window_left: int, window_right: int
+) -> Geometry:
     limit = T + S  # a wider window is none, and 32 bits hold it
     left = window_left if 0 <= window_left < limit else -1
     right = window_right if 0 <= window_right < limit else -1
     return Geometry(
-        B, H, T, S, H // max(k.shape[1], 1), left, right, (left >= 0, right >= 0),
+        B, H, T, S, H // max(Hkv, 1), left, right, (left >= 0, right >= 0),
         (D, Dv, padded_head(D), padded_head(Dv)),
     )  # fmt: skip
 
