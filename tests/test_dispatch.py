@@ -27,6 +27,40 @@ def test_forced_backend_is_used_and_restored():
     assert fastlm.explain(fastlm.layer_norm, x, 8).selected == outside
 
 
+def test_a_forced_backend_nests_and_decorates():
+    x = torch.randn(3, 8)
+    reference = fastlm.backend("reference")
+
+    @reference
+    def chosen() -> str | None:
+        with fastlm.backend("torch"), fastlm.backend(None):
+            pass
+        return fastlm.explain(fastlm.layer_norm, x, 8).selected
+
+    assert chosen() == chosen() == "reference"
+    with pytest.raises(ZeroDivisionError), fastlm.backend("torch"):
+        raise ZeroDivisionError
+    with fastlm.backend("torch"):
+        assert chosen() == "reference"
+        assert _dispatch.forced_backend() == "torch"
+    assert _dispatch.forced_backend() == _dispatch._AT_IMPORT
+
+
+@pytest.mark.skipif(_native.missing_reason is not None, reason="without the CPU kernels")
+def test_quick_calls_obey_a_forced_backend():
+    """Calls without gradients skip most questions, but not which backend is asked for."""
+    x, weight, bias = torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    with torch.no_grad():
+        quick = fastlm.layer_norm(x, 8, weight, bias)
+        for name in ("torch", "reference"):
+            with fastlm.backend(name):
+                assert fastlm.explain(fastlm.layer_norm, x, 8, weight, bias).selected == name
+        with fastlm.backend("reference"):
+            torch.testing.assert_close(fastlm.layer_norm(x, 8, weight, bias), quick)
+        with fastlm.backend("torch"), pytest.raises(fastlm.BackendError, match="add_layer_norm: the torch backend"):
+            fastlm.add_layer_norm(x, x, weight, bias)
+
+
 def test_forced_backend_that_cannot_serve_raises(monkeypatch):
     x = torch.randn(3, 8)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -266,12 +266,12 @@ def _inference(
 
     On one row the general path's questions take twice as long as the kernel; these are all that this case needs.
     """
-    if weight is None or bias is None or not _plain_rows(x, weight, bias):
+    if weight is None or bias is None:
         return None
-    N = weight.shape[0]
-    if normalized_shape not in (N, weight.shape):
+    N = _plain_row(x, weight, bias)
+    if not N or (normalized_shape != N and normalized_shape != (N,)):
         return None
-    if choose("layer_norm", ("cpu" if x.is_cpu else x.device.type, x.dtype, ())) != "cpu":
+    if choose("layer_norm", ("cpu", x.dtype, ())) != "cpu":
         return None
     return _native.layer_norm(x, weight, bias, N, eps)
 
@@ -280,25 +280,26 @@ def _add_inference(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor] | None:
     """As `_inference`, of the sum of two tensors alike."""
-    if weight is None or bias is None or type(residual) is not type(x) or not _plain_rows(x, weight, bias):
+    if weight is None or bias is None or type(residual) is not type(x):
         return None
-    if residual.shape != x.shape or residual.dtype is not x.dtype or not (x.is_cpu and residual.is_cpu):
+    if residual.shape != x.shape or residual.dtype is not x.dtype or not residual.is_cpu:
         return None
-    if not residual.is_contiguous() or choose("add_layer_norm", ("cpu", x.dtype, ())) != "cpu":
+    N = _plain_row(x, weight, bias)
+    if not N or not residual.is_contiguous() or choose("add_layer_norm", ("cpu", x.dtype, ())) != "cpu":
         return None
-    return _native.add_layer_norm(x, residual, weight, bias, weight.shape[0], eps)
+    return _native.add_layer_norm(x, residual, weight, bias, N, eps)
 
 
-def _plain_rows(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether all are contiguous and of one dtype, the parameters on the CPU and vectors of x's last extent."""
+def _plain_row(x: Tensor, weight: Tensor, bias: Tensor) -> int:
+    """x's last extent where all are contiguous, on the CPU and of one dtype and the parameters vectors of it; else 0."""
     if must_trace(x, weight, bias):
-        return False
-    shape, dtype = weight.shape, x.dtype
-    if len(shape) != 1 or x.shape[-1:] != shape or bias.shape != shape:
-        return False
-    if not (weight.dtype is dtype is bias.dtype and weight.is_cpu and bias.is_cpu and shape[0]):
-        return False
-    return x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()
+        return 0
+    shape, extents, dtype = weight.shape, x.shape, x.dtype
+    if len(shape) != 1 or bias.shape != shape or not extents or extents[-1] != shape[0]:
+        return 0
+    if not (weight.dtype is dtype is bias.dtype and x.is_cpu and weight.is_cpu and bias.is_cpu):
+        return 0
+    return shape[0] if x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous() else 0
 
 
 def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:

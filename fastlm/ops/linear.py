@@ -6,6 +6,8 @@ into reading the weight, and there a kernel of our own reads it at the rate of t
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,27 @@ register(
 )
 
 
+# (few rows, gradient wanted, weight small) -> the request's features, made once: a tenth of the call on a small weight.
+_FEATURES = {
+    asked: tuple(zip(("few_rows", "gradient", "small_weight"), asked, strict=True))
+    for asked in itertools.product((False, True), repeat=3)
+}
+
+
+def _usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether everything fits in the commonest way: less than half of what `_check` costs."""
+    dtype, shape = x.dtype, weight.shape
+    return (
+        len(shape) == 2
+        and x.shape[-1:] == shape[1:]
+        and dtype in _native.TYPE_CODE
+        and weight.dtype is dtype
+        and x.is_cpu
+        and weight.is_cpu
+        and (bias is None or (bias.is_cpu and bias.dtype is dtype and bias.shape == shape[:1]))
+    )
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -84,15 +107,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: if a tensor is not floating-point, or the dtypes differ outside autocast.
         BackendError: if a forced backend cannot serve the call.
     """
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if must_trace(x, weight, bias) or torch.is_autocast_enabled(device):
         return F.linear(x, weight, bias)
-    _check(x, weight, bias)
-    rows = x.numel() // max(1, weight.shape[1])
-    few = 1 <= rows <= _native.LINEAR_ROWS and weight.numel() > 0
-    small = weight.numel() <= _SMALL_WEIGHT.get(x.dtype, 0)
-    features = (("few_rows", few), ("gradient", needs_grad(x, weight, bias)), ("small_weight", small))
-    backend = choose("linear", (device, x.dtype, features))
+    if not _usual(x, weight, bias):
+        _check(x, weight, bias)
+    size = weight.numel()
+    few = 1 <= x.numel() // max(1, weight.shape[1]) <= _native.LINEAR_ROWS and size > 0
+    asked = few, needs_grad(x, weight, bias), size <= _SMALL_WEIGHT.get(x.dtype, 0)
+    backend = choose("linear", (device, x.dtype, _FEATURES[asked]))
     if backend == "torch":
         return F.linear(x, weight, bias)
     if backend == "reference":
