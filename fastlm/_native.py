@@ -142,12 +142,12 @@ def layer_norm_bwd(
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
     compute = compute_dtype(z.dtype)
-    partial = z.new_empty(_chunks(M), 2, N, dtype=compute) if weight_grads else None
+    partial = z.new_empty(_chunks(M), 2, N, dtype=compute)  # written even where nobody asks for the sums
     dw = z.new_empty(N, dtype=compute) if weight_grads else None
     db = z.new_empty(N, dtype=compute) if weight_grads else None
     _cpu.layer_norm_bwd(
         dy.data_ptr(), z.data_ptr(), _ptr(weight), mean.data_ptr(), rstd.data_ptr(), _ptr(dz_in),
-        dz.data_ptr(), _ptr(dx), _ptr(partial), _ptr(dw), _ptr(db),
+        dz.data_ptr(), _ptr(dx), partial.data_ptr(), _ptr(dw), _ptr(db),
         M, N, dropout_p, seed,
         TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
     )  # fmt: skip

@@ -6,6 +6,8 @@
 
 namespace fastlm {
 
+void widen(const bf16_t* x, float* y, int64_t size);  // bf16 parameters are common enough for vectors
+
 // `data` points at n elements in the compute type of `as` (fp64 for f64, else fp32): the given vector itself where
 // it already has that type, else a converted copy that lives as long as this object. Null stays null.
 struct AsCompute {
@@ -13,16 +15,28 @@ struct AsCompute {
 
   AsCompute(const void* p, int64_t n, int type, int as) : data(p) {
     const bool wide = (DType)as == DType::f64;
-    if (!p || type == (int)(wide ? DType::f64 : DType::f32)) return;
-    copy_.reset(new double[(size_t)n]);  // room for either type
+    if (p && type != (int)(wide ? DType::f64 : DType::f32)) convert(p, n, (DType)type, wide);
+  }
+  // The same, but n times `absent` in place of null.
+  AsCompute(const void* p, int64_t n, int type, int as, double absent) : AsCompute(p, n, type, as) {
+    if (p) return;
+    copy_.reset(new double[(size_t)n]);
     data = copy_.get();
-    if (wide)
-      copy(p, n, (DType)type, copy_.get());
+    if ((DType)as == DType::f64)
+      std::fill_n(copy_.get(), n, absent);
     else
-      copy(p, n, (DType)type, reinterpret_cast<float*>(copy_.get()));
+      std::fill_n(reinterpret_cast<float*>(copy_.get()), n, (float)absent);
   }
 
  private:
+  void convert(const void* p, int64_t n, DType type, bool wide) {
+    copy_.reset(new double[(size_t)n]);  // room for either type
+    data = copy_.get();
+    if (wide)
+      copy(p, n, type, copy_.get());
+    else
+      copy(p, n, type, reinterpret_cast<float*>(copy_.get()));
+  }
   template <class S>
   static void copy(const void* p, int64_t n, DType type, S* out) {
     switch (type) {
@@ -32,6 +46,7 @@ struct AsCompute {
       case DType::f16: return each(static_cast<const f16_t*>(p), n, out);
     }
   }
+  static void each(const bf16_t* p, int64_t n, float* out) { widen(p, out, n); }
   template <class T, class S>
   static void each(const T* p, int64_t n, S* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = (S)baseline::to_float(p[i]);

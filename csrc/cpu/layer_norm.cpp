@@ -10,6 +10,7 @@
 // Rows go four at a time, so that the partial sums of dw and db are read and written once per four rows. Partials
 // belong to chunks of rows fixed by M alone and are added in order: same bits for any number of threads.
 
+#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -22,6 +23,8 @@
 namespace fastlm::FASTLM_ISA {
 
 namespace layer_norm {
+
+constexpr int kRows = 2;  // of a backward pass at a time
 
 // Sum of term(j, n) over the row; four accumulators hide the latency of the additions.
 template <class V, class F>
@@ -41,56 +44,99 @@ inline __attribute__((always_inline)) lane_t<V> row_sum(int64_t N, F&& term) {
   return reduce_add((a0 + a1) + (a2 + a3));
 }
 
-template <class TX, class TR>
-inline void add_row(const TX* x, const TR* residual, TR* z, int64_t row, int64_t N, const Dropout* dropout) {
-  using V = vec_of<TR>;
-  constexpr int64_t kBlock = 64;
-  lane_t<V> factor[kBlock];
-  for (int64_t first = 0; first < N; first += kBlock) {
-    const int64_t n_block = std::min(kBlock, N - first);
-    if (dropout) dropout->factors(row, first, n_block, factor);
-    for_lanes<V>(n_block, [&](int64_t k, auto n) {
-      V v = load<V>(x + first + k, n);
-      if (dropout) v *= load<V>(factor + k, n);
-      store(z + first + k, V(load<V>(residual + first + k, n) + v), n);
-    });
-  }
+// Asks for the cache line that begins at element j of a row; between two lines, nothing.
+template <class T>
+inline void prefetch(const T* row, int64_t j) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (lanes<vec_of<T>> >= kLine || j % kLine == 0) __builtin_prefetch(row + j);
 }
 
-template <bool STREAM, class TX, class TR, class TY>
-void fwd(const TX* x, const TR* residual, const scalar_of<TR>* w, const scalar_of<TR>* b, TR* z, TY* y,
-         scalar_of<TR>* mean_out, scalar_of<TR>* rstd_out, int64_t M, int64_t N, double eps, double p, int64_t seed) {
+// Methods copy the members that their loops use: behind `this` each would be read again after every store.
+template <class TX, class TR, class TY>
+struct Fwd {
   using V = vec_of<TR>;
   using S = scalar_of<TR>;
-  const Dropout dropout(seed, p);
-#pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
-  for (int64_t i = 0; i < M; ++i) {
-    const TR* row;
-    if (residual) {
-      add_row(x + i * N, residual + i * N, z + i * N, i, N, p > 0 ? &dropout : nullptr);
-      row = z + i * N;
-    } else {
-      row = reinterpret_cast<const TR*>(x) + i * N;
+  static constexpr bool kWiden = sizeof(TR) < sizeof(S);
+  const TX* x;
+  const TR* residual;
+  const S *w, *b;
+  TR* z;
+  TY* y;
+  S *mean_out, *rstd_out;
+  int64_t M, N;
+  double eps, p;
+  Dropout dropout;
+
+  // z = residual + dropout(x)
+  void add(int64_t i) const {
+    constexpr int64_t kBlock = 64;
+    S factor[kBlock];
+    const int64_t N = this->N;
+    const TX* branch = x + i * N;
+    const TR* stream = residual + i * N;
+    TR* sum = z + i * N;
+    for (int64_t first = 0; first < N; first += kBlock) {
+      const int64_t n_block = std::min(kBlock, N - first);
+      const bool drops = p > 0;
+      if (drops) dropout.factors(i, first, n_block, factor);
+      for_lanes<V>(n_block, [&](int64_t k, auto n) {
+        const int64_t j = first + k;
+        prefetch(branch + N, j);
+        prefetch(stream + N, j);
+        V v = load<V>(branch + j, n);
+        if (drops) v *= load<V>(factor + k, n);
+        store(sum + j, V(load<V>(stream + j, n) + v), n);
+      });
     }
-    const S mean = row_sum<V>(N, [&](int64_t j, auto n) { return load<V>(row + j, n); }) / N;
+  }
+
+  // `wide` has room for a row in the compute type: 16-bit values are converted once for the three passes.
+  template <bool STREAM>
+  void row(int64_t i, S* wide) const {
+    const int64_t N = this->N;
+    const S *w = this->w, *b = this->b;
+    if (residual) add(i);
+    const TR* in = residual ? z + i * N : reinterpret_cast<const TR*>(x) + i * N;
+    TY* out = y + i * N;
+    const S mean = row_sum<V>(N, [&](int64_t j, auto n) {
+                     prefetch(in + N, j);
+                     const V v = load<V>(in + j, n);
+                     if constexpr (kWiden) store(wide + j, v, n);
+                     return v;
+                   }) / N;
     const S var = row_sum<V>(N, [&](int64_t j, auto n) {
-                    const V d = load<V>(row + j, n, mean) - mean;
+                    if constexpr (!STREAM) prefetch(out + N, j);
+                    const V d = (kWiden ? load<V>(wide + j, n, mean) : load<V>(in + j, n, mean)) - mean;
                     return d * d;
                   }) / N;
     const S rstd = S(1) / std::sqrt(var + S(eps));
-    TY* out = y + i * N;
     for_lanes<V>(N, [&](int64_t j, auto n) {
-      V v = (load<V>(row + j, n) - mean) * rstd;
-      if (w) v *= load<V>(w + j, n);
-      if (b) v += load<V>(b + j, n);
-      store_or_stream<STREAM>(out + j, v, n);
+      const V v = ((kWiden ? load<V>(wide + j, n) : load<V>(in + j, n)) - mean) * rstd;
+      store_or_stream<STREAM>(out + j, V(v * load<V>(w + j, n) + load<V>(b + j, n)), n);
     });
     if (mean_out) {
       mean_out[i] = mean;
       rstd_out[i] = rstd;
     }
   }
-}
+
+  S* room() const { return kWiden ? (S*)attention_scratch(N * sizeof(S)) : nullptr; }
+
+  template <bool STREAM>
+  void run() const {
+    if (M * N <= kParallelGrain) {  // without OpenMP, whose region of one thread costs as much as a row
+      S* wide = room();
+      for (int64_t i = 0; i < M; ++i) row<STREAM>(i, wide);
+      return;
+    }
+#pragma omp parallel
+    {
+      S* wide = room();
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < M; ++i) row<STREAM>(i, wide);
+    }
+  }
+};
 
 template <class TX, class TR, class TY>
 struct Bwd {
@@ -110,38 +156,42 @@ struct Bwd {
   // R rows from row i on; sum_w and sum_b are this chunk's partial sums.
   template <int R, bool STREAM>
   void rows(int64_t i, S* sum_w, S* sum_b) const {
-    S c1[R], c2[R];
-    for (int r = 0; r < R; ++r) {
-      const TY* g = dy + (i + r) * N;
-      const TR* x = z + (i + r) * N;
-      const S m = mean[i + r], s = rstd[i + r];
-      V a{}, b{};
-      for_lanes<V>(N, [&](int64_t j, auto n) {
-        V v = load<V>(g + j, n);
-        if (w) v *= load<V>(w + j, n);
-        a += v;
-        b += v * ((load<V>(x + j, n, m) - m) * s);
-      });
-      c1[r] = reduce_add(a) / N;
-      c2[r] = reduce_add(b) / N;
-    }
+    const int64_t N = this->N;
+    const S* w = this->w;
+    const TY* g0 = dy + i * N;
+    const TR* z0 = z + i * N;
+    const TR* more = dz_in ? dz_in + i * N : nullptr;
+    TR* out = dz + i * N;
+    S m[R], s[R], c1[R], c2[R];
+    V a[R]{}, b[R]{};
+    for (int r = 0; r < R; ++r) m[r] = mean[i + r], s[r] = rstd[i + r];
     for_lanes<V>(N, [&](int64_t j, auto n) {
-      const V weight = w ? load<V>(w + j, n) : set1<V>(1);
-      V tw = sum_w ? load<V>(sum_w + j, n) : V{}, tb = sum_w ? load<V>(sum_b + j, n) : V{};
+      const V weight = load<V>(w + j, n);
       for (int r = 0; r < R; ++r) {
-        const int64_t at = (i + r) * N + j;
-        const V g = load<V>(dy + at, n);
-        const V xhat = (load<V>(z + at, n) - mean[i + r]) * rstd[i + r];
+        if constexpr (!STREAM) prefetch(out + r * N, j);
+        const V g = load<V>(g0 + r * N + j, n) * weight;
+        a[r] += g;
+        b[r] += g * ((load<V>(z0 + r * N + j, n, m[r]) - m[r]) * s[r]);
+      }
+    });
+    for (int r = 0; r < R; ++r) c1[r] = reduce_add(a[r]) / N, c2[r] = reduce_add(b[r]) / N;
+    for_lanes<V>(N, [&](int64_t j, auto n) {
+      const V weight = load<V>(w + j, n);
+      V tw = load<V>(sum_w + j, n), tb = load<V>(sum_b + j, n);
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = r * N + j;
+        prefetch(g0 + (R + r) * N, j);
+        prefetch(z0 + (R + r) * N, j);
+        const V g = load<V>(g0 + at, n);
+        const V xhat = (load<V>(z0 + at, n) - m[r]) * s[r];
         tw += g * xhat;
         tb += g;
-        V d = (g * weight - c1[r] - xhat * c2[r]) * rstd[i + r];
-        if (dz_in) d += load<V>(dz_in + at, n);
-        store_or_stream<STREAM>(dz + at, d, n);
+        V d = (g * weight - c1[r] - xhat * c2[r]) * s[r];
+        if (more) d += load<V>(more + at, n);
+        store_or_stream<STREAM>(out + at, d, n);
       }
-      if (sum_w) {
-        store(sum_w + j, tw, n);
-        store(sum_b + j, tb, n);
-      }
+      store(sum_w + j, tw, n);
+      store(sum_b + j, tb, n);
     });
     if (dx)
       for (int r = 0; r < R; ++r) dropped(i + r);
@@ -166,12 +216,11 @@ struct Bwd {
     const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
     for (int64_t c = 0; c < chunks; ++c) {
-      S* sum_w = dw ? partial + c * 2 * N : nullptr;
-      S* sum_b = dw ? sum_w + N : nullptr;
-      if (dw) std::fill(sum_w, sum_w + 2 * N, S(0));
+      S *sum_w = partial + c * 2 * N, *sum_b = sum_w + N;
+      std::fill(sum_w, sum_w + 2 * N, S(0));
       int64_t i = c * size;
       const int64_t end = std::min(M, i + size);
-      for (; i + 4 <= end; i += 4) rows<4, STREAM>(i, sum_w, sum_b);
+      for (; i + kRows <= end; i += kRows) rows<kRows, STREAM>(i, sum_w, sum_b);
       for (; i < end; ++i) rows<1, STREAM>(i, sum_w, sum_b);
     }
     if (!dw) return;
@@ -204,11 +253,12 @@ void bwd(const void* dy, const void* z, const void* w, const void* mean, const v
 }
 
 template <class TX, class TR, class TY>
-void fwd_any(const void* x, const void* residual, const void* w, const void* b, void* z, void* y, void* mean,
+void fwd(const void* x, const void* residual, const void* w, const void* b, void* z, void* y, void* mean,
              void* rstd, int64_t M, int64_t N, double eps, double p, int64_t seed) {
   using S = scalar_of<TR>;
-  auto run = streams((const TY*)y, M, N) ? fwd<true, TX, TR, TY> : fwd<false, TX, TR, TY>;
-  run((const TX*)x, (const TR*)residual, (const S*)w, (const S*)b, (TR*)z, (TY*)y, (S*)mean, (S*)rstd, M, N, eps, p, seed);
+  const Fwd<TX, TR, TY> all{(const TX*)x, (const TR*)residual, (const S*)w, (const S*)b, (TR*)z, (TY*)y,
+                            (S*)mean, (S*)rstd, M, N, eps, p, Dropout(seed, p)};
+  streams((const TY*)y, M, N) ? all.template run<true>() : all.template run<false>();
 }
 
 // The storage types that meet in one call: all alike, or a 16-bit x and y around an fp32 residual stream.
@@ -229,7 +279,7 @@ void fwd_any(const void* x, const void* residual, const void* w, const void* b, 
 void fwd_dispatch(const void* x, const void* residual, const void* w, const void* b, void* z, void* y, void* mean,
                   void* rstd, int64_t M, int64_t N, double eps, double p, int64_t seed, int x_type, int r_type,
                   int y_type) {
-  FASTLM_TYPES(fwd_any, x, residual, w, b, z, y, mean, rstd, M, N, eps, p, seed)
+  FASTLM_TYPES(fwd, x, residual, w, b, z, y, mean, rstd, M, N, eps, p, seed)
 }
 void bwd_dispatch(const void* dy, const void* z, const void* w, const void* mean, const void* rstd, const void* dz_in,
                   void* dz, void* dx, void* partial, void* dw, void* db, int64_t M, int64_t N, double p, int64_t seed,
@@ -250,7 +300,7 @@ namespace fastlm {
 void layer_norm_fwd(const void* x, const void* residual, const void* w, const void* b, void* z, void* y, void* mean,
                     void* rstd, int64_t M, int64_t N, double eps, double p, int64_t seed, int x_type, int r_type,
                     int y_type, int w_type) {
-  const AsCompute wc(w, N, w_type, r_type), bc(b, N, w_type, r_type);
+  const AsCompute wc(w, N, w_type, r_type, 1.0), bc(b, N, w_type, r_type, -0.0);  // adding -0 keeps the sign of a 0
   FASTLM_DISPATCH(layer_norm::fwd_dispatch, x, residual, wc.data, bc.data, z, y, mean, rstd, M, N, eps, p, seed, x_type,
                   r_type, y_type);
 }
@@ -258,7 +308,7 @@ void layer_norm_fwd(const void* x, const void* residual, const void* w, const vo
 void layer_norm_bwd(const void* dy, const void* z, const void* w, const void* mean, const void* rstd,
                     const void* dz_in, void* dz, void* dx, void* partial, void* dw, void* db, int64_t M, int64_t N,
                     double p, int64_t seed, int x_type, int r_type, int y_type, int w_type) {
-  const AsCompute wc(w, N, w_type, r_type);
+  const AsCompute wc(w, N, w_type, r_type, 1.0);
   FASTLM_DISPATCH(layer_norm::bwd_dispatch, dy, z, wc.data, mean, rstd, dz_in, dz, dx, partial, dw, db, M, N, p, seed,
                   x_type, r_type, y_type);
 }

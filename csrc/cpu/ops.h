@@ -29,7 +29,7 @@ void layer_norm_fwd(const void* x, const void* residual, const void* w, const vo
                     int y_type, int w_type);
 // dy: (M, N) TY. z: (M, N) TR, what was normalized. dz_in: (M, N) TR, optional: added to dz.
 // dz: (M, N) TR. dx: (M, N) TX = dropout mask * dz, optional. partial: (chunks, 2, N) compute type, and
-// dw, db: (N) compute type, optional together.
+// dw, db: (N) compute type, optional together (partial is not).
 void layer_norm_bwd(const void* dy, const void* z, const void* w, const void* mean, const void* rstd,
                     const void* dz_in, void* dz, void* dx, void* partial, void* dw, void* db, int64_t M, int64_t N,
                     double p, int64_t seed, int x_type, int r_type, int y_type, int w_type);
