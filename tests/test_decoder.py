@@ -49,7 +49,7 @@ def test_fp32_equals_the_modules(isa, B, pack, tied):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_16_bits_are_closer_to_the_truth_than_the_modules(isa, dtype):
+def test_16_bits_are_closer_to_the_truth_than_the_modules(every_isa, dtype):
     model = random_model().to(dtype)
     theirs, ours = logits_of_both(model, 2)
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
+from fastlm import _native
 from tolerances import assert_as_close_as_torch
 
 # K below a vector, with a tail, of two vectors at a time; N of one and of several threads' shares.
@@ -17,7 +18,7 @@ SIZES = [(1, 1), (5, 3), (37, 50), (64, 128), (300, 193)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
-def test_parity(isa, poisoned, rows, size, dtype):
+def test_parity(every_isa, poisoned, rows, size, dtype):
     N, K = size
     x, weight, bias = torch.randn(rows, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
     with fastlm.backend("cpu"):
@@ -30,7 +31,7 @@ def test_parity(isa, poisoned, rows, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(isa, threads, dtype):
+def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(every_isa, threads, dtype):
     x, weight = torch.randn(8, 96).to(dtype), torch.randn(500, 96).to(dtype)
     threads(2)
     with fastlm.backend("cpu"):
@@ -47,14 +48,37 @@ def test_views_of_any_layout():
         torch.testing.assert_close(fastlm.linear(x, weight), F.linear(x, weight))
 
 
-def test_special_values_stay_in_their_row(isa):
-    x = torch.randn(3, 40)
+# Tiles end between two rows of the weight, in the middle of one and after the last.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_special_values_stay_in_their_row_and_column(every_isa, dtype):
+    x, weight = torch.randn(3, 40).to(dtype), torch.ones(35, 40, dtype=dtype)
     x[1, 7], x[2, 9] = math.nan, math.inf
+    weight[3, 39], weight[34, 0] = math.nan, math.inf
+    ordinary = torch.tensor([n for n in range(35) if n not in (3, 34)])
     with fastlm.backend("cpu"):
-        y = fastlm.linear(x, torch.ones(5, 40))
-    assert y[0].isfinite().all()
+        y = fastlm.linear(x, weight)
+    assert y[0, ordinary].isfinite().all()
     assert y[1].isnan().all()
-    assert (y[2] == math.inf).all()
+    assert (y[2, ordinary] == math.inf).all()
+    assert y[:, 3].isnan().all()
+    assert y[0, 34].isinf()
+
+
+@pytest.mark.skipif(not fastlm.cpu_isas(), reason="no CPU extension")
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_wide_rows_keep_their_precision(every_isa, rows, weight_dtype):
+    """Decoding holds activations in fp32 between 16-bit weights: x is off by 2^-17 at most, not by bf16's 2^-9."""
+    N, K = 37, 100
+    x, weight, bias, y = torch.randn(rows, K), torch.randn(N, K).to(weight_dtype), torch.randn(N), torch.empty(rows, N)
+    x[0, 5] = 1e-30
+    _native._cpu.linear_fwd(
+        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), rows, N, K,
+        0, _native.TYPE_CODE[weight_dtype], 0, 0,
+    )  # fmt: skip
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    bound = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
+    assert ((y - truth).abs() <= bound * (2**-17 + K * torch.finfo(torch.float32).eps)).all()
 
 
 def test_many_rows_and_gradients_are_the_librarys():

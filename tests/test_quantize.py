@@ -31,7 +31,7 @@ def trained_like(config: GPTConfig = CONFIG) -> GPT:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("scheme", "group_size"), FORMATS, ids=IDS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-def test_the_kernel_multiplies_the_weight_that_is_meant(isa, poisoned, rows, scheme, group_size, dtype):
+def test_the_kernel_multiplies_the_weight_that_is_meant(every_isa, poisoned, rows, scheme, group_size, dtype):
     """Rounding x to 16 bits is at most 2^-16 max|x| off an element; the rest is fp32 sums and the final store."""
     for N, K in ((3, 1), (19, 50), (64, 160), (5, 9000)):
         layer = QuantizedLinear.from_weight(torch.randn(N, K), torch.randn(N), scheme, group_size)
@@ -45,7 +45,7 @@ def test_the_kernel_multiplies_the_weight_that_is_meant(isa, poisoned, rows, sch
 
 
 @pytest.mark.parametrize(("scheme", "group_size"), FORMATS, ids=IDS)
-def test_bits_do_not_depend_on_threads_or_other_rows(isa, threads, scheme, group_size):
+def test_bits_do_not_depend_on_threads_or_other_rows(every_isa, threads, scheme, group_size):
     layer = QuantizedLinear.from_weight(torch.randn(300, 130), None, scheme, group_size)
     x = torch.randn(8, 130)
     threads(2)
@@ -56,7 +56,7 @@ def test_bits_do_not_depend_on_threads_or_other_rows(isa, threads, scheme, group
         assert torch.equal(layer(x[row]), together[row])
 
 
-def test_special_values_stay_in_their_row(isa):
+def test_special_values_stay_in_their_row(every_isa):
     for scheme, group_size in FORMATS:
         layer = QuantizedLinear.from_weight(torch.randn(5, 64), None, scheme, group_size)
         x = torch.randn(4, 64)

@@ -24,8 +24,8 @@ bool amx() {
 #if FASTLM_X86 && defined(__linux__) && defined(SYS_arch_prctl)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const unsigned bf16_and_tile = 1u << 22 | 1u << 24;
-  return (d & bf16_and_tile) == bf16_and_tile && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  const unsigned tiles = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles at all, int8
+  return (d & tiles) == tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return false;
 #endif

@@ -113,12 +113,15 @@ void fwd_dispatch(const void* x, const void* w, const void* bias, void* y, int64
 #else
 
 #include "cpu/convert.h"
+#include "cpu/linear_tiles.h"
 
 namespace fastlm {
 
 void linear_fwd(const void* x, const void* w, const void* bias, void* y, int64_t M, int64_t N, int64_t K, int x_type,
                 int w_type, int b_type, int y_type) {
   const AsCompute b(bias, N, b_type, w_type);
+  if (w_type == (int)DType::bf16 && linear_has_tiles())
+    return linear_tiles_bf16(x, w, (const float*)b.data, y, M, N, K, x_type != w_type, y_type != w_type);
   FASTLM_DISPATCH(linear::fwd_dispatch, x, w, b.data, y, M, N, K, x_type != w_type, y_type != w_type, w_type);
 }
 

@@ -29,6 +29,7 @@ constexpr int64_t kWords = FASTLM_VEC_BYTES / 2;        // 16-bit lanes
 constexpr int64_t kAhead = 2048;                        // bytes that memory is asked for in advance
 constexpr int kGroup = FASTLM_ISA_LEVEL >= 2 ? 8 : 4;  // rows of x whose accumulators fit in registers
 constexpr int64_t kExact = 256 * kWords;                // products of 2^7 and 2^15 that a 32-bit lane can sum: 2 * 256
+constexpr float kLargest = 127 * 256 + 127;             // of x's integers: both their bytes fit in signed ones
 constexpr int64_t kParts = 4;                           // weights in a word of int4
 constexpr int64_t kBlock = kParts * kWords;             // weights of int4 in a vector: some groups of 32
 
@@ -174,14 +175,14 @@ float quantize(const T* x, int64_t K, int16_t* q) {
   });
   const float top = reduce_max(largest);
   const bool representable = reduce_add(finite) == 0 && top > 1e-30f;
-  const float factor = representable ? 32767.0f / top : 0.0f;
+  const float factor = representable ? kLargest / top : 0.0f;
   for_lanes<VF>(K, [&](int64_t k, auto n) {
     const VI i = __builtin_convertvector(round(representable ? load<VF>(x + k, n) * factor : VF{}), VI);
     int32_t lane[lanes<VF>];
     std::memcpy(lane, &i, sizeof i);
     for (int64_t j = 0; j < n; ++j) q[k + j] = (int16_t)lane[j];
   });
-  return reduce_add(finite) == 0 ? (representable ? top / 32767.0f : 0.0f) : NAN;
+  return reduce_add(finite) == 0 ? (representable ? top / kLargest : 0.0f) : NAN;
 }
 
 float quantize_any(const void* x, int64_t row, int64_t K, int type, int16_t* q) {
@@ -276,10 +277,18 @@ void dequantize_any(const void* w, const void* scale, void* out, int64_t N, int6
 
 #else
 
+#include "cpu/linear_tiles.h"
+
 namespace fastlm {
+
+float quantize_row(const void* x, int64_t row, int64_t K, int type, int16_t* q) {
+  return FASTLM_DISPATCH(quantized_linear::quantize_any, x, row, K, type, q);
+}
 
 void quantized_linear_fwd(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
                           int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type) {
+  if (!group && linear_has_tiles())
+    return linear_tiles_int8(x, w, scale, bias, y, M, N, K, padded_K, x_type, y_type);
   FASTLM_DISPATCH(quantized_linear::fwd, x, w, scale, bias, y, M, N, K, padded_K, group, x_type, y_type);
 }
 
