@@ -239,7 +239,7 @@ def test_cache_refuses():
         random_model()(prompts(), cache=KVCache(CONFIG, 3, max_length=4))
     cache = KVCache(CONFIG, 3)
     random_model()(prompts(length=12), cache=cache)
-    with pytest.raises(ValueError, match="5 tokens after 12 cached is longer than the context of 16"):
+    with pytest.raises(ValueError, match="tokens of length 5 after 12 cached does not fit the context of 16"):
         random_model()(prompts(), cache=cache)
 
 

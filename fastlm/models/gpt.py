@@ -25,6 +25,7 @@ from ..ops.attention import scaled_dot_product_attention
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from .checks import check_ids, check_same_shape, check_tokens
 from .config import ModelConfig
 
 if TYPE_CHECKING:
@@ -189,11 +190,12 @@ class GPT(nn.Module):
                 CPU and outside torch.compile, where looking is free) an id outside the vocabulary.
         """
         if targets is not None:
-            self._check_targets(tokens, targets)
+            check_same_shape("GPT", "targets", targets, "tokens", tokens)
+            check_ids("GPT", "targets", targets, self.config.vocab_size, IGNORED_TARGET)
         if targets is None:
             return self.logits(self.hidden(tokens, cache))
         start = 0 if cache is None else cache.length
-        self._check_tokens(tokens, start)
+        check_tokens("GPT", tokens, self.config, start)
         if self.config.tie_embeddings:
             rows, head = tied_embedding(self.wte.weight, tokens)
         else:
@@ -204,7 +206,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Output of the last LayerNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
         start = 0 if cache is None else cache.length
-        self._check_tokens(tokens, start)
+        check_tokens("GPT", tokens, self.config, start)
         return self._blocks(self.wte(tokens), start, cache)
 
     def _blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
@@ -230,37 +232,6 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
         return F.linear(hidden, self.wte.weight) if self.config.tie_embeddings else self.lm_head(hidden)
-
-    def _check_tokens(self, tokens: Tensor, start: int) -> None:
-        if tokens.dim() != 2:
-            raise ValueError(f"GPT: tokens has shape {tuple(tokens.shape)}, expected (batch, length)")
-        if start + tokens.shape[1] > self.config.context_length:
-            before = f" after {start} cached" if start else ""
-            raise ValueError(
-                f"GPT: a sequence of {tokens.shape[1]} tokens{before} is longer than the context of "
-                f"{self.config.context_length}"
-            )
-        self._check_ids("tokens", tokens, tokens)
-
-    def _check_targets(self, tokens: Tensor, targets: Tensor) -> None:
-        if targets.shape != tokens.shape:
-            raise ValueError(
-                f"GPT: targets has shape {tuple(targets.shape)}, expected {tuple(tokens.shape)} as tokens has"
-            )
-        self._check_ids("targets", targets, targets.masked_fill(targets == IGNORED_TARGET, 0))
-
-    def _check_ids(self, name: str, given: Tensor, ids: Tensor) -> None:
-        if given.dtype != torch.int64:
-            raise ValueError(f"GPT: {name} has dtype {given.dtype}, expected torch.int64")
-        # Elsewhere the look would wait for the device, or break the compiled graph.
-        if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
-            return
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"GPT: {name} holds the id {low if low < 0 else high}, outside the vocabulary of "
-                f"{self.config.vocab_size}"
-            )
 
     def num_parameters(self) -> int:
         """Number of trained values; a tied output head counts once."""
