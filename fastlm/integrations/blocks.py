@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as ours
+from .._dispatch import needs_grad
 from ..nn._plain import plain
 from ..nn.linear import linear
 from ..ops.gelu import bias_gelu, gelu
@@ -22,6 +23,9 @@ from ..ops.swiglu import swiglu
 from . import templates
 
 Forward = Callable[..., Tensor]
+
+# Elements of a gate in decoding: 1 x 5632 took PyTorch's two operators 5 us and swiglu 14 us, 1 x 90112 34 and 39.
+SMALL_GATE = 2**16
 
 
 def eps_of(module: nn.Module) -> float | None:
@@ -150,7 +154,8 @@ def _gated(original: Any) -> Forward:
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not plain(self.act_fn, type(self.act_fn)) or gate.dtype != up.dtype:
+        short = gate.numel() < SMALL_GATE and not needs_grad(gate, up)
+        if short or not plain(self.act_fn, type(self.act_fn)) or gate.dtype != up.dtype:
             return self.down_proj(self.act_fn(gate) * up)
         return self.down_proj(swiglu(gate, up))
 

@@ -213,15 +213,16 @@ def _is_supported(model: PreTrainedModel) -> bool:
     return any(getattr(model, flag, False) for flag in flags)
 
 
-def _defer(head: nn.Module) -> tuple[str, str]:
+def _defer(head: Any) -> tuple[str, str]:
     from .accelerate import swap_class
     from .deferred import SMALLEST
 
-    if type(head) not in (nn.Linear, ours.Linear):
-        return "", f"it is a {type(head).__name__}"
-    if head.out_features < SMALLEST:
-        return "", f"its {head.out_features} classes are few"
-    swap_class(head, rules.derived(type(head), "deferred"))
+    kind: Any = type(head)
+    if kind not in (nn.Linear, ours.Linear):
+        return "", f"it is a {kind.__name__}"
+    if head.weight.shape[0] < SMALLEST:
+        return "", f"its {head.weight.shape[0]} classes are few"
+    swap_class(head, rules.derived(kind, "deferred"))
     return "fastlm.linear_cross_entropy in training", ""
 
 
