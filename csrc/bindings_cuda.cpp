@@ -102,12 +102,18 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("attention_fwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
-                            int64_t seed, int type, ptr out, const py::tuple& outs, ptr lse) {
+                            int64_t seed, int type, ptr out, const py::tuple& outs, ptr lse, ptr partial) {
     AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
                                      scale, softcap, p, seed, type);
-    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse));
+    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse)), a.partial = static_cast<float*>(P(partial));
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
+  });
+  m.def("attention_splits", [](int device, ptr, int64_t H, int64_t Hkv, int64_t T, int64_t S, int64_t D, int64_t right,
+                               int type) {
+    AttentionArgs a{};
+    a.device = device, a.H = H, a.Hkv = Hkv, a.T = T, a.S = S, a.D = D, a.right = right, a.type = type;
+    return attention_splits(a);
   });
   // sizes are (B, H, T, S, D)
   m.def("attention_mask_partials", [](int device, ptr, const py::tuple& mask, const py::tuple& sizes, int type) {

@@ -69,24 +69,28 @@ def unusable() -> str | None:
 
 def _call(function: Callable, x: Tensor, *arguments: Any) -> Any:
     """function(device, stream, *arguments) for the current stream of x's device, while that is the current device."""
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return function(0, 0, *arguments)
-    index = x.device.index
+    index = x.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
-    if index == torch.cuda.current_device():
+    if index == torch._C._cuda_getDevice():
         return function(index, stream, *arguments)
     with torch.cuda.device(index):
         return function(index, stream, *arguments)
 
 
-def _norm_workspace(z: Tensor, M: int, N: int, sums: int, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """((M, 2) of row sums, partial sums and `sums` sums of N each, or None): all fp32, the first two one allocation."""
+def _norm_workspace(z: Tensor, M: int, N: int, sums: int, wanted: bool) -> tuple[Tensor, int, int, Tensor | None]:
+    """(a workspace, where (M, 2) row sums and partial sums lie in it or 0, `sums` sums of N each or None): all fp32.
+
+    Addresses, since a view would take longer than the rest.
+    """
     shares = _call(_cuda.norm_shares, z, M, N) if wanted else 0
     work = z.new_empty(shares * sums * N + 2 * M, dtype=torch.float32)
+    partial = _ptr(work)
+    rows = partial + 4 * shares * sums * N
     if not wanted:
-        return work, None, None
-    totals = z.new_zeros if M == 0 else z.new_empty
-    return work[shares * sums * N :], work[: shares * sums * N], totals(sums, N, dtype=torch.float32)
+        return work, rows, 0, None
+    return work, rows, partial, (z.new_zeros if M == 0 else z.new_empty)(sums, N, dtype=torch.float32)
 
 
 def layer_norm_fwd(
@@ -135,11 +139,11 @@ def layer_norm_bwd(
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
-    rows, partial, sums = _norm_workspace(z, M, N, 2, weight_grads)
+    _work, rows, partial, sums = _norm_workspace(z, M, N, 2, weight_grads)
     _call(
         _cuda.layer_norm_bwd, z,
         _ptr(dy), _ptr(z), _ptr(weight), _ptr(mean), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
-        _ptr(partial), _ptr(sums), _ptr(rows), M, N, dropout_p, seed,
+        partial, _ptr(sums), rows, M, N, dropout_p, seed,
         TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
     )  # fmt: skip
     dw, db = (None, None) if sums is None else (sums[0], sums[1])
@@ -184,11 +188,11 @@ def rms_norm_bwd(
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if x_dtype != z.dtype else None
-    rows, partial, sums = _norm_workspace(z, M, N, 1, weight_grad)
+    _work, rows, partial, sums = _norm_workspace(z, M, N, 1, weight_grad)
     _call(
         _cuda.rms_norm_bwd, z,
         _ptr(dy), _ptr(z), _ptr(weight), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
-        _ptr(partial), _ptr(sums), _ptr(rows), M, N,
+        partial, _ptr(sums), rows, M, N,
         TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
     )  # fmt: skip
     return dz, dz if dx is None else dx, None if sums is None else sums[0]
@@ -241,7 +245,8 @@ def _attention_arguments(
     if mask is not None:
         if mask.dtype not in (torch.bool, torch.float32, q.dtype):
             mask = mask.float()
-        at, strides, kind = _ptr(mask), mask.expand(B, H, T, S).stride(), TYPE_CODE.get(mask.dtype, _BOOL)
+        strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+        at, kind = _ptr(mask), TYPE_CODE.get(mask.dtype, _BOOL)
     batch = B if cu_q is None else cu_q.shape[0] - 1
     return (
         *_attention_heads(q), *_attention_heads(k), *_attention_heads(v), at, strides, kind, mask,
@@ -267,12 +272,28 @@ def _attention_heads(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
     return (0, ()) if x is None else (_ptr(x), x.stride())
 
 
+_FEW_QUERIES = 16  # with more, keys are never split over blocks
+
+
+def _decode_workspace(q: Tensor, k: Tensor, v: Tensor, window_right: int) -> Tensor | None:
+    """The partial results of every split of the keys, or None where they are not split."""
+    B, H, T, D = q.shape
+    width = v.shape[3]
+    if 0 in (B, H, T, width):
+        return None
+    sizes = H, k.shape[1], T, k.shape[2], max(D, width)
+    splits = _call(_cuda.attention_splits, q, *sizes, window_right, TYPE_CODE[q.dtype])
+    return q.new_empty(B * H * T * splits * (width + 1), dtype=torch.float32) if splits else None
+
+
 def _attention_fwd(q, k, v, mask, cu_q, cu_k, options, lse) -> tuple[Tensor, Tensor | None]:
     B, H, T, _ = q.shape
-    out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
+    width = v.shape[3]
+    out = q.new_empty_strided((B, H, T, width), (T * H * width, width, H * width, 1))
     sums = q.new_empty(B, H, T, dtype=torch.float32) if lse else None
+    partial = _decode_workspace(q, k, v, options[5]) if cu_q is None and T <= _FEW_QUERIES else None
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
-    _call(_cuda.attention_fwd, q, *arguments, *_attention_heads(out), _ptr(sums))
+    _call(_cuda.attention_fwd, q, *arguments, *_attention_heads(out), _ptr(sums), _ptr(partial))
     return out, sums
 
 
@@ -289,8 +310,8 @@ def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, gra
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
     _call(
         _cuda.attention_bwd, q, *arguments, *_attention_heads(out), _ptr(lse), *_attention_heads(dout), _ptr(dlse),
-        *(part for grad in grads for part in _attention_heads(grad)), _ptr(stats),
-        _ptr(dmask), 0 if dmask is None else TYPE_CODE[dmask.dtype], _ptr(partial), () if dmask is None else tuple(dmask.shape),
+        *(part for grad in grads for part in _attention_heads(grad)), _ptr(stats), _ptr(dmask),
+        *((0, 0, ()) if dmask is None else (TYPE_CODE[dmask.dtype], _ptr(partial), tuple(dmask.shape))),
     )  # fmt: skip
     return dmask
 

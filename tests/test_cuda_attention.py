@@ -7,15 +7,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastlm
 from conftest import CUDA
 from emulation import build
+from fastlm import _native_cuda
 from fastlm._native import TYPE_CODE
 from fastlm.ops import _dropout
-from fastlm.ops._attention_reference import attention_ref
+from fastlm.ops._attention_reference import Options, attention_ref
 from test_attention import (
     test_any_strides,
     test_dropout,
@@ -115,7 +117,7 @@ def _closed_keys(kind, T, S):
     ids=str,
 )
 def test_what_a_row_does_not_attend_to_may_be_anything(attention_kernels, emulation, poisoned, dtype, head_size, kind):
-    """Keys and values that are not finite: the rows that do not attend to them keep their bits, the others' are lost."""
+    """Keys and values that are not finite: the rows that do not attend to them keep their bits."""
     emulation.set_device(architecture=80)
     T, S = 100, 140
     mask, options, attended = _closed_keys(kind, T, S)
@@ -126,9 +128,7 @@ def test_what_a_row_does_not_attend_to_may_be_anything(attention_kernels, emulat
             spoiled = {"k": k.clone(), "v": v.clone()}
             for name in names:
                 spoiled[name][0, 1, key, 7:9] = bad
-            out = fastlm.scaled_dot_product_attention(
-                q, spoiled["k"], spoiled["v"], mask, return_lse=True, **options
-            )
+            out = fastlm.scaled_dot_product_attention(q, spoiled["k"], spoiled["v"], mask, return_lse=True, **options)
             safe = torch.ones(2, T, dtype=torch.bool)
             safe[1] = ~attended[:, key]
             for mine, before in zip(out, clean, strict=True):
@@ -150,6 +150,115 @@ def test_what_lies_behind_a_sequence_may_be_anything(attention_kernels, poisoned
     assert torch.equal(fastlm.attention_varlen(q, k, v, cu_q, cu_k), clean[0].transpose(0, 1))
 
 
+# (H, Hkv, T, S, D, Dv): one query and sixteen, rows of a group that fill a tile, part of one, or two; a head size of
+# every class of tiles; keys that end within a tile, a step and a split.
+DECODING = [
+    (8, 1, 1, 601, 24, 24),
+    (2, 2, 16, 515, 64, 40),
+    (6, 2, 7, 1100, 96, 96),
+    (4, 4, 1, 800, 128, 128),
+    (8, 2, 3, 700, 136, 192),
+    (2, 1, 5, 513, 256, 256),
+]
+
+
+def _decoding(case, dtype, batch=2):
+    H, Hkv, T, S, D, Dv = case
+    q, k, v = (torch.randn(batch, heads, n, d) for heads, n, d in ((H, T, D), (Hkv, S, D), (Hkv, S, Dv)))
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _is_split(q, k):
+    sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
+    return _native_cuda._call(_native_cuda._cuda.attention_splits, q, *sizes, -1, TYPE_CODE[q.dtype]) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+@pytest.mark.parametrize("case", DECODING, ids=str)
+def test_decoding(attention_kernels, poisoned, case, kind, dtype):
+    q, k, v = _decoding(case, dtype)
+    T, S = case[2:4]
+    mask = {"none": None, "bool": torch.rand(2, 1, T, S) > 0.3, "additive": torch.randn(T, S).to(dtype)}[kind]
+    assert _is_split(q, k)
+    out, lse = fastlm.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, return_lse=True)
+    doubles = [x.double() if x is not None and x.is_floating_point() else x for x in (q, k, v, mask)]
+    truth, truth_lse = attention_ref(*doubles, False, q.shape[3] ** -0.5)
+    stock = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert_as_close_as_torch(out, truth, stock, S, "out")
+    assert_as_close_as_torch(lse.to(dtype), truth_lse, truth_lse.to(dtype), S, "lse")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(False, -0.3),
+        Options(False, 0.2, softcap=6.0),
+        Options(False, 0.2, window_left=2, window_right=530),
+        Options(False, 0.2, dropout_p=0.3),
+        Options(True, 0.2),
+    ],
+    ids=str,
+)
+def test_decoding_with_everything_else(attention_kernels, poisoned, options, dtype):
+    q, k, v = _decoding((6, 2, 7, 700, 40, 40), dtype)
+    k, v = k[:, :, 3:], v[:, :, 3:]
+    torch.manual_seed(5)
+    options = options._replace(seed=_dropout.draw_seed())
+    torch.manual_seed(5)
+    left, right = (None if n < 0 else n for n in options[4:6])
+    out = fastlm.scaled_dot_product_attention(
+        q, k, v, None, options.dropout_p, options.is_causal, options.scale, True,
+        window=None if left is None else (left, right), softcap=options.softcap or None,
+    )  # fmt: skip
+    truth = attention_ref(*(x.double() for x in (q, k, v)), None, *options)[0]
+    assert_as_close_as_torch(out, truth, attention_ref(q, k, v, None, *options)[0], 700, "out")
+
+
+def test_decoding_does_not_depend_on_the_batch(attention_kernels):
+    q, k, v = _decoding((4, 2, 3, 900, 64, 64), torch.bfloat16, batch=3)
+    whole = fastlm.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    alone = fastlm.scaled_dot_product_attention(q[1:2, 2:], k[1:2, 1:], v[1:2, 1:], enable_gqa=True)
+    assert torch.equal(whole[1:2, 2:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_rows_that_attend_to_nothing(attention_kernels, poisoned, dtype):
+    """For all keys, and for those of a split; what a closed key and its value hold does not matter."""
+    q, k, v = _decoding((4, 2, 2, 900, 64, 64), dtype)
+    mask = torch.ones(2, 1, 2, 900, dtype=torch.bool)
+    mask[0, :, 1], mask[1, :, :, :300], mask[1, :, 0, 700:] = False, False, False
+    clean = fastlm.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, return_lse=True)
+    assert clean[0][0, :, 1].eq(0).all()
+    assert clean[1][0, :, 1].eq(-math.inf).all()
+    for x in (k, v):
+        x[1, :, :300] = math.nan
+    v[1, 0, 800, 5] = math.inf
+    out, lse = fastlm.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, return_lse=True)
+    assert torch.equal(lse, clean[1])
+    lost = torch.zeros_like(out, dtype=torch.bool)
+    lost[1, :2, 1, 5] = True
+    assert out[lost].eq(math.inf).all()
+    assert torch.equal(out[~lost], clean[0][~lost])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation alone")
+@pytest.mark.parametrize("multiprocessors", [1, 2, 200])
+def test_decoding_in_any_order_on_any_gpu(attention_kernels, emulation, multiprocessors):
+    """Few splits of many keys and many of few, blocks, warps and lanes in any order."""
+    emulation.set_device(multiprocessors=multiprocessors)
+    q, k, v = _decoding((2, 1, 3, 1900, 32, 32), torch.float16, batch=1)
+    results = []
+    for order in (0, 1, 2):
+        emulation.set_order(order)
+        results.append(fastlm.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    truth = attention_ref(*(x.double() for x in (q, k, v)), None, False, 32**-0.5)[0]
+    assert_as_close_as_torch(results[0], truth, F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 1900)
+
+
 # Head sizes of every class of tiles and dtype; one batch, one head, one row, one column, all, and none.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -158,7 +267,7 @@ def test_what_lies_behind_a_sequence_may_be_anything(attention_kernels, poisoned
         (24, (1, 2, 140, 150)),
         (64, (2, 1, 1, 150)),
         (80, (140, 1)),
-        (128, (1,)),
+        (128, (2, 2, 1, 150)),
         (192, (2, 1, 140, 150)),
         (256, (150,)),
         (40, (2, 2, 140, 150)),
@@ -205,8 +314,8 @@ def test_gradient_of_a_mask_of_many_small_matrices(attention_kernels, emulation)
 
 
 def test_no_matrix_of_scores_for_a_mask_that_broadcasts(attention_kernels):
-    q, k, v = (torch.randn(3, 4, 130, 16, requires_grad=True) for _ in range(3))
-    for shape in ((4, 130, 130), (3, 1, 1, 130), (130, 1), (130,)):
+    q, k, v = (torch.randn(3, 2, 70, 16, requires_grad=True) for _ in range(3))
+    for shape in ((2, 70, 70), (3, 1, 1, 70), (70, 1), (70,)):
         mask = torch.randn(shape, requires_grad=True)
         out = fastlm.scaled_dot_product_attention(q, k, v, mask)
         with _Sizes() as sizes:

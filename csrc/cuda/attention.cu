@@ -1,12 +1,17 @@
-// Chooses attention's kernel by element type and head size; attention_fwd.cuh and attention_bwd.cuh have the kernels,
-// attention_fwd_<head size>.cu and attention_bwd_<head size>.cu compile them. Hopper has its own kernels for the
-// calls that attention_sm90.cu and attention_bwd_sm90.cu serve.
+// Chooses attention's kernel by element type and head size; attention_fwd.cuh, attention_decode.cuh (few queries),
+// attention_bwd.cuh and attention_mask.cuh have the kernels, attention_fwd_<head size>.cu and
+// attention_bwd_<head size>.cu compile them. Hopper has its own kernels for the calls that attention_sm90.cu and
+// attention_bwd_sm90.cu serve.
 #include "attention.cuh"
 
 namespace fastlm::cuda {
 
 template <class T, int D>
 void attention_fwd(const AttentionParams& params, const AttentionArgs& args);
+template <class T, int D>
+void attention_decode(const AttentionParams& params, const AttentionArgs& args);
+template <class T, int D>
+int64_t attention_splits(const AttentionArgs& args);
 template <class T, int D>
 void attention_bwd(const AttentionParams& params, const AttentionArgs& args);
 template <class T, int D>
@@ -77,8 +82,17 @@ void for_kernel(const AttentionArgs& a, F&& f) {
 void attention_fwd(const AttentionArgs& args) {
   set_device(args.device);
   const AttentionParams params = params_of(args);
+  if (args.partial)
+    return for_kernel(args, [&](auto type, auto D) { attention_decode<decltype(type), D()>(params, args); });
   if (attention_fwd_serves_sm90(params, args)) return attention_fwd_sm90(params, args);
   for_kernel(args, [&](auto type, auto D) { attention_fwd<decltype(type), D()>(params, args); });
+}
+
+int64_t attention_splits(const AttentionArgs& args) {
+  set_device(args.device);
+  int64_t splits = 0;
+  for_kernel(args, [&](auto type, auto D) { splits = attention_splits<decltype(type), D()>(args); });
+  return splits;
 }
 
 void attention_bwd(const AttentionArgs& args) {

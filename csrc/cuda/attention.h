@@ -32,6 +32,7 @@ struct MaskGradient {
 struct AttentionArgs {
   Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; any of dq, dk and dv may be null
   Mask mask;
+  float* partial;      // forward's workspace of (B, H, T, attention_splits(), Dv + 1) numbers, null without splits
   float* lse;          // (B, H, T), or (H, T) of packed sequences; null in a forward pass that does not want it
   const float* dlse;   // the same, or null
   float* stats;        // backward's workspace: (2, B, H, T), and what Hopper's kernel adds to it
@@ -48,6 +49,8 @@ struct AttentionArgs {
 
 void attention_fwd(const AttentionArgs& args);
 void attention_bwd(const AttentionArgs& args);
+// Over how many parts of the keys a forward pass of these sizes, type and window is split; 0 for not at all.
+int64_t attention_splits(const AttentionArgs& args);
 // Partial sums of a mask's gradient by the sizes, type and device of `args`; 0 where it is as large as the scores.
 int64_t attention_mask_partials(const AttentionArgs& args);
 // How many floats the workspace of attention_bwd has; plain: without mask, dropout and packed sequences.

@@ -1,7 +1,7 @@
 // Attention backward for sm_80 and later. With P = exp(score - lse) recomputed tile by tile and dropout's factors F:
 //   dV = (P F)^T dO,   dP = dO V^T F,   dS = P (dP - delta),   delta = rowsum(dO O) - dlse,
-//   dQ = scale dS K,   dK = scale dS^T Q,   and dS is the gradient of the masked scores: the pass over dQ writes it as
-//   the gradient of a mask that is as large; attention_mask.cuh has those of smaller ones.
+//   dQ = scale dS K,   dK = scale dS^T Q,   and dS is the gradient of a mask as large as the scores, which the pass over
+//   dQ writes; attention_mask.cuh has those of smaller masks.
 //
 // Three launches: delta and lse in units of log2, a warp per row; dK and dV; dQ. The last two are one kernel in which a
 // block owns a tile of rows of one side and walks over tiles of the other, two of them in shared memory: owners of keys

@@ -13,11 +13,11 @@ namespace fastlm::cuda {
 template <int ROWS, int THREADS, class T, int D>
 FASTLM_DEVICE void clean_tile(const Tile<T, D>& tile) {
   cp_async_wait<0>();
-  sync_threads();
+  sync_team<THREADS>();
 #pragma unroll 1
-  for (int i = thread_index(); i < ROWS * D; i += THREADS)
+  for (int i = team_rank<THREADS>(); i < ROWS * D; i += THREADS)
     if (not_finite(tile.data[i])) tile.data[i] = from_float<T>(0.0f);
-  sync_threads();
+  sync_team<THREADS>();
 }
 
 // Adds the values of keys first to end that are not finite to the rows that attend to them, `rows` of `to` from
@@ -29,7 +29,7 @@ FASTLM_DEVICE void spread_not_finite(const Rows<const T>& values, int first, int
 #pragma unroll 1
   for (int j0 = first; j0 < end; j0 += N) {
     sync_threads();
-    if (thread_index() < N) found[thread_index()] = 0;
+    for (int key = thread_index(); key < N; key += THREADS) found[key] = 0;
     sync_threads();
     const int keys = smaller(N, end - j0);
 #pragma unroll 1

@@ -194,6 +194,19 @@ FASTLM_DEVICE void add_weighted(float (&c)[ROWS][N][4], const float (&weights)[R
   }
 }
 
+// The threads that work on a tile together: those of a warp, or of the block.
+template <int THREADS>
+FASTLM_DEVICE int team_rank() {
+  return THREADS == kWarp ? lane_index() : thread_index();
+}
+template <int THREADS>
+FASTLM_DEVICE void sync_team() {
+  if constexpr (THREADS == kWarp)
+    sync_warp();
+  else
+    sync_threads();
+}
+
 // Whether any of a thread's accumulators is infinite or NaN.
 template <int ROWS, int N>
 FASTLM_DEVICE bool not_finite(const float (&c)[ROWS][N][4]) {
@@ -226,9 +239,10 @@ struct Rows {
 template <int ROWS, int THREADS, class T, int D>
 FASTLM_DEVICE void load_tile(const Tile<T, D>& tile, const Rows<const T>& from, int first) {
   constexpr int kChunk = Tile<T, D>::kChunk, kChunks = Tile<T, D>::kChunks;
+  constexpr int kUnroll = D * sizeof(T) >= 512 ? 1 : 4;  // accumulators leave wide rows no registers for addresses
   if (from.vectors) {
-#pragma unroll 4
-    for (int i = thread_index(); i < ROWS * kChunks; i += THREADS) {
+#pragma unroll kUnroll
+    for (int i = team_rank<THREADS>(); i < ROWS * kChunks; i += THREADS) {
       const int row = i / kChunks, column = i % kChunks * kChunk;
       const bool inside = first + row < from.rows && column < from.width;
       cp_async<16>(tile.chunk(row, i % kChunks), from.data + (inside ? (first + row) * from.stride + column : 0),
@@ -236,7 +250,7 @@ FASTLM_DEVICE void load_tile(const Tile<T, D>& tile, const Rows<const T>& from, 
     }
   } else {
 #pragma unroll 1
-    for (int i = thread_index(); i < ROWS * D; i += THREADS) {
+    for (int i = team_rank<THREADS>(); i < ROWS * D; i += THREADS) {
       const int row = i / D, column = i % D;
       const bool inside = first + row < from.rows && column < from.width;
       *tile.at(row, column) = inside ? from.data[(first + row) * from.stride + column] : from_float<T>(0.0f);
