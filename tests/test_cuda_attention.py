@@ -83,6 +83,18 @@ def test_masks_of_other_dtypes(attention_kernels, dtype):
         assert torch.equal(out, fastlm.scaled_dot_product_attention(q, k, v, narrow.float()))
 
 
+def test_gradients_of_rows_that_are_masked_by_large_numbers(attention_kernels):
+    """Scores of -1e9 keep no digit of q.k: the weights are any, but none is above 1."""
+    q, k, v = (torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3))
+    mask = torch.full((70, 1), -1e9, requires_grad=True)
+    row_mask = torch.zeros(70, 70).index_fill(0, torch.tensor([3, 65]), -1e9).requires_grad_()
+    for given in (mask, row_mask):
+        out = fastlm.scaled_dot_product_attention(q, k, v, given)
+        dq, dk, dv, dmask = torch.autograd.grad(out, (q, k, v, given), torch.ones_like(out))
+        assert all(g.isfinite().all() for g in (dq, dk, dmask))
+        assert dv.abs().max() <= 70
+
+
 class _Sizes(TorchDispatchMode):
     """The number of elements of every tensor that operators return inside."""
 
@@ -113,12 +125,11 @@ def _closed_keys(kind, T, S):
 @pytest.mark.parametrize("kind", ["causal", "window", "bool", "additive"])
 @pytest.mark.parametrize(
     ("dtype", "head_size"),
-    [(torch.float32, 40), (torch.bfloat16, 24), (torch.float16, 64), (torch.bfloat16, 128), (torch.float32, 256)],
+    [(torch.float32, 40), (torch.bfloat16, 24), (torch.float16, 56), (torch.bfloat16, 120), (torch.float32, 256)],
     ids=str,
 )
-def test_what_a_row_does_not_attend_to_may_be_anything(attention_kernels, emulation, poisoned, dtype, head_size, kind):
+def test_what_a_row_does_not_attend_to_may_be_anything(attention_kernels, poisoned, dtype, head_size, kind):
     """Keys and values that are not finite: the rows that do not attend to them keep their bits."""
-    emulation.set_device(architecture=80)
     T, S = 100, 140
     mask, options, attended = _closed_keys(kind, T, S)
     q, k, v = (torch.randn(1, 2, n, head_size).to(dtype) for n in (T, S, S))

@@ -148,6 +148,12 @@ struct ScoreRules {
   }
 };
 
+// The softmax's weight, both in units of log2: never above 1, which cancellation in huge scores could make infinite.
+FASTLM_DEVICE float weight_of(float score, float lse) {
+  const float x = score - lse;
+  return exp2_approx(x > 0 ? 0 : x);  // fmin would lose a NaN
+}
+
 // Dropout's factors of a warp's accumulator (16, 8) whose rows are queries; `row` and `column` are of this lane's group
 // g and of the accumulator's column 0. Two lanes share the four columns of a Philox call: the even one draws for the
 // upper row, the odd one for the lower, and they swap halves.

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_bwd_kernel(const __
         if (plain)
           weight = exp2_approx(fmaf(weights[0][n][e], unit, -lse));
         else
-          weight = exp2_approx(rules.score(weights[0][n][e], i, j, slope) - lse);
+          weight = weight_of(rules.score(weights[0][n][e], i, j, slope), lse);
         float dscore = weight * (dscores[0][n][e] * factor[e] - delta);
         if constexpr (!KEYS)
           if (a.dmask && i < p.T && j < p.S) store_dmask<T>(a, (p.row(head) + i) * p.S + j, dscore);

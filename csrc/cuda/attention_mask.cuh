@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(2 * M, 1)
       for (int e = 0; e < 4; ++e) {
         const int i = first + warp_row + 8 * (e / 2) + g, j = j0 + 8 * c + 2 * t + e % 2;
         float slope;
-        const float weight = exp2_approx(rules.score(weights[0][c][e], i, j, slope) - lse[e / 2]);
+        const float weight = weight_of(rules.score(weights[0][c][e], i, j, slope), lse[e / 2]);
         sum[0][c][e] += weight * (dweights[0][c][e] * factor[e] - delta[e / 2]);
       }
     }
