@@ -239,7 +239,8 @@ struct Rows {
 template <int ROWS, int THREADS, class T, int D>
 FASTLM_DEVICE void load_tile(const Tile<T, D>& tile, const Rows<const T>& from, int first) {
   constexpr int kChunk = Tile<T, D>::kChunk, kChunks = Tile<T, D>::kChunks;
-  constexpr int kUnroll = D * sizeof(T) >= 512 ? 1 : 4;  // accumulators leave wide rows no registers for addresses
+  // accumulators leave wide rows no registers for addresses
+  [[maybe_unused]] constexpr int kUnroll = D * sizeof(T) >= 512 ? 1 : 4;
   if (from.vectors) {
 #pragma unroll kUnroll
     for (int i = team_rank<THREADS>(); i < ROWS * kChunks; i += THREADS) {
