@@ -201,12 +201,13 @@ void run_cluster(Cluster& cluster, std::mt19937_64* random) {
   std::vector<Warp> warps;
   for (Block* b : cluster.blocks)
     for (size_t w = 0; w < b->warps.size(); ++w) warps.push_back({b, (int)w});
-  while (!finished(cluster)) {
+  for (int idle = 0; !finished(cluster);) {  // rounds in which nobody ran: a pause lasts one
     if (random) std::shuffle(warps.begin(), warps.end(), *random);
     bool progress = false;
     for (const Warp& w : warps)
       while (step(*w.block, w.index, random && (*random)() % 2)) progress = true;
-    if (!progress) report_deadlock(cluster);
+    idle = progress ? 0 : idle + 1;
+    if (idle > 1) report_deadlock(cluster);
   }
 }
 

@@ -93,6 +93,12 @@ void wait(const char* what, int line, Ready ready) {
   t.ready = nullptr;
 }
 
+// Runs every other thread as far as it gets.
+inline void pause(const char* what, int line) {
+  int asked = 0;
+  wait(what, line, [&asked] { return asked++ > 1; });
+}
+
 void enter(Meeting& m, const char* what, int line, int size);
 
 // All `size` members of a group meet: each hands in its `mine` under its rank, the last to come runs

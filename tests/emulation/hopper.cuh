@@ -99,11 +99,13 @@ inline void bulk_commit() {
   mine.groups.push_back(std::exchange(mine.open, {}));
 }
 template <int GROUPS>
-void bulk_wait_read() {
+void bulk_wait_read(FASTLM_LINE) {
+  emulation::pause("bulk_wait_read", line);
   hopper::bulk_copies().finish_reading(GROUPS);
 }
 template <int GROUPS>
-void bulk_wait() {
+void bulk_wait(FASTLM_LINE) {
+  emulation::pause("bulk_wait", line);
   hopper::bulk_copies().finish(GROUPS);
 }
 
