@@ -291,7 +291,7 @@ def _add_inference(
 
 
 def _plain_row(x: Tensor, weight: Tensor, bias: Tensor) -> int:
-    """x's last extent where all are contiguous, on the CPU and of one dtype and the parameters vectors of it; else 0."""
+    """The last extent of x where all are contiguous, on the CPU, of one dtype, the parameters vectors of it; else 0."""
     if must_trace(x, weight, bias):
         return 0
     shape, extents, dtype = weight.shape, x.shape, x.dtype
