@@ -41,7 +41,7 @@ void launch_sm90(const AttentionParams& params, const AttentionArgs& args) {
 }  // namespace
 
 bool attention_bwd_serves_sm90(const AttentionParams& p, const AttentionArgs& args) {
-  return args.B * args.H * args.T > 0 && args.dq.data && args.dk.data && args.dv.data && !args.dmask.data &&
+  return args.B * args.H * args.T > 0 && args.dq.data && args.dk.data && args.dv.data &&
          has_map(args.dout, args.B, args.H, args.T) && sm90_serves(p, args);
 }
 
