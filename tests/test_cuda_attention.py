@@ -161,20 +161,19 @@ def test_what_lies_behind_a_sequence_may_be_anything(attention_kernels, poisoned
     assert torch.equal(fastlm.attention_varlen(q, k, v, cu_q, cu_k), clean[0].transpose(0, 1))
 
 
-# (H, Hkv, T, S, D, Dv): one query and sixteen, rows of a group that fill a tile, part of one, or two; a head size of
-# every class of tiles; keys that end within a tile, a step and a split.
+# (H, Hkv, T, S, D, Dv, mask): one query and sixteen, rows of a group that fill a tile, part of one, or two; a head size
+# of every class of tiles; keys that end within a tile, a step and a split.
 DECODING = [
-    (8, 1, 1, 601, 24, 24),
-    (2, 2, 16, 515, 64, 40),
-    (6, 2, 7, 1100, 96, 96),
-    (4, 4, 1, 800, 128, 128),
-    (8, 2, 3, 700, 136, 192),
-    (2, 1, 5, 513, 256, 256),
+    (8, 1, 1, 601, 24, 24, "none"),
+    (2, 2, 16, 515, 64, 40, "additive"),
+    (6, 2, 7, 1100, 96, 96, "bool"),
+    (4, 4, 1, 800, 128, 128, "none"),
+    (8, 2, 3, 700, 136, 192, "additive"),
+    (2, 1, 5, 513, 256, 256, "bool"),
 ]
 
 
-def _decoding(case, dtype, batch=2):
-    H, Hkv, T, S, D, Dv = case
+def _decoding(H, Hkv, T, S, D, Dv, dtype, batch=2):
     q, k, v = (torch.randn(batch, heads, n, d) for heads, n, d in ((H, T, D), (Hkv, S, D), (Hkv, S, Dv)))
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
@@ -185,11 +184,11 @@ def _is_split(q, k):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 @pytest.mark.parametrize("case", DECODING, ids=str)
-def test_decoding(attention_kernels, poisoned, case, kind, dtype):
-    q, k, v = _decoding(case, dtype)
-    T, S = case[2:4]
+def test_decoding(attention_kernels, poisoned, case, dtype):
+    *sizes, kind = case
+    q, k, v = _decoding(*sizes, dtype)
+    T, S = sizes[2:4]
     mask = {"none": None, "bool": torch.rand(2, 1, T, S) > 0.3, "additive": torch.randn(T, S).to(dtype)}[kind]
     assert _is_split(q, k)
     out, lse = fastlm.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, return_lse=True)
@@ -213,7 +212,7 @@ def test_decoding(attention_kernels, poisoned, case, kind, dtype):
     ids=str,
 )
 def test_decoding_with_everything_else(attention_kernels, poisoned, options, dtype):
-    q, k, v = _decoding((6, 2, 7, 700, 40, 40), dtype)
+    q, k, v = _decoding(6, 2, 7, 700, 40, 40, dtype)
     k, v = k[:, :, 3:], v[:, :, 3:]
     torch.manual_seed(5)
     options = options._replace(seed=_dropout.draw_seed())
@@ -228,7 +227,7 @@ def test_decoding_with_everything_else(attention_kernels, poisoned, options, dty
 
 
 def test_decoding_does_not_depend_on_the_batch(attention_kernels):
-    q, k, v = _decoding((4, 2, 3, 900, 64, 64), torch.bfloat16, batch=3)
+    q, k, v = _decoding(4, 2, 3, 900, 64, 64, torch.bfloat16, batch=3)
     whole = fastlm.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     alone = fastlm.scaled_dot_product_attention(q[1:2, 2:], k[1:2, 1:], v[1:2, 1:], enable_gqa=True)
     assert torch.equal(whole[1:2, 2:], alone)
@@ -237,7 +236,7 @@ def test_decoding_does_not_depend_on_the_batch(attention_kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoding_rows_that_attend_to_nothing(attention_kernels, poisoned, dtype):
     """For all keys, and for those of a split; what a closed key and its value hold does not matter."""
-    q, k, v = _decoding((4, 2, 2, 900, 64, 64), dtype)
+    q, k, v = _decoding(4, 2, 2, 900, 64, 64, dtype)
     mask = torch.ones(2, 1, 2, 900, dtype=torch.bool)
     mask[0, :, 1], mask[1, :, :, :300], mask[1, :, 0, 700:] = False, False, False
     clean = fastlm.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, return_lse=True)
@@ -259,7 +258,7 @@ def test_decoding_rows_that_attend_to_nothing(attention_kernels, poisoned, dtype
 def test_decoding_in_any_order_on_any_gpu(attention_kernels, emulation, multiprocessors):
     """Few splits of many keys and many of few, blocks, warps and lanes in any order."""
     emulation.set_device(multiprocessors=multiprocessors)
-    q, k, v = _decoding((2, 1, 3, 1900, 32, 32), torch.float16, batch=1)
+    q, k, v = _decoding(2, 1, 3, 1900, 32, 32, torch.float16, batch=1)
     results = []
     for order in (0, 1, 2):
         emulation.set_order(order)
