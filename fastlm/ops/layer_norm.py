@@ -81,8 +81,16 @@ register(
 
 
 def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    """A parameter's gradient sum in the parameter's shape and dtype."""
-    return None if grad is None or parameter is None else grad.to(parameter.dtype).reshape(parameter.shape)
+    """A parameter's gradient sum in the parameter's shape and dtype.
+
+    It is so already where the sums are of one dimension in fp32. Two operators that do nothing take 50 us right after a
+    kernel that has swept the caches, of 1000 at 4096x768.
+    """
+    if grad is None or parameter is None:
+        return None
+    if grad.dtype is not parameter.dtype:
+        grad = grad.to(parameter.dtype)
+    return grad if grad.shape == parameter.shape else grad.reshape(parameter.shape)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -291,7 +299,7 @@ def _add_inference(
 
 
 def _plain_row(x: Tensor, weight: Tensor, bias: Tensor) -> int:
-    """The last extent of x where all are contiguous, on the CPU, of one dtype, the parameters vectors of it; else 0."""
+    """x's last extent where all are contiguous, on the CPU and of one dtype, weight and bias vectors of it; else 0."""
     if must_trace(x, weight, bias):
         return 0
     shape, extents, dtype = weight.shape, x.shape, x.dtype
