@@ -79,8 +79,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 def _project(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """q, k, v with features unflattened to (H, D); tensors that are one and the same share one product."""
     E, heads = layer.embed_dim, (layer.num_heads, layer.head_dim)
-    w, b = layer.in_proj_weight, layer.in_proj_bias
-    b = b if b is None else b.to(layer.out_proj.weight.dtype)  # torch's takes one of another dtype
+    w, bias = layer.in_proj_weight, layer.in_proj_bias
+    b = None if bias is None else bias.to(layer.out_proj.weight.dtype)  # torch's takes one of another dtype
     if w is not None and query is key and key is value:
         return linear(query, w, b).unflatten(-1, (3, *heads)).unbind(-3)
     if w is not None and key is value:
