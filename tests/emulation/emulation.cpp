@@ -201,19 +201,19 @@ void run_cluster(Cluster& cluster, std::mt19937_64* random) {
   std::vector<Warp> warps;
   for (Block* b : cluster.blocks)
     for (size_t w = 0; w < b->warps.size(); ++w) warps.push_back({b, (int)w});
-  for (int idle = 0; !finished(cluster);) {  // rounds in which nobody ran: a pause lasts one
+  while (!finished(cluster)) {
     if (random) std::shuffle(warps.begin(), warps.end(), *random);
     bool progress = false;
     for (const Warp& w : warps)
       while (step(*w.block, w.index, random && (*random)() % 2)) progress = true;
-    idle = progress ? 0 : idle + 1;
-    if (idle > 1) report_deadlock(cluster);
+    cluster.idle = progress ? 0 : cluster.idle + 1;
+    if (cluster.idle > 1) report_deadlock(cluster);
   }
 }
 
 // The blocks [first, first + launch.cluster) along x of one (y, z).
 void run_blocks(const Launch& launch, Dim first, std::mt19937_64* random) {
-  Cluster cluster{&launch, {}, {}};
+  Cluster cluster{&launch, {}, {}, 0};
   std::vector<Block> blocks((size_t)launch.cluster);
   std::vector<SharedMemory> shared;
   const size_t stacks = (size_t)launch.cluster * (size_t)launch.threads;
