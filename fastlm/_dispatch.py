@@ -117,7 +117,9 @@ class backend:
     __slots__ = ("_name", "_token")
 
     def __init__(self, name: str | None):
-        self._name = None if name is None else _check_name(name, "backend")
+        if name is not None and name not in NAMES:
+            _check_name(name, "backend")
+        self._name = name
 
     def __enter__(self) -> None:
         self._token = _mode.set(self._name)

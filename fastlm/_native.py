@@ -102,20 +102,20 @@ def layer_norm_fwd(
     return y, z, mean, rstd
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, N: int, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, N: int, eps: float, dtype: torch.dtype) -> Tensor:
     """`layer_norm_fwd` where every tensor has x's dtype and y alone is wanted."""
     y = torch.empty_like(x)
     _cpu.layer_norm(
-        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), x.numel() // N, N, eps, TYPE_CODE[x.dtype]
+        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), x.numel() // N, N, eps, TYPE_CODE[dtype]
     )
     return y
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, N: int, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, N: int, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`layer_norm_fwd` of a sum where every tensor has x's dtype and (y, z) alone are wanted."""
-    y, z, code = torch.empty_like(x), torch.empty_like(x), TYPE_CODE[x.dtype]
+    y, z, code = torch.empty_like(x), torch.empty_like(x), TYPE_CODE[dtype]
     _cpu.layer_norm_fwd(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), z.data_ptr(), y.data_ptr(), 0, 0,
         x.numel() // N, N, eps, 0.0, 0, code, code, code, code,

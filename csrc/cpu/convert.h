@@ -20,22 +20,27 @@ struct AsCompute {
   // The same, but n times `absent` in place of null.
   AsCompute(const void* p, int64_t n, int type, int as, double absent) : AsCompute(p, n, type, as) {
     if (p) return;
-    copy_.reset(new double[(size_t)n]);
-    data = copy_.get();
+    double* copy = room(n);
     if ((DType)as == DType::f64)
-      std::fill_n(copy_.get(), n, absent);
+      std::fill_n(copy, n, absent);
     else
-      std::fill_n(reinterpret_cast<float*>(copy_.get()), n, (float)absent);
+      std::fill_n(reinterpret_cast<float*>(copy), n, (float)absent);
   }
 
  private:
+  // For n of either type.
+  double* room(int64_t n) {
+    if (n > kFew) copy_.reset(new double[(size_t)n]);
+    double* p = n > kFew ? copy_.get() : few_;
+    data = p;
+    return p;
+  }
   void convert(const void* p, int64_t n, DType type, bool wide) {
-    copy_.reset(new double[(size_t)n]);  // room for either type
-    data = copy_.get();
+    double* out = room(n);
     if (wide)
-      copy(p, n, type, copy_.get());
+      copy(p, n, type, out);
     else
-      copy(p, n, type, reinterpret_cast<float*>(copy_.get()));
+      copy(p, n, type, reinterpret_cast<float*>(out));
   }
   template <class S>
   static void copy(const void* p, int64_t n, DType type, S* out) {
@@ -51,6 +56,8 @@ struct AsCompute {
   static void each(const T* p, int64_t n, S* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = (S)baseline::to_float(p[i]);
   }
+  static constexpr int64_t kFew = 1024;  // an allocation for these takes as long as converting them
+  double few_[kFew];
   std::unique_ptr<double[]> copy_;
 };
 

@@ -276,12 +276,13 @@ def _inference(
     """
     if weight is None or bias is None:
         return None
-    N = _plain_row(x, weight, bias)
+    dtype = x.dtype
+    N = _plain_row(x, weight, bias, dtype)
     if not N or (normalized_shape != N and normalized_shape != (N,)):
         return None
-    if choose("layer_norm", ("cpu", x.dtype, ())) != "cpu":
+    if choose("layer_norm", ("cpu", dtype, ())) != "cpu":
         return None
-    return _native.layer_norm(x, weight, bias, N, eps)
+    return _native.layer_norm(x, weight, bias, N, eps, dtype)
 
 
 def _add_inference(
@@ -290,19 +291,20 @@ def _add_inference(
     """As `_inference`, of the sum of two tensors alike."""
     if weight is None or bias is None or type(residual) is not type(x):
         return None
-    if residual.shape != x.shape or residual.dtype is not x.dtype or not residual.is_cpu:
+    dtype = x.dtype
+    if residual.shape != x.shape or residual.dtype is not dtype or not residual.is_cpu:
         return None
-    N = _plain_row(x, weight, bias)
-    if not N or not residual.is_contiguous() or choose("add_layer_norm", ("cpu", x.dtype, ())) != "cpu":
+    N = _plain_row(x, weight, bias, dtype)
+    if not N or not residual.is_contiguous() or choose("add_layer_norm", ("cpu", dtype, ())) != "cpu":
         return None
-    return _native.add_layer_norm(x, residual, weight, bias, N, eps)
+    return _native.add_layer_norm(x, residual, weight, bias, N, eps, dtype)
 
 
-def _plain_row(x: Tensor, weight: Tensor, bias: Tensor) -> int:
-    """x's last extent where all are contiguous, on the CPU and of one dtype, weight and bias vectors of it; else 0."""
+def _plain_row(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> int:
+    """x's last extent where all are contiguous, on the CPU and of x's dtype, weight and bias vectors of it; else 0."""
     if must_trace(x, weight, bias):
         return 0
-    shape, extents, dtype = weight.shape, x.shape, x.dtype
+    shape, extents = weight.shape, x.shape
     if len(shape) != 1 or bias.shape != shape or not extents or extents[-1] != shape[0]:
         return 0
     if not (weight.dtype is dtype is bias.dtype and x.is_cpu and weight.is_cpu and bias.is_cpu):
