@@ -171,6 +171,36 @@ def test_layers_see_no_padding():
     assert seen == [LENGTHS.sum(), 44]
 
 
+@pytest.mark.parametrize("kind", ["none", "classification"])
+@pytest.mark.parametrize("left", [False, True])
+def test_compiled_exported_and_watched_models_keep_their_padding(kind, left):
+    """How much there is of it is not known to a graph, and maps are over whole sequences; the results are the same."""
+    model = perturbed(BERT(dataclasses.replace(SMALL, head=kind, pooler=True)))
+    tokens, mask, types = some_inputs()
+    mask = mask.flip(1) if left else mask
+    expected = model(tokens, mask, types)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, mask, types), expected, **CLOSE)
+    exported = torch.export.export(model, (tokens, mask, types), strict=False).module()
+    torch.testing.assert_close(exported(tokens, mask, types), expected, **CLOSE)
+    maps = fastlm.attention_maps(model, (tokens, mask, types))
+    assert list(maps) == [f"layers.{i}.attention" for i in range(SMALL.n_layer)]
+    for weights in maps.values():
+        real = mask[:, None, None].expand_as(weights) > 0
+        assert not weights[~real].any()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_a_watched_loss_is_the_loss():
+    model = perturbed(BERT(SMALL))
+    tokens, mask, _ = some_inputs()
+    expected = model.loss(tokens, tokens, mask)
+    with fastlm.attention_telemetry(model) as telemetry:
+        torch.testing.assert_close(model.loss(tokens, tokens, mask), expected)
+    assert len(telemetry) == SMALL.n_layer
+
+
 def test_only_positions_that_count_reach_the_vocabulary():
     model, seen = perturbed(BERT(SMALL)), []
     model.masked_lm.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))

@@ -422,6 +422,12 @@ def test_fp64_agrees_with_a_plain_formulation():
     torch.testing.assert_close(model(tokens), expected, rtol=1e-11, atol=1e-11)
 
 
+def test_exports():
+    model, tokens = our_model(), some_tokens()
+    exported = torch.export.export(model, (tokens,), strict=False).module()
+    torch.testing.assert_close(exported(tokens), model(tokens), **CLOSE)
+
+
 # Bad input
 
 

@@ -129,6 +129,12 @@ def test_a_token_sees_the_window_before_it_and_nothing_else():
     assert differs.nonzero().squeeze(1).tolist() == [5, 6, 7]
 
 
+def test_exports():
+    model, tokens = our_model(sliding_window=3), some_tokens()
+    exported = torch.export.export(model, (tokens,), strict=False).module()
+    torch.testing.assert_close(exported(tokens), model(tokens), **CLOSE)
+
+
 def test_bfloat16_is_near_fp32():
     model, tokens = our_model(), some_tokens()
     expected = model(tokens)

@@ -128,6 +128,21 @@ def test_neither_padding_nor_later_tokens_matter():
         torch.testing.assert_close(together[row, :5], alone[0], **CLOSE)
 
 
+def test_compiles_exports_and_shows_its_attention_with_padding():
+    model = our_model()
+    source, target = some_batch()
+    expected = model(source, target)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(source, target), expected, **CLOSE)
+    exported = torch.export.export(model, (source, target), strict=False).module()
+    torch.testing.assert_close(exported(source, target), expected, **CLOSE)
+    maps = fastlm.attention_maps(model, (source, target))
+    assert len(maps) == model.config.n_encoder_layer + 2 * model.config.n_decoder_layer
+    seen = (source != model.config.pad_id)[:, None, None]
+    assert not maps["encoder.0"].masked_fill(seen, 0.0).any()
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("pieces", [(1,) * 7, (3, 4)])
 def test_cache_changes_nothing(norm_first, pieces):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import must_trace
+from ..ops.attention import OBSERVERS
 
 
 def unpadded_forward(original: Any) -> Callable[..., Any]:
@@ -34,10 +35,10 @@ def unpadded_forward(original: Any) -> Callable[..., Any]:
 
 
 def _servable(self: Any, hidden_states: Tensor, mask: Tensor | None, args: tuple, kwargs: dict) -> bool:
-    """Whether the mask only leaves keys out, fastlm attends, and nothing looks at a layer's padded states."""
+    """Whether the mask only leaves keys out, fastlm attends, and nothing looks at attention or a layer's states."""
     if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.stride(2) != 0:
         return False
-    if self.config._attn_implementation != "fastlm" or must_trace(hidden_states):
+    if self.config._attn_implementation != "fastlm" or must_trace(hidden_states) or OBSERVERS:
         return False
     if any(x is not None for x in args) or any(kwargs.get(name) is not None for name in _OTHERS):
         return False

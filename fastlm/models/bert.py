@@ -225,6 +225,8 @@ class BERT(nn.Module):
         check_same_shape("BERT", "targets", targets, "tokens", tokens)
         check_ids("BERT", "targets", targets, self.config.vocab_size, IGNORED_TARGET)
         flat = packing.pack(targets)
+        if packing.mask is not None:
+            flat = flat.masked_fill(~packing.mask.flatten(), IGNORED_TARGET)
         counted = (flat != IGNORED_TARGET).nonzero().squeeze(1)
         states = self.masked_lm(hidden[counted])
         loss = linear_cross_entropy(states, self.wte.weight, flat[counted], self.masked_lm.bias)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import scaled_dot_product_attention
+from ..ops.attention import OBSERVERS, scaled_dot_product_attention
 from ..ops.attention_varlen import attention_varlen
 
 
@@ -24,11 +24,14 @@ class Packing:
         shape: (B, T).
         rows: (N,) their places in the flattened (B, T), or None where there is no padding.
         cu_seqlens: (B + 1,) int32 places of the sequences' beginnings among them, and N; None likewise.
+        mask: (B, T), False at padding that is kept, and masked: a compiled or exported graph cannot depend on how
+            much there is, and attention that is watched is shown over (B, T). None otherwise.
     """
 
     shape: tuple[int, int]
     rows: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
     def of(cls, mask: Tensor | None, shape: tuple[int, int]) -> Packing:
@@ -36,6 +39,8 @@ class Packing:
         if mask is None:
             return cls(shape)
         kept = mask != 0
+        if torch.compiler.is_compiling() or OBSERVERS:
+            return cls(shape, mask=kept)
         rows = kept.flatten().nonzero().squeeze(1)
         if len(rows) == kept.numel():
             return cls(shape)
@@ -51,10 +56,14 @@ class Packing:
         if self.rows is not None:
             flat = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
             x = flat.index_copy(0, self.rows, x)
-        return x.unflatten(0, self.shape)
+        x = x.unflatten(0, self.shape)
+        return x if self.mask is None else torch.where(self.mask.view(*self.shape, *[1] * (x.dim() - 2)), x, 0)
 
     def first(self, x: Tensor) -> Tensor:
         """(N, C) -> (B, C): the first token of each sequence; 0 for one that is all padding."""
+        if self.mask is not None:
+            places = self.mask.int().argmax(1, keepdim=True).unsqueeze(-1)  # (B, 1, 1)
+            return self.unpack(x).gather(1, places.expand(-1, -1, x.shape[-1])).squeeze(1)
         if self.cu_seqlens is None:
             return x.unflatten(0, self.shape)[:, 0]
         begin, end = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:]
@@ -67,4 +76,5 @@ class Packing:
         if self.cu_seqlens is not None:
             return attention_varlen(q, k, v, self.cu_seqlens, dropout_p=dropout_p)
         q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
+        mask = None if self.mask is None else self.mask[:, None, None]
+        return scaled_dot_product_attention(q, k, v, mask, dropout_p).transpose(1, 2).flatten(0, 1)

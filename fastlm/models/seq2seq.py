@@ -319,7 +319,7 @@ class Seq2Seq(nn.Module):
             x = layer(x, packing)
         if c.norm_first:
             x = normed(x, self.encoder_norm)
-        mask = None if packing.rows is None else (source_mask != 0)[:, None, None, :]
+        mask = None if packing.rows is packing.mask is None else (source_mask != 0)[:, None, None, :]
         return Memory(packing.unpack(x), mask)
 
     def decode(self, target: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
