@@ -44,7 +44,8 @@ from fastlm.integrations.rules import CLASSES
 
 RAW = "https://raw.githubusercontent.com/pytorch/pytorch/v{version}/test/{name}"
 FETCHED = ("test_modules.py", "nn/test_multihead_attention.py")
-OURS = {**CLASSES, nn.Embedding: fastlm.nn.Embedding, nn.Transformer: fastlm.nn.Transformer}
+MORE = {cls: getattr(fastlm.nn, cls.__name__) for cls in (nn.Embedding, nn.Linear, nn.Transformer)}
+OURS = {**CLASSES, **MORE}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 DRAWS = 9
 
@@ -261,6 +262,7 @@ def run_file(path: Path) -> tuple[collections.Counter, list[str]]:
     """
     _, by_torch = run_suite(path)
     with contextlib.ExitStack() as replaced:
+        replaced.enter_context(torch.serialization.safe_globals([getattr(fastlm.nn, n) for n in fastlm.nn.__all__]))
         for theirs, cls in OURS.items():
             replaced.enter_context(mock.patch.object(nn, theirs.__name__, cls))
         for info in [info for info in module_db if info.module_cls in OURS]:
