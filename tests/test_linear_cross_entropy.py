@@ -126,13 +126,14 @@ def test_never_holds_the_logits(reduction):
     assert C * H <= seen.largest <= M * C / 10  # at least the weight's gradient
 
 
-def _projection(M, H, C, memory, hold):
+def _projection(M, H, C, memory, hold, dtype=torch.float32):
     from fastlm.ops._projection import Projection
     from fastlm.ops.cross_entropy import Options
 
     options = Options(-100, "mean", 0.0, torch.float32)
-    args = (torch.randn(M, H), torch.randn(C, H), None, torch.zeros(M, dtype=torch.long), None)
-    return Projection(_native, args, options, memory, hold)
+    target = torch.zeros(M, dtype=torch.long)
+    tensors = (torch.zeros(M, H, dtype=dtype), torch.zeros(C, H, dtype=dtype), None, target, None)
+    return Projection(_native, tensors, options, memory, hold)
 
 
 @pytest.mark.parametrize(("M", "H", "memory"), [(64, 48, 0.1), (64, 4, 0.3), (8, 20, 0.1), (8, 6, 1.0), (40, 4, 0.9)])
@@ -151,6 +152,23 @@ def test_waiting_logits_lie_behind_the_gradients_written_before_them(M, H, memor
     assert max(ends.values(), default=0) <= C * H
     beside = sum(place.numel() for first, place in projection.places.items() if first not in inside)
     assert beside + projection.scratch.numel() <= max(memory * M * (C + 2048), M * 2048)
+
+
+@pytest.mark.parametrize(("M", "H"), [(64, 48), (1024, 768)])
+def test_nothing_is_made_twice_where_all_logits_may_be_held(M, H):
+    """Some in the weight's gradient, the others beside it: room for every window between the sweeps."""
+    projection = _projection(M, H, 30000, 1.0, hold=True)
+    assert list(projection.places) == [first for first, _ in projection.windows]
+
+
+def test_the_wide_sum_of_a_narrow_gradient_counts():
+    """In bf16, hidden's gradient is summed in fp32, of products in bf16: all within a tenth of the logits."""
+    M, H, C = 512, 768, 100000
+    projection = _projection(M, H, C, 0.1, True, torch.bfloat16)
+    start, end = projection.dweight.data_ptr(), projection.dweight.data_ptr() + 2 * C * H
+    beside = sum(place.numel() for place in projection.places.values() if not start <= place.data_ptr() < end)
+    assert beside > 0
+    assert 2 * (beside + projection.scratch.numel()) + (4 + 2) * M * H <= 2 * M * C / 10
 
 
 @pytest.mark.parametrize(("M", "C", "memory"), [(64, 50257, 0.1), (64, 50257, 0.3), (8, 100, 0.1), (8, 6145, 1.0)])
