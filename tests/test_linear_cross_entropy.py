@@ -163,7 +163,7 @@ def test_nothing_is_made_twice_where_all_logits_may_be_held(M, H):
 
 def test_the_wide_sum_of_a_narrow_gradient_counts():
     """In bf16, hidden's gradient is summed in fp32, of products in bf16: all within a tenth of the logits."""
-    M, H, C = 512, 768, 100000
+    M, H, C = 1024, 768, 100000
     projection = _projection(M, H, C, 0.1, True, torch.bfloat16)
     start, end = projection.dweight.data_ptr(), projection.dweight.data_ptr() + 2 * C * H
     beside = sum(place.numel() for place in projection.places.values() if not start <= place.data_ptr() < end)
