@@ -122,7 +122,7 @@ def backward(
                     *size[:5], tiles, batch * Hkv, together, *scalars, blocks.M, blocks.N, *flags,
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
-            blocks = blocks_for(QUERIES, arch, q.dtype, head, masked)
+            blocks = blocks_for(QUERIES, arch, q.dtype, head, masked, softcap > 0 or dmask is not None)
             tiles = triton.cdiv(size.T, blocks.M) + packed * size.B
             if tiles * batch * size.H * size.T:
                 together = min(batch * size.H, heads_together(size.S, head_bytes, size.group))

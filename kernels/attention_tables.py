@@ -31,12 +31,14 @@ class Blocks(NamedTuple):
 class Blocking(NamedTuple):
     """Configurations by the padded head size up to which they serve, for 2-byte and for 4-byte inputs.
 
-    `half_masked` is for 2-byte inputs with a mask or dropout, whose factors need registers of their own.
+    `half_masked` is for 2-byte inputs with a mask or dropout, whose factors need registers of their own; `half_busy`
+    for those that have a softcap as well, or write the mask's gradient in the same pass.
     """
 
     half: dict[int, Blocks]
     single: dict[int, Blocks]
     half_masked: dict[int, Blocks] | None = None
+    half_busy: dict[int, Blocks] | None = None
 
 
 class Blockings(dict[int, Blocking]):
@@ -46,15 +48,17 @@ class Blockings(dict[int, Blocking]):
 
 
 @functools.lru_cache(4096)
-def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int, masked: bool) -> Blocks:
+def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int, masked: bool, busy: bool = False) -> Blocks:
     """The row for the newest architecture no newer than `arch` and the least head size that holds `head`."""
     if INTERPRETING:  # which spends its time on programs, not on elements
         return Blocks(64, 128, 4, 1)
     rows = table[max(key for key in table if key <= arch)]
     if dtype == torch.float32:
         sizes = rows.single
+    elif masked:
+        sizes = (busy and rows.half_busy) or rows.half_masked or rows.half
     else:
-        sizes = rows.half_masked if masked and rows.half_masked else rows.half
+        sizes = rows.half
     return sizes[min(size for size in sizes if size >= head)]
 
 

@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
+attention = pytest.importorskip("fastlm.kernels.attention")
+backward = pytest.importorskip("fastlm.kernels.attention_backward")
+mask_pass = pytest.importorskip("fastlm.kernels.attention_mask")
+decoding = pytest.importorskip("fastlm.kernels.attention_decode")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
@@ -26,7 +30,10 @@ def _aot(cache, *arguments):
     """The lines that tests/aot.py prints, compiling from scratch into the folder `cache`."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("aot.py"), *map(str, arguments)],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1",
+            "TRITON_DISABLE_LINE_INFO": "1",  # a tenth of the time
+        },
         capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -47,6 +54,22 @@ def test_every_architecture_got_the_same_kernels(compiled):
     assert len(kernels[80]) > 5
 
 
+def test_every_row_of_attentions_tables_was_compiled(compiled):
+    tables = {
+        "_attention_fwd_kernel": [attention.FORWARD],
+        "attention_bwd_keys_kernel": [backward.KEYS],
+        "attention_bwd_queries_kernel": [backward.QUERIES],
+        "_attention_bwd_mask_kernel": [mask_pass.MASK],
+        "_attention_decode_kernel": [decoding.FEW, decoding.MANY],
+    }
+    names = [line["name"] for line in compiled]
+    for kernel, arch, table in ((k, a, t) for k, both in tables.items() for a in SHARED_LIMIT for t in both):
+        by_size = table[max(key for key in table if key <= arch)]
+        for M, N, warps, stages, _ in chain(*(sizes.values() for sizes in by_size if sizes)):
+            wanted = re.compile(rf"sm_{arch} {kernel} .*'M': {M}, 'N': {N}, .* warps={warps} stages={stages} ")
+            assert any(map(wanted.search, names)), wanted.pattern
+
+
 def _is_exempt(line):
     """Attention's key gradients in float32 with large heads may spill: they need whole rows of an operand at once.
 
@@ -61,7 +84,7 @@ def test_no_spills_in_loops_and_little_stack(compiled):
     """What a program puts aside once, before its loops, and takes back once, after them, costs it nothing."""
     spilled = [line for line in compiled if (line["spills"] and not _is_exempt(line)) or line["LOCAL"]]
     assert not spilled, "\n".join(map(str, spilled))
-    large = [line for line in compiled if line["STACK"] > (512 if _is_exempt(line) else 64)]
+    large = [line for line in compiled if line["STACK"] > (512 if _is_exempt(line) else 128)]
     assert not large, "\n".join(map(str, large))
 
 
