@@ -18,7 +18,7 @@ from fastlm.ops._products import prepare_weights
 from fastlm.training.adamw import AdamW
 
 from . import providers
-from .case import Built, Case, Counts
+from .case import Built, Case, Counts, Unavailable
 from .engine import SIZES, build, plain, transposed, weights
 from .kernel import each_dtype
 
@@ -74,6 +74,8 @@ class TrainSession:
 
     def build(self, provider: str) -> Built:
         providers.require(provider)
+        if provider == "transformers" and self.case.dtype == "float32":
+            raise Unavailable("timed in 16 bits only: in float32 the products, which are PyTorch's, take the time")
         model = build(provider, self.config, self.state).to(self.device).train()
         results = self._check(model, enabled=True)
         model.zero_grad(set_to_none=True)
