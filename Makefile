@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/fastlm bench all --quick
 
-# Every case of the CPU, about eleven minutes on two quiet cores.
+# Every case of the CPU, about ten minutes on two quiet cores.
 bench-cpu: $(VENV)/.bench
 	mkdir -p runs/bench
 	$(BIN)/fastlm bench all --device cpu --json runs/bench/cpu.json --csv runs/bench/cpu.csv --plot runs/bench

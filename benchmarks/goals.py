@@ -306,7 +306,59 @@ def _verdict(goal: Goal, values: list[float | None]) -> str:
     return "not all measured" if None in values else "met"
 
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "layer_norm 4096x768, 16384x1024 fp32 fwd": "at 4096x768 much stays in the caches, and PyTorch moves 1.8 times "
+    "the copy rate itself",
+    "layer_norm 4096x768, 16384x1024 fp32 bwd": "at 4096x768 the kernel moves bytes as fast as a copy of that size; "
+    "autograd takes the rest",
+    "tanh 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "beyond 1.2 times the copy rate memory decides",
+    "erf 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "a streaming copy of the same bytes leaves room for 2x, and "
+    "arithmetic takes some of it",
+    "attention causal fwd fp32, d64 T 256, 512, 1024, d128 T 256": "tiles on the diagonal are computed whole; at T "
+    "1024 PyTorch runs at 45 % of the GEMM rate, and the goal is 90 %",
+    "attention causal fwd fp32, d64, d128 T 2048": "PyTorch runs at 54 and 61 % of the GEMM rate; the goal is 86 and "
+    "98 %",
+    "attention causal fwd bf16, d64 T 256, 512, d128 T 256": "PyTorch multiplies with AMX too; at these lengths "
+    "exponentials take longer than products",
+    "attention causal fwd bf16, d64 T 1024, 2048, d128 T 2048": "PyTorch multiplies with AMX as well, at 34, 46 and "
+    "62 % of the GEMM rate; the goal is 102, 138 and 186 %",
+    "attention full fwd fp32, d64 T 1024": "PyTorch runs at 66 % of the GEMM rate, and ours at 79 %",
+    "attention full fwd bf16, d64 T 1024": "PyTorch runs at 55 % of the GEMM rate; the goal is 110 %",
+    "attention bwd fp32, causal d64 T 256, 512, 1024, 2048, d128 T 256, 2048, full d64 T 1024": "where it is missed "
+    "PyTorch runs at 58 and 60 % of the GEMM rate; the goal is 87 and 90 %",
+    "attention causal fwd fp32, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "exponentials take "
+    "their share, and only half of a tile on the diagonal counts as work",
+    "attention causal fwd bf16, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "the same, at the "
+    "short lengths",
+    "attention fwd fp32, padding, bias, dropout, GQA: time a FLOP over plain causal": "a bias is as large as the "
+    "scores and read once; dropout draws a random number for each score",
+    "attention fwd bf16, padding, bias, dropout, GQA: time a FLOP over plain causal": "the same, beside products that "
+    "take a third of the time they take in fp32",
+    "attention of one query and 1024 keys, fp32": "both read the keys and values at the rate of the memory",
+    "attention of one query and 1024 keys, bf16": "PyTorch reads at 1.2 times the copy rate itself",
+    "linear_cross_entropy 1024x768x50257 fp32, of linear and cross_entropy": "three products of the library "
+    "alone take 0.83 of PyTorch's time, and a fifth of one is made again to hold few logits",
+    "linear_cross_entropy 1024x768x50257 fp32, of torch's own F.linear_cross_entropy": "both are the same products",
+    "linear_cross_entropy 1024x768x50257 bf16, extra memory, of the logits": "oneDNN's packed operands count too",
+    "GPT-2 124M training step 4x256 fp32, peak memory, of PyTorch's": "parameters, gradients and both moments alone "
+    "are 77 %",
+    "the same in fp32, of the GEMM rate": "the rate is that of one large product; PyTorch's step reaches 60 % of it",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16": "PyTorch reads at 63 to 106 % of the "
+    "read rate itself, ours beyond it",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int8, of our bf16": "768x768 is in the caches "
+    "in either form, and bf16 at 50257x768 reads at nearly twice the measured rate",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int4, of our bf16": "the same; eight rows are "
+    "bound by unpacking, as sums of groups do not stay in tiles",
+    "one row of layer_norm, gelu, attention, fp32: time over PyTorch's": "layer_norm's checks, choice of a kernel and "
+    "output are made in Python",
+    "one row of layer_norm, gelu, attention, bf16: time over PyTorch's": "the same",
+    "two threads over one, fp32: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "the library's own products gain "
+    "1.8 here, and memory 1.8",
+    "two threads over one, bf16: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "the machine's threads share "
+    "one AMX unit: the library's own products gain nothing",
+    "transformers' BERT base 8x128 accelerated, fp32, bf16: inference": "in fp32 the library's products alone take "
+    "0.83 of transformers' time",
+}
 
 PARTS = (_norms, _gelu, _attention, _losses, _engine, _linear, _small, _scaling, _models)
 GOALS = tuple(goal for part in PARTS for goal in part())

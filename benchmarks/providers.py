@@ -77,6 +77,8 @@ def on_backend(provider: str, function: Callable[..., Any], arguments: tuple) ->
         raise Unavailable("the op has no entry in the table of backends") from error
     if reason != "selected":
         raise Unavailable(reason)
+    if fastlm.explain(function, *arguments).selected == name:
+        return function  # as users call it
 
     def run(*args):
         with fastlm.backend(name):

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,7 @@ def run_case(case: Case, device: str, against: list[str], roof: Roof, seconds: f
     built: dict[str, Built] = {}
     errors: dict[str, dict[str, tuple[float, float]]] = {}
     peaks: dict[tuple[str, str], int | None] = {}
+    known: dict[tuple[str, str], float] = {}
     yardstick: dict[str, float] = {}
     scales: dict[str, tuple[float, float]] = {}
     for name in names:
@@ -109,7 +111,9 @@ def run_case(case: Case, device: str, against: list[str], roof: Roof, seconds: f
             for which, call in made.run.items():
                 if name == "compile":  # what compiling takes is not what running takes
                     call()
+                start = time.perf_counter()
                 peaks[name, which] = memory.peak(call, device, before)
+                known[name, which] = time.perf_counter() - start
             built[name] = made
         except Unavailable as error:
             rows += [_row(case, w, name, "unsupported", str(error)) for w in case.passes]
@@ -118,7 +122,7 @@ def run_case(case: Case, device: str, against: list[str], roof: Roof, seconds: f
             rows += [_row(case, w, name, status, _line(error)) for w in case.passes]
         gc.collect()
     for which in case.passes:
-        rows += _time(case, which, session, built, errors, peaks, roof, seconds, device)
+        rows += _time(case, which, session, built, errors, peaks, known, roof, seconds, device)
     return rows
 
 
@@ -127,8 +131,8 @@ def _always(provider: str) -> bool:
 
 
 def _time(
-    case: Case, which: str, session: Session, built: dict[str, Built], errors: dict, peaks: dict, roof: Roof,
-    seconds: float, device: str,
+    case: Case, which: str, session: Session, built: dict[str, Built], errors: dict, peaks: dict, known: dict,
+    roof: Roof, seconds: float, device: str,
 ) -> list[Row]:  # fmt: skip
     """Rows of one pass: those who can, in interleaved rounds."""
     rows, samplers = [], {}
@@ -139,7 +143,7 @@ def _time(
         elif not made.timed:
             rows.append(_row(case, which, name, "checked", "not timed under an interpreter", errors[name], made.label))
         else:
-            samplers[name] = timekeeper.prepare(made.run[which])
+            samplers[name] = timekeeper.prepare(made.run[which], known[name, which])
     timings = interleave(samplers, seconds)
     counts = session.counts(which)
     for name, timing in timings.items():
