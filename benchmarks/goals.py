@@ -312,8 +312,8 @@ REASONS: dict[str, str] = {
     "layer_norm 4096x768, 16384x1024 fp32 bwd": "at 4096x768 the kernel moves bytes as fast as a copy of that size; "
     "autograd takes the rest",
     "tanh 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "beyond 1.2 times the copy rate memory decides",
-    "erf 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "a streaming copy of the same bytes leaves room for 2x, and "
-    "arithmetic takes some of it",
+    "erf 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "a streaming copy of the same bytes leaves room for 2x, "
+    "and arithmetic takes some of it",
     "attention causal fwd fp32, d64 T 256, 512, 1024, d128 T 256": "tiles on the diagonal are computed whole; at T "
     "1024 PyTorch runs at 45 % of the GEMM rate, and the goal is 90 %",
     "attention causal fwd fp32, d64, d128 T 2048": "PyTorch runs at 54 and 61 % of the GEMM rate; the goal is 86 and "
