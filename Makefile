@@ -18,9 +18,10 @@ $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp 
 demo: $(VENV)/.train
 	$(BIN)/fastlm demo
 
-# One thread a process: the tests' arrays are small, and those about threads set their own number.
+# Whole files to a process: some share a fixture that takes long to make. One thread each: the tests' arrays are small,
+# and those about threads set their own number.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -85,7 +85,7 @@ def machine() -> dict:
 
 def parts(folder: Path, stamp: str) -> list[Part]:
     """What is run, in order of importance: a part may take its limit, the last ones what is left."""
-    spread = ["-n", "8", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    spread = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     found = [
         Part("parity", [*PYTEST, *spread, f"--ignore={HERE / 'test_gpu.py'}", str(HERE)], 240),
         Part("repeatability", [*PYTEST, str(HERE / "test_gpu.py")], 120),

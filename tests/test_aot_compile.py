@@ -23,8 +23,6 @@ decoding = pytest.importorskip("fastlm.kernels.attention_decode")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
 
-pytestmark = pytest.mark.xdist_group("aot")  # they share a fixture that takes long to make
-
 
 def _aot(cache, *arguments):
     """The lines that tests/aot.py prints, compiling from scratch into the folder `cache`."""

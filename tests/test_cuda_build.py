@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("80", "90a", "100")
 REGISTERS = 64 * 1024  # of a multiprocessor
 
-pytestmark = pytest.mark.xdist_group("nvcc")
-
 
 def _nvcc():
     """The compiler that setup.py finds."""

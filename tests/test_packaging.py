@@ -13,8 +13,6 @@ import fastlm
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.xdist_group("wheel")  # they share a fixture that takes long to make
-
 
 def _run(*command, cwd, **env):
     done = subprocess.run(
