@@ -34,7 +34,7 @@ MASK = Blockings(
     {
         80: Blocking(
             {128: Blocks(64, 32, 8, 2), 256: Blocks(32, 16, 8, 1)},
-            {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
+            {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
         ),
     }
 )
