@@ -393,7 +393,7 @@ def test_goals_compare_within_a_file_and_say_what_is_missed():
     )
     assert lines(fast, slow)[step] == ("5.00x", "met")
     assert lines(fast)[memory_] == ("25%", "met")
-    assert lines(fast)[scaled] == ("1.00x, 1.00x, 1.00x, 1.00x, 1.00x", "missed")
+    assert lines(fast)[scaled] == ("1.00x, 1.00x, 1.00x, 1.00x, 1.00x", f"missed: {goals.REASONS[scaled]}")
     assert lines(slow, fast)[step][0] == "0.50x"
     assert lines(slow, fast)[step][1].startswith("missed")
     assert lines(slow)[memory_][1].startswith("missed")
