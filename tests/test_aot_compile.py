@@ -21,7 +21,10 @@ mask_pass = pytest.importorskip("fastlm.kernels.attention_mask")
 decoding = pytest.importorskip("fastlm.kernels.attention_decode")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+SECONDS = 1500  # two processes of about 200 beside whatever else runs
 REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
+
+pytestmark = pytest.mark.timeout(SECONDS)
 
 
 def _aot(cache, *arguments):
@@ -32,7 +35,7 @@ def _aot(cache, *arguments):
             **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1",
             "TRITON_DISABLE_LINE_INFO": "1",  # nobody reads it, and it takes time
         },
-        capture_output=True, text=True, timeout=500,
+        capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
