@@ -156,14 +156,15 @@ struct Bwd {
   double p;
   Dropout dropout;
 
-  // R rows from row i on; sum_w and sum_b are this chunk's partial sums.
-  template <int R, bool STREAM>
+  // R rows from row i on; sum_w and sum_b are this chunk's partial sums. MORE: a gradient of z comes in. It is known when
+  // compiling, so that any R contracts its addition in the same way, and a row has the same bits alone.
+  template <int R, bool STREAM, bool MORE>
   void rows(int64_t i, S* sum_w, S* sum_b) const {
     const int64_t N = this->N;
     const S* w = this->w;
     const TY* g0 = dy + i * N;
     const TR* z0 = z + i * N;
-    const TR* more = dz_in ? dz_in + i * N : nullptr;
+    const TR* more = dz_in + (MORE ? i * N : 0);
     TR* out = dz + i * N;
     S m[R], s[R], c1[R], c2[R];
     V a[R]{}, b[R]{};
@@ -190,7 +191,7 @@ struct Bwd {
         tw += g * xhat;
         tb += g;
         V d = (g * weight - c1[r] - xhat * c2[r]) * s[r];
-        if (more) d += load<V>(more + at, n);
+        if constexpr (MORE) d += load<V>(more + at, n);
         store_or_stream<STREAM>(out + at, d, n);
       }
       store(sum_w + j, tw, n);
@@ -214,7 +215,7 @@ struct Bwd {
     }
   }
 
-  template <bool STREAM>
+  template <bool STREAM, bool MORE>
   void run() const {
     const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
@@ -223,8 +224,8 @@ struct Bwd {
       std::fill(sum_w, sum_w + 2 * N, S(0));
       int64_t i = c * size;
       const int64_t end = std::min(M, i + size);
-      for (; i + kRows <= end; i += kRows) rows<kRows, STREAM>(i, sum_w, sum_b);
-      for (; i < end; ++i) rows<1, STREAM>(i, sum_w, sum_b);
+      for (; i + kRows <= end; i += kRows) rows<kRows, STREAM, MORE>(i, sum_w, sum_b);
+      for (; i < end; ++i) rows<1, STREAM, MORE>(i, sum_w, sum_b);
     }
     if (!dw) return;
     constexpr int64_t kColumns = 256;
@@ -251,8 +252,8 @@ void bwd(const void* dy, const void* z, const void* w, const void* mean, const v
   const Bwd<TX, TR, TY> all{(const TY*)dy, (const TR*)z, (const S*)w, (const S*)mean, (const S*)rstd, (const TR*)dz_in,
                             (TR*)dz, (TX*)dx, (S*)partial, (S*)dw, (S*)db, M, N, p, Dropout(seed, p)};
   if (!dx && streams((const TR*)dz, M, N))  // dx is made from dz
-    return all.template run<true>();
-  all.template run<false>();
+    return dz_in ? all.template run<true, true>() : all.template run<true, false>();
+  dz_in ? all.template run<false, true>() : all.template run<false, false>();
 }
 
 template <class TX, class TR, class TY>
