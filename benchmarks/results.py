@@ -3,7 +3,7 @@
     {"format": "fastlm-bench", "version": 1,
      "environment": {...},   what was measured on: see `environment`
      "roofs": {allocator: {"copy_gbps", "read_gbps", "gemm_tflops": {dtype: rate}}},
-     "rows": [...]}          see `Row`
+     "rows": [...]}          see `Row`; one a line, and what is as its default says is left out
 
 Times are seconds, sizes bytes, rates 1e9 bytes or 1e12 operations a second. A reader refuses a version that it
 does not know; a change of meaning raises it.
@@ -104,8 +104,8 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         document = {"format": FORMAT, "version": VERSION, "environment": self.environment, "roofs": self.roofs}
-        document["rows"] = [dataclasses.asdict(row) for row in self.rows]
-        write_text(path, json.dumps(document, indent=1) + "\n")
+        rows = ",\n".join(json.dumps(_told(row)) for row in self.rows)
+        write_text(path, json.dumps(document, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
 
     def save_csv(self, path: str | Path) -> None:
         """One line a row, with what is the same for all rows repeated in each."""
@@ -118,6 +118,12 @@ class Results:
             cells = dataclasses.asdict(row) | {"work": json.dumps(row.work)}
             writer.writerow([*(cells[n] for n in names), *shared.values()])
         write_text(path, text.getvalue())
+
+
+def _told(row: Row) -> dict[str, Any]:
+    """A row as JSON has it: most of a run on a CPU are peers that it cannot run."""
+    usual = {f.name: {} if f.name == "work" else f.default for f in dataclasses.fields(Row)}
+    return {name: value for name, value in dataclasses.asdict(row).items() if value != usual[name]}
 
 
 def load(path: str | Path) -> Results:

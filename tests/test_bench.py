@@ -222,15 +222,20 @@ def _results(*rows):
     return Results(e, {"kept": ROOF.to_dict()}, list(rows))
 
 
+UNSUPPORTED = Row("gelu", "", "fwd", "float32", "4x8", "triton", "triton", "unsupported", "no such device", "kept", 2)
+
+
 def test_files_round_trip(tmp_path):
-    results = _results(_result(), _result(provider="torch", work={"tokens": 3}))
+    results = _results(_result(), _result(provider="torch", work={"tokens": 3}), UNSUPPORTED)
     results.save(tmp_path / "r.json")
     assert load(tmp_path / "r.json") == results
+    unsupported = next(line for line in (tmp_path / "r.json").read_text().splitlines() if "no such device" in line)
+    assert len(json.loads(unsupported)) == 11  # one line, nothing empty
     results.save_csv(tmp_path / "r.csv")
     header, *lines = (tmp_path / "r.csv").read_text().splitlines()
     assert header.startswith("op,variant,which,dtype,shape,provider,")
     assert header.endswith("cpu,device,date,fastlm")
-    assert len(lines) == 2
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(
