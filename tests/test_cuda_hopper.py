@@ -4,6 +4,7 @@ The emulation takes its instructions' encodings from the PTX ISA; csrc/cuda/hopp
 """
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -39,6 +40,22 @@ def _inputs(B, H, Hkv, T, S, D, dtype):
 def _compare(results, truths, by_torch, size):
     for name, result, truth, stock in zip(("out", "dq", "dk", "dv"), results, truths, by_torch, strict=True):
         assert_as_close_as_torch(result, truth, stock, size, name)
+
+
+def _set_order(request, seed):
+    """Of blocks, warps and lanes; a GPU has its own."""
+    if not torch.cuda.is_available():
+        request.getfixturevalue("emulation").set_order(seed)
+
+
+def _check_fault(emulation, seed, function, fault, said):
+    """What the emulation says of a kernel with one mistake."""
+    emulation.set_order(seed)
+    run = ctypes.CDLL(str(build.build()))[function]
+    run.restype = ctypes.c_char_p
+    message = run(fault.encode()).decode()
+    assert said in message
+    assert bool(said) == bool(message)
 
 
 def _with_gradients(out, inputs, dout):
@@ -154,6 +171,43 @@ def test_extreme_scores(kernels):
     _check(*(x.detach().mul(factor).requires_grad_() for x, factor in ((q, 60), (k, 10), (v, 1))))
 
 
+# Keys in a tile that every query of the last block attends to, in those that the diagonal cuts, the last one.
+@on_cuda
+@pytest.mark.parametrize("key", [3, 130, 299])
+@pytest.mark.parametrize(("D", "right"), [(64, 0), (64, 40), (128, 0)])
+def test_what_a_row_does_not_attend_to_may_be_anything(kernels, poisoned, request, D, right, key):
+    """Keys and values that are not finite: the rows that do not attend to them keep their bits."""
+    q, k, v = (torch.randn(1, 2, 300, D).bfloat16() for _ in range(3))
+    clean = fastlm.scaled_dot_product_attention(q, k, v, window=(None, right), return_lse=True)
+    attends = torch.arange(300) + right >= key
+    safe = torch.stack([torch.ones_like(attends), ~attends])
+    for order, (names, bad) in enumerate([("k", math.nan), ("v", math.nan), ("v", -math.inf), ("kv", math.inf)]):
+        _set_order(request, order)
+        spoilt = {"k": k.clone(), "v": v.clone()}
+        for name in names:
+            spoilt[name][0, 1, key, 7:9] = bad
+        out = fastlm.scaled_dot_product_attention(q, spoilt["k"], spoilt["v"], window=(None, right), return_lse=True)
+        for mine, before in zip(out, clean, strict=True):
+            assert torch.equal(mine[0][safe], before[0][safe])
+        if names == "v":
+            assert torch.equal(out[1], clean[1])
+            assert not out[0][0, 1, attends, 7:9].isfinite().any()
+            other = torch.ones(D, dtype=torch.bool).index_fill(0, torch.tensor([7, 8]), False)
+            assert torch.equal(out[0][..., other], clean[0][..., other])
+
+
+@on_cuda
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_lies_behind_the_keys_may_be_anything(kernels, poisoned, causal):
+    """The rest of a cache; nothing attends to it."""
+    q, k, v = (torch.randn(1, 2, 140, 64).half() for _ in range(3))
+    clean = fastlm.scaled_dot_product_attention(q, k[:, :, :70], v[:, :, :70], is_causal=causal)
+    for x in (k, v):
+        x[:, :, 70:] = math.nan
+    again = fastlm.scaled_dot_product_attention(q, k[:, :, :70], v[:, :, :70], is_causal=causal)
+    assert torch.equal(again, clean)
+
+
 @on_cuda
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("D", [64, 128])
@@ -164,8 +218,7 @@ def test_any_order_gives_the_same_bits(kernels, request, D, causal):
     dout = torch.randn_like(inputs[0])
 
     def run(order):
-        if not on_gpu:
-            request.getfixturevalue("emulation").set_order(order)
+        _set_order(request, order)
         out = fastlm.scaled_dot_product_attention(*inputs, is_causal=causal, enable_gqa=True)
         return _with_gradients(out, inputs, dout)
 
@@ -194,12 +247,7 @@ def test_any_order_gives_the_same_bits(kernels, request, D, causal):
 )
 def test_a_mistake_is_caught(emulation, fault, said, seed):
     """A product of two tiles copied by TMA, with one mistake."""
-    emulation.set_order(seed)
-    run = ctypes.CDLL(str(build.build())).fastlm_emulation_hopper_fault
-    run.restype = ctypes.c_char_p
-    message = run(fault.encode()).decode()
-    assert said in message
-    assert bool(said) == bool(message)
+    _check_fault(emulation, seed, "fastlm_emulation_hopper_fault", fault, said)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -216,9 +264,4 @@ def test_a_mistake_is_caught(emulation, fault, said, seed):
 )
 def test_a_mistake_in_taking_turns_is_caught(emulation, fault, said, seed):
     """Blocks that add a product to one matrix, one after the other, with one mistake."""
-    emulation.set_order(seed)
-    run = ctypes.CDLL(str(build.build())).fastlm_emulation_turn_fault
-    run.restype = ctypes.c_char_p
-    message = run(fault.encode()).decode()
-    assert said in message
-    assert bool(said) == bool(message)
+    _check_fault(emulation, seed, "fastlm_emulation_turn_fault", fault, said)
