@@ -116,16 +116,16 @@ def test_rms_norm_of_wide_rows(kernels, poisoned, N):
     _agrees(fastlm.add_rms_norm, _leaves((3, N), (3, N), (N,)), truth, N)
 
 
-def test_wide_rows_without_clusters(emulation, poisoned):
-    """sm_80 has none: the rows that need one are gone over several times."""
-    emulation.set_device(architecture=80)
-    x, weight, bias = _leaves((3, 8208), (8208,), (8208,))
+@pytest.mark.parametrize(("architecture", "N"), [(80, 8208), (86, 8192)])
+def test_wide_rows_on_smaller_gpus(emulation, poisoned, architecture, N):
+    """sm_80 has no clusters, sm_86 less shared memory: rows that need either are gone over several times."""
+    emulation.set_device(architecture=architecture)
     with fastlm.backend("cuda"):
         _agrees(
-            lambda *args: (fastlm.layer_norm(args[0], 8208, *args[1:]),),
-            (x, weight, bias),
-            lambda *args: (F.layer_norm(args[0], (8208,), *args[1:]),),
-            8208,
+            lambda *args: (fastlm.layer_norm(args[0], N, *args[1:]),),
+            _leaves((3, N), (N,), (N,)),
+            lambda *args: (F.layer_norm(args[0], (N,), *args[1:]),),
+            N,
         )
 
 

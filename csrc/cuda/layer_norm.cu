@@ -12,7 +12,8 @@ void layer_norm_fwd(Place at, const void* x, const void* residual, const void* w
   set_device(at.device);
   const norm::ForwardArgs args{Floats::of(x, x_type), Floats::of(residual, r_type), Floats::of(w, w_type),
                                Floats::of(b, w_type), Floats::of(y, y_type), static_cast<float*>(mean),
-                               static_cast<float*>(rstd), M, (int)N, 0, norm::Length::of(N), (float)eps, Dropout::of(p, seed)};
+                               static_cast<float*>(rstd), M, (int)N, 0, norm::Length::of(N), (float)eps,
+                               Dropout::of(p, seed)};
   for_type(r_type, [&](auto type) {
     using Z = decltype(type);
     const bool vectors = N % norm::kVec<Z> == 0 && aligned(x, residual, w, b, z, y);

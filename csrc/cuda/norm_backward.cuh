@@ -262,7 +262,8 @@ void backward_any(const char* name, Place at, BackwardArgs& args, Global<const Z
   args.warps = s.warps;
   launch({name, {grid_of(s, args.M)}, s.threads, sizeof(float) * 4 * (size_t)s.warps, at.stream},
          backward_rows_kernel<Z, VEC, CENTRED>, args, z, rows);
-  launch({name, {(unsigned)(walk.tiles * walk.shares)}, Walk::kThreads, sizeof(float) * VEC * Walk::kThreads, at.stream},
+  launch({name, {(unsigned)(walk.tiles * walk.shares)}, Walk::kThreads, sizeof(float) * VEC * Walk::kThreads,
+          at.stream},
          backward_columns_kernel<Z, VEC, CENTRED>, args, z, dz, rows, walk);
 }
 
@@ -274,7 +275,12 @@ int64_t backward(const char* name, Place at, BackwardArgs args, const void* z_da
   Global<const Z> z = static_cast<const Z*>(z_data);
   Global<Z> dz = static_cast<Z*>(dz_data);
   Shape s;
-  if (!vectors || !shape_of(args.N / kVec<Z>, kPer, s)) {
+  const auto shared_bytes = [&](int tensors) {  // with rows of so many tensors in flight
+    return (size_t)(tensors * 2 * kPer * s.threads * Slots<kPer>::kBytes) +
+           sizeof(float) * 4 * (size_t)(s.cluster * s.warps);
+  };
+  const size_t limit = (size_t)shared_bytes_limit();  // 99 KB on sm_86 and sm_89, where wide fp32 rows need 128
+  if (!vectors || !shape_of(args.N / kVec<Z>, kPer, s) || shared_bytes(2) > limit) {
     const Walk walk = walk_of(args.M, args.N, vectors ? kVec<Z> : 1);
     Global<float> sums = static_cast<float*>(rows);
     if (vectors)
@@ -283,15 +289,12 @@ int64_t backward(const char* name, Place at, BackwardArgs args, const void* z_da
       backward_any<Z, 1, CENTRED>(name, at, args, z, dz, sums, walk);
     return walk.shares;
   }
-  const size_t buffers = sizeof(float) * 4 * (size_t)(s.cluster * s.warps);
-  const size_t slots = (size_t)(2 * kPer * s.threads * Slots<kPer>::kBytes);  // of one tensor
-  const bool stage_dz_in = args.dz_in.data && 3 * slots + buffers <= (size_t)shared_bytes_limit();
+  const bool stage_dz_in = args.dz_in.data && shared_bytes(3) <= limit;
   const int64_t shares = shares_of(args.M, s);
   args.warps = s.warps;
   args.rows_each = divided_up(args.M, shares);
   const int64_t used = divided_up(args.M, args.rows_each);
-  launch({name, {(unsigned)(used * s.cluster)}, s.threads, (stage_dz_in ? 3 : 2) * slots + buffers, at.stream,
-          s.cluster},
+  launch({name, {(unsigned)(used * s.cluster)}, s.threads, shared_bytes(stage_dz_in ? 3 : 2), at.stream, s.cluster},
          backward_kernel<Z, CENTRED>, args, z, dz, stage_dz_in);
   return used;
 }

@@ -235,7 +235,7 @@ void run_blocks(const Launch& launch, Dim first, std::mt19937_64* random) {
 
 void check_shape(const Launch& l) {
   const bool ok = l.grid.x && l.grid.y && l.grid.z && l.grid.x < 1u << 31 && l.grid.y < 65536 && l.grid.z < 65536 &&
-                  l.threads > 0 && l.threads <= 1024 && l.shared_bytes <= 227 * 1024 && l.cluster >= 1 &&
+                  l.threads > 0 && l.threads <= 1024 && l.shared_bytes <= (size_t)cuda::shared_bytes_limit() && l.cluster >= 1 &&
                   l.cluster <= 16 && l.grid.x % (unsigned)l.cluster == 0;
   if (!ok) throw std::runtime_error(described(l) + ": invalid configuration");
 }

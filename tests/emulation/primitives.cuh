@@ -268,7 +268,10 @@ inline int toolkit() { return 0; }
 inline int driver() { return 0; }
 inline int architecture() { return emulation::architecture(); }
 inline int multiprocessors() { return emulation::multiprocessors(); }
-inline int shared_bytes_limit() { return emulation::architecture() >= 90 ? 227 * 1024 : 163 * 1024; }
+inline int shared_bytes_limit() {
+  const int found = emulation::architecture();
+  return (found == 90 || found == 100 ? 227 : found == 80 ? 163 : 99) * 1024;
+}
 inline void set_device(int) {}
 
 template <class... P, class... A>
