@@ -11,16 +11,22 @@
 // is that S and dP are computed twice: seven products instead of five.
 //
 // FLOPs: 14 D for each pair of query and key outside of skipped tiles. Bytes: q, k, v, dout, out, dq, dk and dv once,
-// and the walked side once for each owner's tile, of which L2 serves most. Not measured on a GPU yet.
+// and the walked side once for each owner's tile, of which L2 serves most.
+//
+// Ladder; the gains are by count, no step has been timed on a GPU:
+//   weights and their gradients stored         4 T S numbers written and read for each head
+//   + recomputed tile by tile from lse         none of them, for one product more
+//   + an owner for every sum                   no atomics and the same bits in every run, for two products more
+//   + dS from accumulators to operands         none of it through shared memory
+//   + two stages by cp.async                   loads wait under products
 #pragma once
 
 #include "attention_mask.cuh"
 
 namespace fastlm::cuda {
 
-// Tiles by element type and largest head size, within 99 KB of shared memory as in the forward pass and without spills
-// on any architecture. PARTS warps share the rows of an owner of keys and split the columns of dK and dV, which would
-// not fit the registers of one; they repeat the scores.
+// Tiles by element type and largest head size, without spills on any architecture. PARTS warps share the rows of an
+// owner of keys and split the columns of dK and dV, which would not fit the registers of one; they repeat the scores.
 template <class T, int D, bool KEYS>
 struct BackwardTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
@@ -31,6 +37,7 @@ struct BackwardTile {
                                                                    : 32;
   static constexpr int M = 16 * WARPS / PARTS;  // rows of the owner
   static constexpr size_t kSharedBytes = (size_t)(2 * M + 4 * N) * kWide + 4 * N * sizeof(float);
+  static_assert(kSharedBytes <= kSharedLimit);
 };
 
 // stats = (lse in units of log2, +inf for a row that attends to nothing, so that its P is 0; delta).

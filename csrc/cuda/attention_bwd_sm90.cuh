@@ -17,7 +17,13 @@
 //
 // FLOPs: 10 D for each pair of query and key in a tile that is not skipped. Bytes: k, v, dk and dv once; q, dout and
 // the rows' statistics once for each 128 keys, mostly from L2; the fp32 dQ written or added to once for each 128 keys,
-// and read once. Not measured on any GPU yet; hopper.cuh says what the emulation leaves open.
+// and read once. hopper.cuh says what the emulation leaves open.
+//
+// Ladder from attention_bwd.cuh's; no step has been timed on a GPU, since the kernel has not run on one:
+//   + dQ added up in global memory             five products instead of seven, for 4 bytes a number of dQ and 128 keys
+//   + in turns                                 the same bits in every run; blocks start in the order of their turns
+//   + wgmma, TMA, setmaxnreg                   as in attention_sm90.cuh
+//   + dQ by the copy engine                    consumers wait for shared memory alone
 #pragma once
 
 #include "attention_bwd.cuh"
@@ -290,7 +296,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<T, D>::kThreads, 1)
                               const __grid_constant__ HopperBackwardSpace space) {
 #if FASTLM_SM90A
   using C = HopperBackwardTile<T, D>;
-  static_assert(sizeof(C) <= 227 * 1024);
+  static_assert(sizeof(C) <= kHopperSharedLimit);
   C& tile = *shared_memory<C>();
   if (thread_index() == 0) {
     tile.init();

@@ -10,7 +10,13 @@
 //
 // FLOPs: 2 (D + Dv) for each pair of row, of 16, and key. Bytes: keys and values once, and for each row and split
 // 2 x 4 (Dv + 1) of partial results: with 8 rows of 16 bits at most 1/16 of the keys and values, since a split has 256
-// keys or more. Not measured on a GPU yet.
+// keys or more.
+//
+// Ladder; the gains are by count, no step has been timed on a GPU:
+//   a block a head (attention_fwd.cuh)         B H blocks on a GPU that takes hundreds; keys read by each head
+//   + keys split over blocks                   enough blocks for the GPU
+//   + the heads of a group in one tile         keys and values once for up to 16 rows
+//   + a walk of its own for each warp          no barrier until the end
 #pragma once
 
 #include "attention_not_finite.cuh"
@@ -18,8 +24,7 @@
 
 namespace fastlm::cuda {
 
-// Tiles by element type and largest head size: 32 to 64 KB of keys and values, of which most are in flight, within the
-// 99 KB of shared memory that every GPU from sm_80 on has.
+// Tiles by element type and largest head size: 32 to 64 KB of keys and values, of which most are in flight.
 template <class T, int D>
 struct DecodeTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
@@ -27,6 +32,7 @@ struct DecodeTile {
   static constexpr int WARPS = 4;
   static constexpr int N = kWide <= 128 ? 64 : kWide <= 256 ? 32 : kWide <= 512 ? 16 : 8;  // keys of a warp
   static constexpr size_t kSharedBytes = (size_t)(M + WARPS * 2 * N) * kWide;
+  static_assert(kSharedBytes <= kSharedLimit);
   static_assert(2 * N * kWide >= M * D * (int)sizeof(float) && M * kWide >= 2 * WARPS * M * (int)sizeof(float));
 };
 

@@ -8,8 +8,15 @@
 // that are infinite or NaN.
 //
 // FLOPs: 2 (D + Dv) for each pair of query and key that is not in a skipped tile. Bytes: q, out and lse once; k and v
-// once for each 16 ROWS WARPS queries, of which L2 serves most, since neighbouring blocks read the same head. Not
-// measured on a GPU yet.
+// once for each 16 ROWS WARPS queries, of which L2 serves most, since neighbouring blocks read the same head.
+//
+// Ladder; the gains are by count, no step has been timed on a GPU:
+//   three kernels with a matrix of scores      4 T S numbers written and read for each head
+//   + tiles and an online softmax              none of them
+//   + mma.sync                                 a 64th of the multiply instructions, fp32 excepted
+//   + weights from accumulators to operands    none of them through shared memory
+//   + cp.async, values under q k^T             loads wait under products
+//   + tiles outside of the window not loaded   half of all under a causal mask
 #pragma once
 
 #include "attention_not_finite.cuh"
@@ -17,8 +24,7 @@
 
 namespace fastlm::cuda {
 
-// Tiles by element type and largest head size. Shared memory holds a tile of queries, of keys and of values, within the
-// 99 KB that every GPU from sm_80 on has.
+// Tiles by element type and largest head size. Shared memory holds a tile of queries, of keys and of values.
 template <class T, int D>
 struct ForwardTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
@@ -27,6 +33,7 @@ struct ForwardTile {
   static constexpr int N = kWide == 1024 ? 16 : ROWS == 2 || kWide == 512 || sizeof(T) == 4 ? 32 : 64;
   static constexpr int M = 16 * ROWS * WARPS;
   static constexpr size_t kSharedBytes = (size_t)(M + 2 * N) * kWide;
+  static_assert(kSharedBytes <= kSharedLimit);
 };
 
 template <class T, int D, int ROWS, int WARPS, int N>

@@ -7,7 +7,12 @@
 // sums of either kind are added in order by sum_partials: no atomics, and no matrix of the scores' gradients.
 //
 // FLOPs: 2 (D + Dv) for each pair of query and key, as the scores are made once more. Bytes: q and dout once for each N
-// keys, k and v once for each M queries, of which L2 serves most. Not measured on a GPU yet.
+// keys, k and v once for each M queries, of which L2 serves most.
+//
+// Ladder; the gains are by count, no step has been timed on a GPU:
+//   gradients of all scores, then their sum    T S numbers for each batch and head written and read
+//   + a block owns a tile of the mask          none of them, for two products more
+//   + blocks share batches and heads           as many blocks as the GPU takes, where the mask is small
 #pragma once
 
 #include "attention.cuh"
@@ -15,7 +20,7 @@
 
 namespace fastlm::cuda {
 
-// Tiles within 99 KB of shared memory: queries, their output's gradients, keys and values.
+// Tiles in shared memory: queries, their output's gradients, keys and values.
 template <class T, int D>
 struct MaskTile {
   static constexpr int kWide = D * (int)sizeof(T);  // bytes of a row
@@ -23,6 +28,7 @@ struct MaskTile {
   static constexpr int N = kWide <= 384 ? 64 : kWide == 512 ? 32 : 16;
   static constexpr int WARPS = M / 16;
   static constexpr size_t kSharedBytes = (size_t)2 * (M + N) * kWide;
+  static_assert(kSharedBytes <= kSharedLimit);
 };
 
 // The blocks of a call; all that decides the sums' order.

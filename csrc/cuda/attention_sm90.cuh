@@ -15,7 +15,14 @@
 // that attend to them. Other blocks pay nothing, and rows without such values keep their bits.
 //
 // FLOPs: 4 D for each pair of query and key in a tile that is not skipped. Bytes: q, out and lse once; k and v once for
-// each 128 queries, mostly from L2. Has not run on a GPU; hopper.cuh says what the emulation leaves open.
+// each 128 queries, mostly from L2. hopper.cuh says what the emulation leaves open.
+//
+// Ladder from attention_fwd.cuh's; no step has been timed on a GPU, since the kernel has not run on one:
+//   + wgmma from shared memory                 operands no longer pass through registers, but for the weights
+//   + TMA by a producer thread                 no addresses, registers or instructions of consumers for loads
+//   + setmaxnreg                               240 registers for a consumer, so 64 queries by 128 keys without spills
+//   + the next S beside this product with v    softmax runs under products of its own warpgroup
+//   + warpgroups take turns                    and under those of the other one
 #pragma once
 
 #include "attention_softmax.cuh"
@@ -242,6 +249,7 @@ __global__ void __launch_bounds__(HopperTile<T, D>::kThreads, 1)
     attention_fwd_sm90_kernel(const __grid_constant__ AttentionParams a, const __grid_constant__ HopperMaps maps) {
 #if FASTLM_SM90A
   using C = HopperTile<T, D>;
+  static_assert(sizeof(C) <= kHopperSharedLimit);
   const Problem p = locate<C::M, false>(a);
   C& tile = *shared_memory<C>();
   const KeyWalk walk(p, a.right, C::M, C::N);

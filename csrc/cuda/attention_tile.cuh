@@ -9,6 +9,9 @@
 
 namespace fastlm::cuda {
 
+// What every GPU from sm_80 on gives a block, and what Hopper does.
+constexpr size_t kSharedLimit = 99 * 1024, kHopperSharedLimit = 227 * 1024;
+
 template <class T, int D>
 struct Tile {
   static constexpr int kChunk = 16 / (int)sizeof(T);  // elements

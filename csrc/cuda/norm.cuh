@@ -14,8 +14,15 @@
 // L1 or L2; backward sums each row first, then goes down the columns (Walk).
 //
 // A row of N elements of T bytes moves 2 N T forward (4 N T with a residual), 3 N T backward (4 N T with dz_in), for
-// about 8 N and 14 N operations: memory bounds both. Not measured on any GPU yet; the sizes below are by count of
-// registers (at most 128 a thread at 512 threads) and of bytes in flight.
+// about 8 N and 14 N operations: memory bounds both. The sizes below are by count of registers (at most 128 a
+// thread at 512 threads) and of bytes in flight.
+//
+// Ladder; the gains are by count of bytes, no step has been timed on a GPU:
+//   three passes over a row from memory         4 N T forward (forward_any_kernel and backward_any; wide rows hit L2)
+//   + the row in registers                      2 N T forward, 3 N T backward
+//   + the row over a cluster of blocks          the same for rows eight times as long
+//   + persistent blocks, sums in registers      no second reading of x and dy for dw and db, 2 N T less backward
+//   + cp.async of the next row, one barrier     no fewer bytes, but loads in flight while the sums are made
 #pragma once
 
 #include "common.cuh"

@@ -1,7 +1,8 @@
 // The second stage of every gradient that is summed over rows: (P, K) fp32 -> (K), in an order that P alone decides.
 //
 // A block takes 32 columns; each of its warps adds every eighth row, then the warps' sums are added in order. P is at
-// most a few hundred, so that this reads a few MB where the first stage read hundreds. Not measured on any GPU yet.
+// most a few hundred, so that this reads 4 P K bytes, a few MB where the first stage read hundreds, for P K additions.
+// Ladder, not timed on a GPU: a thread a column, then eight warps a column, an eighth of the loads one after the other.
 
 #include "common.cuh"
 
