@@ -35,7 +35,10 @@ SECONDS = 570.0  # for all parts together
 GRACE_SECONDS = 10.0  # to write results in, after the interrupt that ends a part
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 # Every kernel once on small shapes: what a sanitizer, some fifty times slower, can go through.
-SMALL = "test_triton and not Choice or test_parity and (37 or 133) or test_operator"
+SMALL = (
+    "test_triton and not Choice or test_parity and (37 or 133) or test_operator or test_cuda_hopper and of_lse"
+    " or test_cuda_attention and everything_else or of_wide_rows"
+)
 TOOLS = {"memcheck": 150, "synccheck": 60, "racecheck": 60}  # racecheck knows no TMA: judge what it says of *_sm90
 # op -> who it is compared with, beside PyTorch's own operator.
 BENCHMARKS = {
