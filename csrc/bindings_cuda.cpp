@@ -29,7 +29,7 @@ Heads heads(ptr data, const py::tuple& strides) {
 AttentionArgs attention_args(int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                              const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object&,
                              ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
-                             int64_t seed, int type) {
+                             int64_t seed, bool on_device, int type) {
   AttentionArgs a{};
   a.device = device, a.stream = P(stream);
   a.q = heads(q, qs), a.k = heads(k, ks), a.v = heads(v, vs);
@@ -39,7 +39,7 @@ AttentionArgs attention_args(int device, ptr stream, ptr q, const py::tuple& qs,
   a.cu_q = static_cast<const int32_t*>(P(cu_q)), a.cu_k = static_cast<const int32_t*>(P(cu_k));
   int64_t* const size[] = {&a.B, &a.H, &a.Hkv, &a.T, &a.S, &a.D, &a.Dv, &a.left, &a.right};
   for (size_t i = 0; i < 9; ++i) *size[i] = sizes[i].cast<int64_t>();
-  a.scale = scale, a.softcap = softcap, a.dropout_p = p, a.seed = seed, a.type = type;
+  a.scale = scale, a.softcap = softcap, a.dropout_p = p, a.seed = {seed, on_device}, a.type = type;
   return a;
 }
 
@@ -59,17 +59,18 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("gelu_shares", [](int device, ptr, int64_t M, int64_t N) { return gelu_shares(device, M, N); });
   m.def("layer_norm_fwd",
         [](int device, ptr stream, ptr x, ptr residual, ptr w, ptr b, ptr z, ptr y, ptr mean, ptr rstd, int64_t M,
-           int64_t N, double eps, double p, int64_t seed, int x_type, int r_type, int y_type, int w_type) {
+           int64_t N, double eps, double p, int64_t seed, bool on_device, int x_type, int r_type, int y_type,
+           int w_type) {
           layer_norm_fwd({device, P(stream)}, P(x), P(residual), P(w), P(b), P(z), P(y), P(mean), P(rstd), M, N, eps, p,
-                         seed, x_type, r_type, y_type, w_type);
+                         {seed, on_device}, x_type, r_type, y_type, w_type);
         },
         nogil());
   m.def("layer_norm_bwd",
         [](int device, ptr stream, ptr dy, ptr z, ptr w, ptr mean, ptr rstd, ptr dz_in, ptr dz, ptr dx, ptr partial,
-           ptr sums, ptr rows, int64_t M, int64_t N, double p, int64_t seed, int x_type, int r_type, int y_type,
-           int w_type) {
+           ptr sums, ptr rows, int64_t M, int64_t N, double p, int64_t seed, bool on_device, int x_type, int r_type,
+           int y_type, int w_type) {
           layer_norm_bwd({device, P(stream)}, P(dy), P(z), P(w), P(mean), P(rstd), P(dz_in), P(dz), P(dx), P(partial),
-                         P(sums), P(rows), M, N, p, seed, x_type, r_type, y_type, w_type);
+                         P(sums), P(rows), M, N, p, {seed, on_device}, x_type, r_type, y_type, w_type);
         },
         nogil());
   m.def("rms_norm_fwd",
@@ -88,23 +89,24 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         nogil());
   m.def("gelu_fwd",
         [](int device, ptr stream, ptr x, ptr bias, ptr y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
-           int type, int b_type) {
-          gelu_fwd({device, P(stream)}, P(x), P(bias), P(y), M, N, tanh, p, seed, type, b_type);
+           bool on_device, int type, int b_type) {
+          gelu_fwd({device, P(stream)}, P(x), P(bias), P(y), M, N, tanh, p, {seed, on_device}, type, b_type);
         },
         nogil());
   m.def("gelu_bwd",
         [](int device, ptr stream, ptr dy, ptr x, ptr bias, ptr dx, ptr partial, ptr db, int64_t M, int64_t N,
-           bool tanh, double p, int64_t seed, int type, int b_type) {
-          gelu_bwd({device, P(stream)}, P(dy), P(x), P(bias), P(dx), P(partial), P(db), M, N, tanh, p, seed, type,
-                   b_type);
+           bool tanh, double p, int64_t seed, bool on_device, int type, int b_type) {
+          gelu_bwd({device, P(stream)}, P(dy), P(x), P(bias), P(dx), P(partial), P(db), M, N, tanh, p,
+                   {seed, on_device}, type, b_type);
         },
         nogil());
   m.def("attention_fwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
-                            int64_t seed, int type, ptr out, const py::tuple& outs, ptr lse, ptr partial) {
+                            int64_t seed, bool on_device, int type, ptr out, const py::tuple& outs, ptr lse,
+                            ptr partial) {
     AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
-                                     scale, softcap, p, seed, type);
+                                     scale, softcap, p, seed, on_device, type);
     a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse)), a.partial = static_cast<float*>(P(partial));
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
@@ -130,12 +132,12 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("attention_bwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
-                            int64_t seed, int type, ptr out, const py::tuple& outs, ptr lse, ptr dout,
-                            const py::tuple& douts, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk,
+                            int64_t seed, bool on_device, int type, ptr out, const py::tuple& outs, ptr lse,
+                            ptr dout, const py::tuple& douts, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk,
                             const py::tuple& dks, ptr dv, const py::tuple& dvs, ptr stats, ptr dmask, int dmask_type,
                             ptr partial, const py::tuple& dmask_sizes) {
     AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
-                                     scale, softcap, p, seed, type);
+                                     scale, softcap, p, seed, on_device, type);
     a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse));
     a.dout = heads(dout, douts), a.dlse = static_cast<const float*>(P(dlse));
     a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import _BOOL, TYPE_CODE, _weight_type, heads_like
+from .ops._dropout import DeviceSeed
 
 _cuda: Any = None
 missing_reason: str | None = None
@@ -79,6 +80,11 @@ def _call(function: Callable, x: Tensor, *arguments: Any) -> Any:
         return function(index, stream, *arguments)
 
 
+def _seed(seed: int) -> tuple[int, bool]:
+    """(a seed or its address, whether it is an address)."""
+    return (_ptr(seed.tensor), True) if isinstance(seed, DeviceSeed) else (seed, False)
+
+
 def _norm_workspace(z: Tensor, M: int, N: int, sums: int, wanted: bool) -> tuple[Tensor, int, int, Tensor | None]:
     """(a workspace, where (M, 2) row sums and partial sums lie in it or 0, `sums` sums of N each or None): all fp32.
 
@@ -115,7 +121,7 @@ def layer_norm_fwd(
     _call(
         _cuda.layer_norm_fwd, x,
         _ptr(x), _ptr(residual), _ptr(weight), _ptr(bias), _ptr(z), _ptr(y), _ptr(mean), _ptr(rstd),
-        M, N, eps, dropout_p, seed,
+        M, N, eps, dropout_p, *_seed(seed),
         TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], _weight_type(weight, bias),
     )  # fmt: skip
     return y, z, mean, rstd
@@ -143,7 +149,7 @@ def layer_norm_bwd(
     _call(
         _cuda.layer_norm_bwd, z,
         _ptr(dy), _ptr(z), _ptr(weight), _ptr(mean), _ptr(rstd), _ptr(dz_in), _ptr(dz), _ptr(dx),
-        partial, _ptr(sums), rows, M, N, dropout_p, seed,
+        partial, _ptr(sums), rows, M, N, dropout_p, *_seed(seed),
         TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], _weight_type(weight, None),
     )  # fmt: skip
     dw, db = (None, None) if sums is None else (sums[0], sums[1])
@@ -209,7 +215,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0,
     y = torch.empty_like(x)
     _call(
         _cuda.gelu_fwd, x,
-        _ptr(x), _ptr(bias), _ptr(y), *_gelu_rows(x), tanh, dropout_p, seed,
+        _ptr(x), _ptr(bias), _ptr(y), *_gelu_rows(x), tanh, dropout_p, *_seed(seed),
         TYPE_CODE[x.dtype], _weight_type(bias, None),
     )  # fmt: skip
     return y
@@ -227,7 +233,7 @@ def gelu_bwd(
         db = x.new_zeros(N, dtype=torch.float32) if M == 0 else x.new_empty(N, dtype=torch.float32)
     _call(
         _cuda.gelu_bwd, x,
-        _ptr(dy), _ptr(x), _ptr(bias), _ptr(dx), _ptr(partial), _ptr(db), M, N, tanh, dropout_p, seed,
+        _ptr(dy), _ptr(x), _ptr(bias), _ptr(dx), _ptr(partial), _ptr(db), M, N, tanh, dropout_p, *_seed(seed),
         TYPE_CODE[x.dtype], _weight_type(bias, None),
     )  # fmt: skip
     return dx, db
@@ -251,7 +257,7 @@ def _attention_arguments(
     return (
         *_attention_heads(q), *_attention_heads(k), *_attention_heads(v), at, strides, kind, mask,
         _ptr(cu_q), _ptr(cu_k), (batch, H, k.shape[1], T, S, D, v.shape[3], left, right),
-        scale, softcap, dropout_p, seed, TYPE_CODE[q.dtype],
+        scale, softcap, dropout_p, *_seed(seed), TYPE_CODE[q.dtype],
     )  # fmt: skip
 
 

@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm.errors import BackendError
+from fastlm.ops._dropout import DeviceSeed
+
 INTERPRETING = triton.knobs.runtime.interpret
 
 # What stands in for a GPU where there is none: under the interpreter, and to compile ahead of time.
@@ -89,6 +92,12 @@ class Dropout(NamedTuple):
 
 
 def dropout_arguments(p: float, seed: int) -> Dropout:
+    """The arguments of a call; a captured seed is refused: a variant that reads it could only load while capturing."""
+    if isinstance(seed, DeviceSeed):
+        raise BackendError(
+            "the triton backend takes dropout's seed as a number, so that a CUDA graph would repeat one mask at every "
+            "replay: capture with the cuda backend, or with dropout 0, or leave the step that drops out of the graph"
+        )
     return Dropout(seed, min(round(p * 2**32), 2**32 - 1), 1.0 / (1.0 - p) if p < 1 else 0.0)
 
 

@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "attention_tile.cuh"
+#include "dropout.cuh"
 
 namespace fastlm::cuda {
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ops.h"
+
 namespace fastlm::cuda {
 
 // A (B, H, T, D) view whose last dimension is contiguous; strides in elements. Packed sequences have no b.
@@ -42,7 +44,7 @@ struct AttentionArgs {
   int64_t B, H, Hkv, T, S, D, Dv;
   int64_t left, right;  // query i attends to keys i - left to i + right; negative: unlimited
   double scale, softcap, dropout_p;
-  int64_t seed;
+  Seed seed;
   int type, device;
   void* stream;
 };

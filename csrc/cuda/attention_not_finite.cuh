@@ -2,7 +2,7 @@
 // NaN, to the row. So a block in which some row leaves out some key looks at its result: if that is not finite, it goes
 // over its keys once more with 0 in the place of such values (clean_tile), and adds them to the rows that do attend to
 // them at the end (spread_not_finite). Rows that do not keep their bits, and calls without such values pay a test of
-// their results and a branch a tile.
+// their results and a branch a tile. attention_sm90.cuh does the same with tiles that a diagonal alone cuts.
 #pragma once
 
 #include "attention_tile.cuh"

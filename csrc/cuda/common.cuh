@@ -4,7 +4,7 @@
 
 #include <primitives.cuh>
 
-#include "ops.h"
+#include "dropout.cuh"
 
 namespace fastlm::cuda {
 

@@ -202,7 +202,7 @@ struct View {
   bool vectors;
 };
 template <class T, class... P>
-View view_of(const void* bias, void* partial, int64_t M, int64_t N, double p, int64_t seed, int bias_type, P... data) {
+View view_of(const void* bias, void* partial, int64_t M, int64_t N, double p, Seed seed, int bias_type, P... data) {
   Args a{Floats::of(bias, bias_type), static_cast<float*>(partial), M, N, M * N, Dropout::of(p, seed)};
   const bool flat = !bias && p == 0;
   const bool vectors = aligned(bias, data...) && (flat ? a.total : N) % kVec<T> == 0;
@@ -240,7 +240,7 @@ void run_bwd(Place at, const void* dy, const void* x, void* dx, const Args& a, v
 }  // namespace gelu
 
 void gelu_fwd(Place at, const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p,
-              int64_t seed, int type, int bias_type) {
+              Seed seed, int type, int bias_type) {
   if (M * N == 0) return;
   set_device(at.device);
   for_type(type, [&](auto t) {
@@ -252,7 +252,7 @@ void gelu_fwd(Place at, const void* x, const void* bias, void* y, int64_t M, int
 }
 
 void gelu_bwd(Place at, const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M,
-              int64_t N, bool tanh, double p, int64_t seed, int type, int bias_type) {
+              int64_t N, bool tanh, double p, Seed seed, int type, int bias_type) {
   if (M * N == 0) return;
   set_device(at.device);
   for_type(type, [&](auto t) {

@@ -6,7 +6,7 @@
 namespace fastlm::cuda {
 
 void layer_norm_fwd(Place at, const void* x, const void* residual, const void* w, const void* b, void* z, void* y,
-                    void* mean, void* rstd, int64_t M, int64_t N, double eps, double p, int64_t seed, int x_type,
+                    void* mean, void* rstd, int64_t M, int64_t N, double eps, double p, Seed seed, int x_type,
                     int r_type, int y_type, int w_type) {
   if (M == 0) return;
   set_device(at.device);
@@ -23,7 +23,7 @@ void layer_norm_fwd(Place at, const void* x, const void* residual, const void* w
 
 void layer_norm_bwd(Place at, const void* dy, const void* z, const void* w, const void* mean, const void* rstd,
                     const void* dz_in, void* dz, void* dx, void* partial, void* sums, void* rows, int64_t M, int64_t N,
-                    double p, int64_t seed, int x_type, int r_type, int y_type, int w_type) {
+                    double p, Seed seed, int x_type, int r_type, int y_type, int w_type) {
   if (M == 0) return;
   set_device(at.device);
   const norm::BackwardArgs args{Floats::of(dy, y_type), Floats::of(w, w_type), Floats::of(dz_in, r_type),

@@ -11,7 +11,7 @@ void rms_norm_fwd(Place at, const void* x, const void* residual, const void* w, 
   set_device(at.device);
   const norm::ForwardArgs args{Floats::of(x, x_type), Floats::of(residual, r_type), Floats::of(w, w_type),
                                Floats{}, Floats::of(y, y_type), nullptr, static_cast<float*>(rstd), M, (int)N, 0,
-                               norm::Length::of(N), (float)eps, Dropout::of(0, 0)};
+                               norm::Length::of(N), (float)eps, Dropout::of(0, {})};
   for_type(r_type, [&](auto type) {
     using Z = decltype(type);
     const bool vectors = N % norm::kVec<Z> == 0 && aligned(x, residual, w, z, y);
@@ -26,7 +26,7 @@ void rms_norm_bwd(Place at, const void* dy, const void* z, const void* w, const 
   set_device(at.device);
   const norm::BackwardArgs args{Floats::of(dy, y_type), Floats::of(w, w_type), Floats::of(dz_in, r_type),
                                 Floats::of(dx, x_type), nullptr, static_cast<const float*>(rstd),
-                                static_cast<float*>(partial), M, 0, (int)N, 0, norm::Length::of(N), Dropout::of(0, 0)};
+                                static_cast<float*>(partial), M, 0, (int)N, 0, norm::Length::of(N), Dropout::of(0, {})};
   for_type(r_type, [&](auto type) {
     using Z = decltype(type);
     const bool vectors = N % norm::kVec<Z> == 0 && aligned(dy, z, w, dz_in, dz, dx, partial);

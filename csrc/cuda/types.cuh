@@ -93,25 +93,4 @@ FASTLM_ANY Vec<uint32_t, 4> philox(int64_t seed, uint32_t group, int64_t row) {
   return {{x0, x1, x2, x3}};
 }
 
-// A call's dropout as kernels take it. `threshold` 0 with `scale` 1 keeps everything.
-struct Dropout {
-  int64_t seed;
-  uint32_t threshold;  // a word below it drops the element
-  float scale;         // 1 / (1 - p)
-
-  static Dropout of(double p, int64_t seed) {
-    const double limit = p * 4294967296.0;
-    const uint32_t threshold = limit >= 4294967295.0 ? 0xFFFFFFFFu : (uint32_t)(limit + 0.5);
-    return {seed, threshold, p < 1 ? (float)(1 / (1 - p)) : 0.0f};
-  }
-
-  // 0 where column 4 group + i of the row is dropped, `scale` where it is kept.
-  FASTLM_ANY Vec<float, 4> factors(int64_t row, int64_t group) const {
-    const Vec<uint32_t, 4> word = philox(seed, (uint32_t)group, row);
-    Vec<float, 4> factor;
-    for (int i = 0; i < 4; ++i) factor[i] = word[i] < threshold ? 0.0f : scale;
-    return factor;
-  }
-};
-
 }  // namespace fastlm::cuda

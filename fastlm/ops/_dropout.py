@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
-
 _LOW = 0xFFFFFFFF
 
 
@@ -21,21 +19,38 @@ def check_probability(op: str, dropout_p: float) -> float:
     return float(dropout_p)
 
 
-def draw_seed() -> int:
-    """A fresh 64-bit seed from torch's default CPU generator.
+class DeviceSeed(int):
+    """A seed that lies in a GPU's memory; as a number, its address.
 
-    Raises:
-        BackendError: while a CUDA graph is captured: the seed would be part of the graph.
+    A CUDA graph that draws one has another mask at each replay.
+
+    Args:
+        tensor: () int64, the seed.
+    """
+
+    tensor: Tensor
+
+    def __new__(cls, tensor: Tensor) -> DeviceSeed:
+        made = super().__new__(cls, tensor.data_ptr())
+        made.tensor = tensor
+        return made
+
+
+def _random_seed(device: str) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)
+
+
+def draw_seed() -> int:
+    """A fresh 64-bit seed from torch's default CPU generator; while a CUDA graph is captured, from the GPU's.
+
+    A host's number would be part of the graph, and every replay would drop the same.
     """
     if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
-        raise BackendError(
-            "dropout's seed is drawn on the host, so that a CUDA graph would repeat one mask at every replay: capture "
-            "with dropout 0, as in eval mode, or leave the step that drops out of the graph"
-        )
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item())
+        return DeviceSeed(_random_seed("cuda"))
+    return int(_random_seed("cpu").item())
 
 
-def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: int | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four uint32 words, in int64 tensors, for each counter; products wrap modulo 2^64 as in C."""
     x0, x1, x2, x3 = counter
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
@@ -51,7 +66,8 @@ def factors(rows: int, columns: int, p: float, seed: int, dtype: torch.dtype, de
     groups = -(-columns // 4)
     row = torch.arange(rows, device=device)[:, None].expand(rows, groups)
     group = torch.arange(groups, device=device)[None, :].expand(rows, groups)
-    words = philox(seed, (group, row & _LOW, (row >> 32) & _LOW, torch.zeros_like(row)))
+    key = seed.tensor if isinstance(seed, DeviceSeed) else seed
+    words = philox(key, (group, row & _LOW, (row >> 32) & _LOW, torch.zeros_like(row)))
     word = torch.stack(words, dim=-1).reshape(rows, groups * 4)[:, :columns]
     kept = word >= min(round(p * 2**32), 2**32 - 1)
     return kept.to(dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0)
