@@ -60,7 +60,7 @@ def _check(case, monkeypatch):
         memory.fill_(seed)
         both = []
         for drawn in (seed, _dropout.DeviceSeed(memory)):
-            monkeypatch.setattr(_dropout, "draw_seed", lambda drawn=drawn: drawn)
+            monkeypatch.setattr(_dropout, "draw_seed", lambda device, drawn=drawn: drawn)
             both.append(_step(op, inputs))
         assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
         results.append(both[0])
@@ -83,7 +83,7 @@ def test_the_reference_does_too(monkeypatch, name):
 def test_the_backward_pass_reads_what_the_forward_pass_read(kernels, monkeypatch):
     """The memory of a captured seed keeps its value from one to the other, and stays alive."""
     x, bias = torch.full((5, 80), 64.0, requires_grad=True), torch.zeros(80)
-    monkeypatch.setattr(_dropout, "draw_seed", lambda: _dropout.DeviceSeed(torch.tensor(99)))
+    monkeypatch.setattr(_dropout, "draw_seed", lambda device: _dropout.DeviceSeed(torch.tensor(99)))
     y = fastlm.bias_gelu(x, bias, dropout_p=0.5)
     torch.full((1000,), 7)  # would take the place of freed memory
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -94,19 +94,39 @@ def test_the_backward_pass_reads_what_the_forward_pass_read(kernels, monkeypatch
 @pytest.mark.parametrize("kernels", [TRITON], indirect=True)
 @pytest.mark.parametrize("name", CASES)
 def test_triton_refuses_it(kernels, monkeypatch, name):
-    monkeypatch.setattr(_dropout, "draw_seed", lambda: _dropout.DeviceSeed(torch.tensor(99)))
+    monkeypatch.setattr(_dropout, "draw_seed", lambda device: _dropout.DeviceSeed(torch.tensor(99)))
     op, inputs = CASES[name]()
     with pytest.raises(BackendError, match="a CUDA graph would repeat one mask at every replay"):
         op(*inputs)
 
 
-def test_a_captured_seed_is_drawn_on_the_gpu(monkeypatch):
+@pytest.fixture
+def capturing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_a_captured_seed_is_drawn_on_the_gpu(capturing, monkeypatch):
     """By an operator that the graph repeats; elsewhere a number is drawn, which costs no launch."""
     drawn = []
     monkeypatch.setattr(_dropout, "_random_seed", lambda device: drawn.append(device) or torch.tensor(5))
-    assert not isinstance(_dropout.draw_seed(), _dropout.DeviceSeed)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    seed = _dropout.draw_seed()
+    seed = _dropout.draw_seed(torch.device("cuda", 1))
     assert isinstance(seed, _dropout.DeviceSeed)
-    assert (seed.tensor.item(), drawn) == (5, ["cpu", "cuda"])
+    assert (seed.tensor.item(), drawn) == (5, [torch.device("cuda", 1)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_runs_on_the_cpu_meanwhile_is_no_part_of_the_graph(capturing, monkeypatch, name):
+    op, inputs = CASES[name]()
+    torch.manual_seed(0)
+    during = _step(op, inputs)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(during, _step(op, inputs), strict=True))
+
+
+def test_a_graph_of_a_compiled_model_is_refused(capturing):
+    """Inductor draws the seed on the CPU, before the graph is replayed."""
+    with pytest.raises(BackendError, match="capture the model before it is compiled"):
+        _dropout.traced_seed(torch.tensor(5), torch.device("cuda"))
+    assert _dropout.traced_seed(torch.tensor(5), torch.device("cpu")) == 5
+    assert _dropout.traced_seed(None, torch.device("cuda")) == 0

@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
+
 _LOW = 0xFFFFFFFF
+_CPU = torch.device("cpu")
 
 
 def check_probability(op: str, dropout_p: float) -> float:
@@ -36,18 +39,37 @@ class DeviceSeed(int):
         return made
 
 
-def _random_seed(device: str) -> Tensor:
+def _random_seed(device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)
 
 
-def draw_seed() -> int:
-    """A fresh 64-bit seed from torch's default CPU generator; while a CUDA graph is captured, from the GPU's.
+def _captured(device: torch.device) -> bool:
+    """Whether what runs on `device` becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def draw_seed(device: torch.device = _CPU) -> int:
+    """A fresh 64-bit seed from torch's default CPU generator; while `device` captures a CUDA graph, from the GPU's.
 
     A host's number would be part of the graph, and every replay would drop the same.
     """
-    if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
-        return DeviceSeed(_random_seed("cuda"))
-    return int(_random_seed("cpu").item())
+    return DeviceSeed(_random_seed(device)) if _captured(device) else int(_random_seed(_CPU).item())
+
+
+def traced_seed(seed: Tensor | None, device: torch.device) -> int:
+    """The seed that a compiled graph has drawn on the CPU, or 0 without one.
+
+    Raises:
+        BackendError: while `device` captures a CUDA graph, which would repeat it.
+    """
+    if seed is None:
+        return 0
+    if _captured(device):
+        raise BackendError(
+            "under torch.compile attention's dropout takes its seed from the host, so that a CUDA graph would repeat "
+            "one mask at every replay: capture the model before it is compiled, or with dropout 0"
+        )
+    return int(seed.item())
 
 
 def philox(seed: int | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -137,12 +137,11 @@ class _Attention(torch.autograd.Function):
 
 
 def op_options(
-    is_causal: bool, scale: float, dropout_p: float, seed: Tensor | None, left: int, right: int, cap: float
+    is_causal: bool, scale: float, dropout_p: float, seed: int, left: int, right: int, cap: float
 ) -> Options:
     """An operator's arguments as kernels take them."""
     right = 0 if is_causal else right
-    drawn = 0 if seed is None else int(seed.item())
-    return Options(right == 0, scale, dropout_p, drawn, left, right, cap)
+    return Options(right == 0, scale, dropout_p, seed, left, right, cap)
 
 
 def _op_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> str:
@@ -164,7 +163,9 @@ def _attention_op(
     window_right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    options = op_options(is_causal, scale, dropout_p, seed, window_left, window_right, softcap)
+    options = op_options(
+        is_causal, scale, dropout_p, _dropout.traced_seed(seed, q.device), window_left, window_right, softcap
+    )
     backend = _op_backend(q, k, v, mask, options)
     if backend in KERNELS:
         return KERNELS[backend].attention_fwd(*map(unit_stride, (q, k, v)), mask, *options)
@@ -198,7 +199,9 @@ def _attention_backward_op(
     softcap: float,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = op_options(is_causal, scale, dropout_p, seed, window_left, window_right, softcap)
+    options = op_options(
+        is_causal, scale, dropout_p, _dropout.traced_seed(seed, q.device), window_left, window_right, softcap
+    )
     backend = _op_backend(q, k, v, mask, options)
     dout, q, k, v = map(unit_stride, (dout, q, k, v))
     dlse = None if dlse is None else dlse.contiguous()
@@ -385,7 +388,7 @@ def _quick(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
     return _native.attention_plain_fwd(q, k, v, is_causal, D**-0.5 if scale is None else scale)
 
 
-def traced_seed(dropout_p: float) -> Tensor | None:
+def seed_to_trace(dropout_p: float) -> Tensor | None:
     """Dropout's seed under torch.compile, where it is a tensor, so that each run draws its own."""
     return torch.randint(-(2**63), 2**63 - 1, ()) if dropout_p > 0 else None
 
@@ -396,7 +399,7 @@ def _attend(
     """`options` has its seed still to be drawn."""
     is_causal, scale, dropout_p, _, left, right, cap = options
     if torch.compiler.is_compiling():
-        seed = traced_seed(dropout_p)
+        seed = seed_to_trace(dropout_p)
         return torch.ops.fastlm.attention(q, k, v, mask, seed, is_causal, scale, dropout_p, left, right, cap)
     traced = must_trace(q, k, v, mask)
     backend = "reference" if traced else choose(_NAME, _request(q, k, v, mask, options, return_lse))
@@ -404,7 +407,7 @@ def _attend(
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=gqa), None
     if dropout_p > 0:
-        options = options._replace(seed=_dropout.draw_seed())
+        options = options._replace(seed=_dropout.draw_seed(q.device))
     if backend == "reference":
         return attention_ref(q, k, v, mask, *options)
     q, k, v = map(unit_stride, (q, k, v))

@@ -28,7 +28,7 @@ from .attention import (
     PROVED_CUDA,
     cuda_attention_unsupported,
     op_options,
-    traced_seed,
+    seed_to_trace,
     triton_attention_unsupported,
 )
 
@@ -97,7 +97,9 @@ def _varlen_op(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     _check_ends(q, k, cu_q, cu_k)
-    options = op_options(is_causal, scale, dropout_p, seed, window_left, window_right, softcap)
+    options = op_options(
+        is_causal, scale, dropout_p, _dropout.traced_seed(seed, q.device), window_left, window_right, softcap
+    )
     backend = _op_backend(q, v, options)
     if backend in KERNELS:
         q, k, v, cu_q, cu_k = (unit_stride(x) for x in (q, k, v, cu_q, cu_k))
@@ -130,7 +132,9 @@ def _varlen_backward_op(
     window_right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = op_options(is_causal, scale, dropout_p, seed, window_left, window_right, softcap)
+    options = op_options(
+        is_causal, scale, dropout_p, _dropout.traced_seed(seed, q.device), window_left, window_right, softcap
+    )
     backend = _op_backend(q, v, options)
     dout, q, k, v, cu_q, cu_k = map(unit_stride, (dout, q, k, v, cu_q, cu_k))
     dlse = None if dlse is None else dlse.contiguous()
@@ -293,7 +297,7 @@ def _attend(
     """`options` has its seed still to be drawn."""
     is_causal, scale, dropout_p, _, left, right, cap = options
     if torch.compiler.is_compiling():
-        seed = traced_seed(dropout_p)
+        seed = seed_to_trace(dropout_p)
         return torch.ops.fastlm.attention_varlen(
             q, k, v, cu_q, cu_k, seed, is_causal, scale, dropout_p, left, right, cap
         )
@@ -301,7 +305,7 @@ def _attend(
     traced = must_trace(q, k, v, cu_q, cu_k)
     backend = "reference" if traced else choose(_NAME, _request(q, v, options, return_lse))
     if dropout_p > 0:
-        options = options._replace(seed=_dropout.draw_seed())
+        options = options._replace(seed=_dropout.draw_seed(q.device))
     if backend == "reference":
         return attention_varlen_ref(q, k, v, cu_q, cu_k, *options)
     q, k, v, cu_q, cu_k = map(unit_stride, (q, k, v, cu_q, cu_k))

@@ -217,7 +217,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none", dropout_p: flo
     if must_trace(x, bias):
         return F.dropout(F.gelu((x + bias).to(x.dtype), approximate=approximate), dropout_p)
     backend = choose(op, ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
-    seed = _dropout.draw_seed() if dropout_p > 0 else 0
+    seed = _dropout.draw_seed(x.device) if dropout_p > 0 else 0
     if backend == "reference":
         return gelu_ref(x, bias, approximate, dropout_p, seed)
     x, bias = x.contiguous(), bias.contiguous()

@@ -445,7 +445,7 @@ def add_layer_norm(
         z = residual + F.dropout(x, dropout_p)
         return F.layer_norm(z, z.shape[-1:], weight, bias, eps).to(out_dtype), z
     backend = choose(op, ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
-    seed = _dropout.draw_seed() if dropout_p > 0 else 0
+    seed = _dropout.draw_seed(x.device) if dropout_p > 0 else 0
     if backend == "reference":
         y, z = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
         return y.to(out_dtype), z
