@@ -81,8 +81,12 @@ def _cases(b: Benchmark, device: str, dtypes: list[str], shapes: list[str], quic
         dtypes = dtypes or list(dict.fromkeys(case.dtype for case in b.cases(device, quick)))
     if not dtypes:
         return cases
-    distinct = dict.fromkeys(dataclasses.replace(case, dtype="") for case in cases)
-    return [dataclasses.replace(case, dtype=dtype) for case in distinct for dtype in dtypes]
+    # A case may be extra in one of its dtypes only; it is one case all the same.
+    extra: dict[Case, bool] = {}
+    for case in cases:
+        alike = dataclasses.replace(case, dtype="", extra=False)
+        extra[alike] = extra.get(alike, True) and case.extra
+    return [dataclasses.replace(case, dtype=dtype, extra=extra[case]) for case in extra for dtype in dtypes]
 
 
 def parse_shape(b: Benchmark, text: str) -> tuple[int, ...]:

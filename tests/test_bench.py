@@ -535,3 +535,11 @@ def test_all_leaves_out_the_cases_that_are_extra():
     for name, count in (("bert", 8), ("huggingface", 36)):
         assert sum(case.op == name for case in everything) == 2
         assert len(registry.select(name, "cpu", [], [], [])) == count
+
+
+def test_a_dtype_asked_for_does_not_run_a_case_twice():
+    """A case that is extra in one of its dtypes and not in the other is still one case."""
+    chosen = registry.select("huggingface", "cpu", ["bfloat16"], [], [])
+    assert len({(case.variant, case.shape) for case in chosen}) == len(chosen) == 18
+    assert sum(not case.extra for case in chosen) == 2
+    assert {case.op for case in registry.select("all", "cpu", ["float32"], [], [])} >= {"huggingface", "bert"}
