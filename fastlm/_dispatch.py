@@ -174,7 +174,7 @@ def _choose(op: str, request: Request, forced: str | None) -> str:
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 _is_compiling = torch.compiler.is_compiling
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 
 
 def held_back(op: str, row: Backend, request: Request) -> str | None:
@@ -200,7 +200,7 @@ def must_trace(*tensors: torch.Tensor | None) -> bool:
     That is under torch.compile and torch.export, inside torch.func transforms, and for tensor subclasses,
     which have no memory for a kernel to point at.
     """
-    if _is_compiling() or _transforms_active():
+    if _is_compiling() or transforms_active():
         return True
     for t in tensors:
         if type(t) not in _PLAIN_TENSORS:

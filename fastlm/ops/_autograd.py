@@ -1,4 +1,4 @@
-"""What the ops' autograd classes share: gradients of gradients through the reference."""
+"""What the ops' autograd classes share: gradients of gradients, and batches of gradients, through the reference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._dispatch import transforms_active
+
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_batch(grad: Tensor | None) -> bool:
+    """Whether a gradient stands for a batch of them, and so has no memory for a kernel to point at.
+
+    That is in `torch.autograd.grad(..., is_grads_batched=True)` and under torch.func.vmap.
+    """
+    return grad is not None and (transforms_active() or _is_batch(grad))
+
+
+def by_reference(*grads: Tensor | None) -> bool:
+    """Whether a backward pass has to be made of plain torch operators, as `reference_gradients` is.
+
+    Args:
+        grads: what the op's outputs received.
+    """
+    return torch.is_grad_enabled() or any(map(is_batch, grads))
+
 
 def reference_gradients(
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -14,10 +35,10 @@ def reference_gradients(
     needed: tuple[bool, ...],
     grad_outputs: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `reference(*inputs)` that can be differentiated again.
+    """Gradients of `reference(*inputs)` that can be differentiated again and batched by torch.func.vmap.
 
-    An op's backward calls this when autograd builds a graph of the backward pass (create_graph=True): kernels
-    are opaque to autograd, plain torch operators are not, so every order of derivative comes out right.
+    An op's backward calls this where `by_reference` holds: kernels are opaque to autograd and vmap, plain torch
+    operators are not, so every order of derivative comes out right.
 
     Args:
         reference: the op in plain torch, as a function of `inputs`.
@@ -25,6 +46,7 @@ def reference_gradients(
         needed: which inputs a gradient is wanted for.
         grad_outputs: one a output of the reference; None for an output that received no gradient.
     """
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         # An alias of each input, so that gradients stop there even where one input depends on another.
         args = [None if x is None else x.view_as(x) if x.is_floating_point() else x for x in inputs]
@@ -37,7 +59,7 @@ def reference_gradients(
             return tuple(None for _ in inputs)
         grads = iter(
             torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=again, allow_unused=True
             )
         )
     return tuple(next(grads) if need and a is not None else None for a, need in zip(args, needed, strict=True))

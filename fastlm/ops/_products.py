@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import must_trace, needs_grad
+from ._autograd import by_reference
 
 # oneDNN 3.12 gives one of two threads nothing to do where the product has about 1024 rows and at most 1024 columns:
 # 1024 x 768 x 3072 ran at 1.1 TFLOP/s, in halves of the rows at 1.9; below and above, the whole is faster.
@@ -100,7 +101,7 @@ class _Linear(torch.autograd.Function):
         x, w, weight = ctx.saved_tensors
         rows, d = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         bias_grad = d.sum(0) if ctx.with_bias and ctx.needs_input_grad[2] else None
-        if torch.is_grad_enabled():  # a graph of the backward pass is wanted
+        if by_reference(grad):
             return (d @ weight.to(d.dtype)).view_as(x), d.t() @ rows, bias_grad
         dx = multiply(d, w).view_as(x) if ctx.needs_input_grad[0] else None
         dw = multiply(d.t(), rows) if ctx.needs_input_grad[1] else None
@@ -142,7 +143,7 @@ class _TiedEmbedding(torch.autograd.Function):
         found, inverse = flat.unique(return_inverse=True)
         sums = torch.ops.aten.embedding_dense_backward(d_rows, inverse, found.numel(), -1, False)
         sums = (sums + d_table[found]).to(d_table.dtype)
-        if torch.is_grad_enabled():
+        if by_reference(d_rows, d_table):
             return d_table.index_copy(0, found, sums), None, None
         return d_table.index_copy_(0, found, sums), None, None
 

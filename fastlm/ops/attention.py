@@ -41,7 +41,7 @@ from ._attention_inputs import (
     unit_stride,
 )
 from ._attention_reference import Options, attention_backward_ref, attention_ref
-from ._autograd import reference_gradients
+from ._autograd import by_reference, reference_gradients
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -120,7 +120,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, mask, out, lse = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if by_reference(dout, dlse):
             grads = reference_gradients(
                 lambda *inputs: attention_ref(*inputs, *ctx.options), (q, k, v, mask), need, (dout, dlse)
             )

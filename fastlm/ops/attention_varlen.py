@@ -22,7 +22,7 @@ from ._attention_inputs import (
     unit_stride,
 )
 from ._attention_reference import Options, attention_varlen_backward_ref, attention_varlen_ref
-from ._autograd import reference_gradients
+from ._autograd import by_reference, reference_gradients
 from .attention import (
     PROVED,
     PROVED_CUDA,
@@ -61,7 +61,7 @@ class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_reference(dout, dlse):
             grads = reference_gradients(
                 lambda *inputs: attention_varlen_ref(*inputs, cu_q, cu_k, *ctx.options),
                 (q, k, v), ctx.needs_input_grad[:3], (dout, dlse),

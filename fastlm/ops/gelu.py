@@ -26,7 +26,7 @@ from .._dispatch import (
     triton_unsupported,
 )
 from . import _dropout
-from ._autograd import reference_gradients
+from ._autograd import by_reference, reference_gradients
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -93,7 +93,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
         approximate, dropout_p, seed, backend = ctx.options
-        if torch.is_grad_enabled():
+        if by_reference(dy):
             grads = reference_gradients(
                 lambda x, bias: gelu_ref(x, bias, approximate, dropout_p, seed),
                 (x, bias),

@@ -27,7 +27,7 @@ from .._dispatch import (
     triton_unsupported,
 )
 from . import _dropout
-from ._autograd import reference_gradients, stored
+from ._autograd import by_reference, reference_gradients, stored
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -105,7 +105,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if by_reference(dy):
             grads = reference_gradients(
                 lambda x, w, b: layer_norm_ref(x, w, b, ctx.N, ctx.eps).to(ctx.out_dtype),
                 (x, weight, bias),
@@ -141,7 +141,7 @@ class _AddLayerNorm(torch.autograd.Function):
             y, z = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
             return y.to(out_dtype), z
 
-        if torch.is_grad_enabled():
+        if by_reference(dy, dz_in):
             grads = reference_gradients(reference, (x, residual, weight, bias), need[:4], (dy, dz_in))
             return *grads, None, None, None, None, None
         dy = torch.zeros_like(z, dtype=out_dtype) if dy is None else dy.contiguous()

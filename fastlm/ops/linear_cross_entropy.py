@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
-from ._autograd import reference_gradients
+from ._autograd import by_reference, reference_gradients
 from ._projection import Grads, Projection
 from .cross_entropy import (
     KERNELS,
@@ -85,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, target, class_weight, stats = ctx.saved_tensors
         options, need, rest = ctx.options, ctx.needs_input_grad[:3], (None,) * 5
-        if torch.is_grad_enabled():
+        if by_reference(grad):
 
             def reference(hidden, weight, bias):
                 loss = linear_cross_entropy_ref(

@@ -26,7 +26,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
-from ._autograd import reference_gradients, stored
+from ._autograd import by_reference, reference_gradients, stored
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -83,7 +83,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if by_reference(dy):
             grads = reference_gradients(lambda x, w: rms_norm_ref(x, w, ctx.N, ctx.eps), (x, weight), need[:2], (dy,))
             return *grads, None, None, None
         _, dx, dw = KERNELS[ctx.backend].rms_norm_bwd(dy.contiguous(), x, weight, rstd, ctx.N, weight_grad=need[1])
@@ -103,7 +103,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx, dy, dz_in):
         x, residual, weight, z, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if by_reference(dy, dz_in):
             grads = reference_gradients(
                 lambda x, r, w: add_rms_norm_ref(x, r, w, ctx.eps), (x, residual, weight), need[:3], (dy, dz_in)
             )

@@ -22,6 +22,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
+from ._autograd import is_batch
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.rotary")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
@@ -63,7 +64,10 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         interleaved, inverse, backend = ctx.options
-        dx = _Rotary.apply(dy, *ctx.saved_tensors, interleaved, not inverse, backend)
+        cos, sin = ctx.saved_tensors
+        if is_batch(dy):
+            return rotary_ref(dy, cos, sin if inverse else -sin, interleaved), None, None, None, None, None
+        dx = _Rotary.apply(dy, cos, sin, interleaved, not inverse, backend)
         return dx, None, None, None, None, None
 
 

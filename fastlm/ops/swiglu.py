@@ -20,7 +20,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
-from ._autograd import reference_gradients
+from ._autograd import by_reference, reference_gradients
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.swiglu")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
@@ -50,7 +50,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_reference(dy):
             return *reference_gradients(swiglu_ref, (gate, up), ctx.needs_input_grad[:2], (dy,)), None
         return *KERNELS[ctx.backend].swiglu_bwd(dy.contiguous(), gate, up), None
 
