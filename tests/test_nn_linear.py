@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastlm.nn
 from fastlm.nn.linear import FEW_ROWS, MANY_ROWS
@@ -78,3 +79,17 @@ def test_what_does_not_fit_gets_torchs_error():
 def test_few_rows_are_decodings():
     assert 1 in FEW_ROWS[torch.bfloat16]
     assert max(map(max, FEW_ROWS.values())) <= fastlm._native.LINEAR_ROWS
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_a_weight_that_is_computed_counts(rows):
+    """Pruning and parametrizations leave no parameter of the name `weight` behind."""
+    x = torch.randn(rows, K)
+    for change in (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: parametrizations.weight_norm(layer, "weight"),
+        lambda layer: parametrize.register_parametrization(layer, "bias", torch.nn.Softplus()),
+    ):
+        ours, theirs, _ = twins(True, torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(change(ours)(x), change(theirs)(x))

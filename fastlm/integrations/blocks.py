@@ -30,9 +30,10 @@ SMALL_GATE = 2**16
 
 def eps_of(module: nn.Module) -> float | None:
     """The epsilon of a normalization, whatever it is called there."""
+    attributes = module.__dict__  # a name that getattr does not find costs 1 us
     for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
-        if isinstance(getattr(module, name, None), float):
-            return getattr(module, name)
+        if isinstance(attributes.get(name), float):
+            return attributes[name]
     return None
 
 
@@ -40,9 +41,10 @@ def _rms_norm(original: Any) -> Forward:
     """weight * x / rms(x), as in Llama, Qwen and T5."""
 
     def forward(self, hidden_states):
-        if hidden_states.dtype != self.weight.dtype:  # the result's dtype is then the library's affair
+        weight = self.weight
+        if hidden_states.dtype is not weight.dtype:  # the result's dtype is then the library's affair
             return original.forward(self, hidden_states)
-        return rms_norm(hidden_states, hidden_states.shape[-1], self.weight, eps_of(self))
+        return rms_norm(hidden_states, hidden_states.shape[-1], weight, eps_of(self))
 
     return forward
 

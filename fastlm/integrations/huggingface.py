@@ -75,13 +75,13 @@ def attention_forward(
         )
         return out.unsqueeze(0), None
     T, S = query.shape[2], key.shape[2]
-    window = getattr(attention_mask, _WINDOW, None)
+    window = None if attention_mask is None else getattr(attention_mask, _WINDOW, None)
     if window is not None:
         attention_mask, causal = None, True
     causal = bool(causal) and T > 1 and attention_mask is None
-    mask = attention_mask if attention_mask is None else attention_mask[..., :S]
+    mask = None if attention_mask is None else _of_keys(attention_mask, S)
     if position_bias is not None:
-        mask, causal = _biased_mask(position_bias[..., :S], mask, causal), False
+        mask, causal = _biased_mask(_of_keys(position_bias, S), mask, causal), False
     weights = None
     if kwargs.get("output_attentions"):
         from .interpret import attention_weights
@@ -102,6 +102,11 @@ def _window(kwargs: dict[str, Any]) -> tuple[int, int] | None:
     """The window of packed sequences, whose mask is not there to hold it, as transformers' flash attention has it."""
     size = kwargs.get("sliding_window")
     return None if size is None else (size - 1, size - 1)
+
+
+def _of_keys(mask: Tensor, S: int) -> Tensor:
+    """The mask of the first S keys: a cache may hold fewer than a mask is made for."""
+    return mask if mask.shape[-1] == S else mask[..., :S]
 
 
 def _biased_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -18,4 +18,7 @@ class LayerNorm(torch.nn.LayerNorm):
             ValueError: if input's shape does not end in normalized_shape, or it is on another device.
             TypeError: if input is not floating-point.
         """
+        held = self._parameters  # nn.Module's __getattr__ takes 0.4 us for each, which is felt on one row
+        if not torch.compiler.is_compiling() and "weight" in held and "bias" in held:
+            return layer_norm(input, self.normalized_shape, held["weight"], held["bias"], self.eps)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

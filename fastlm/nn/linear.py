@@ -15,6 +15,7 @@ from ..ops.linear import linear as few_rows_linear
 # Rows for which the kernel of `fastlm.linear` beat PyTorch's product: 1.1 to 2.3 times as fast for up to four in bf16,
 # 0.9 to 1.6 times for four and more in fp32, over weights of 768 x 768 to 32000 x 1024 on two threads.
 FEW_ROWS = {torch.bfloat16: range(1, 5), torch.float32: range(4, 9)}
+FEWEST_ROWS = FEW_ROWS[torch.float32].start
 MANY_ROWS = 512  # from which on a bias inside oneDNN's product in bf16 pays: up to 1.2 times as fast, below 0.8 to 1.0
 
 
@@ -23,6 +24,13 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        # Decoding in fp32 feels the call itself: what `linear` asks takes 2 us, a quarter of a product with 128 x 128,
+        # and nn.Module's __getattr__ 0.4 us for a parameter that its dictionary has.
+        if not torch.compiler.is_compiling() and input.dtype is torch.float32:
+            held = self._parameters
+            few = input.numel() < FEWEST_ROWS * self.in_features and "weight" in held and "bias" in held
+            if few and not torch.is_autocast_enabled("cpu"):
+                return F.linear(input, held["weight"], held["bias"])  # type: ignore[arg-type]
         return linear(input, self.weight, self.bias)
 
 
@@ -41,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _has_choice(x: Tensor) -> bool:
     """Whether PyTorch's own call may not be the best; in fp32 it mostly is, and decoding makes many short calls."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling():
         return False
     if x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu"):
         return True

@@ -82,6 +82,7 @@ def cuda_attention_unsupported(request: Request) -> str | None:
 
 # Keys of all heads and sequences, measured on one thread, heads of 64: with 192 to 1536 of them one query took 1.2 to
 # 1.5 times PyTorch's time (1.6 to 2.4 with a mask), with 12288 as long (1.1 to 1.3), with 98304 0.9 times (0.9 to 1.0).
+# Where heads share keys PyTorch reads these once a head, and took 1.0 to 1.2 times our time with 80 keys or more.
 _SHORT_DECODE = 2**14
 
 
@@ -92,7 +93,9 @@ def _slower(request: Request) -> str | None:
 
 def _is_short_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     B, H, T, D = q.shape
-    if T != 1 or not 0 < B * H * k.shape[2] <= _SHORT_DECODE or v.shape[3] != D or needs_grad(q, k, v, mask):
+    if T != 1 or k.shape[1] != H or not 0 < B * H * k.shape[2] <= _SHORT_DECODE:
+        return False
+    if v.shape[3] != D or needs_grad(q, k, v, mask):
         return False
     return mask is None or mask.dtype in (torch.bool, q.dtype)
 
@@ -329,8 +332,8 @@ def scaled_dot_product_attention(
         TypeError: if dtypes disagree or are not floating-point.
         BackendError: if a forced backend cannot serve the call.
     """
-    if attn_mask is None and dropout_p == 0 and window is softcap is None and not (return_lse or OBSERVERS):
-        quick = _quick(query, key, value, is_causal, scale)
+    if dropout_p == 0 and window is softcap is None and not (return_lse or OBSERVERS):
+        quick = _quick(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if quick is not None:
             return quick
     query, key, value = autocast(query, key, value)
@@ -358,34 +361,53 @@ def scaled_dot_product_attention(
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
-_PLAIN_REQUESTS: dict[tuple, tuple] = {}
+_PLAIN_REQUESTS: dict[tuple, Request] = {}
 
 
-def _quick(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
+def _quick(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor | None:
     """The result for plain 4-d CPU tensors without gradients; None where a call has to be looked at more closely.
 
     What the general way checks and builds takes 15 us, for a kernel of 3 us where there is one row.
     """
-    if not (q.is_cpu and q.dim() == 4) or must_trace(q, k, v) or needs_grad(q, k, v):
+    if not (q.is_cpu and q.dim() == 4) or must_trace(q, k, v, mask) or needs_grad(q, k, v, mask):
         return None
-    dtype, keys, values = q.dtype, k.shape, v.shape
-    B, H, _, D = q.shape
-    if keys != values or len(keys) != 4 or keys[0] != B or keys[1] != H or keys[3] != D or D == 0:
+    dtype, keys = q.dtype, k.shape
+    B, H, T, D = q.shape
+    if keys != v.shape or len(keys) != 4 or keys[0] != B or keys[3] != D or D == 0:
+        return None
+    grouped = keys[1] != H
+    if grouped and not (enable_gqa and keys[1] and H % keys[1] == 0):
         return None
     if k.dtype is not dtype or v.dtype is not dtype or dtype not in _native.TYPE_CODE:
         return None
     if not (k.is_cpu and v.is_cpu) or torch.is_autocast_enabled("cpu"):
         return None
-    kind = dtype, D, q.shape[2] == 1 and 0 < B * H * keys[2] <= _SHORT_DECODE
+    if mask is not None and (is_causal or not _spans(mask, (B, H, T, keys[2]), dtype)):
+        return None
+    short = T == 1 and not grouped and 0 < B * H * keys[2] <= _SHORT_DECODE
+    kind = dtype, D, short, None if mask is None else mask.dtype
     request = _PLAIN_REQUESTS.get(kind)
     if request is None:
-        request = _PLAIN_REQUESTS[kind] = _request(q, k, v, None, Options(is_causal, 1.0), False)
+        request = _PLAIN_REQUESTS[kind] = _request(q, k, v, mask, Options(is_causal, 1.0), False)
     backend = choose(_NAME, request)
     if backend == "torch":
-        return F.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
     if backend != "cpu" or not (q.stride(3) == k.stride(3) == v.stride(3) == 1):
         return None
-    return _native.attention_plain_fwd(q, k, v, is_causal, D**-0.5 if scale is None else scale)
+    scale = D**-0.5 if scale is None else scale
+    if grouped or mask is not None:
+        right = 0 if is_causal else -1
+        return _native.attention_fwd(q, k, v, mask, is_causal, scale, window_right=right, lse=False)[0]
+    return _native.attention_plain_fwd(q, k, v, is_causal, scale)
+
+
+def _spans(mask: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a mask is 4-d, on the CPU, boolean or of `dtype`, and has `sizes` or ones for extents."""
+    if mask.dim() != 4 or not mask.is_cpu or (mask.dtype is not torch.bool and mask.dtype is not dtype):
+        return False
+    return all(given == 1 or given == size for given, size in zip(mask.shape, sizes, strict=True))
 
 
 def seed_to_trace(dropout_p: float) -> Tensor | None:

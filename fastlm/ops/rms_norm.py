@@ -137,6 +137,27 @@ def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None) ->
         raise TypeError(f"{op}: weight has dtype {weight.dtype}, expected a floating-point dtype")
 
 
+def _inference(x: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None) -> Tensor | None:
+    """The result where the commonest call without gradients goes to the CPU kernel, else None.
+
+    On one row the general path's questions take as long as the kernel; these are all that this case needs.
+    """
+    if weight is None or must_trace(x, weight):
+        return None
+    extents, dtype = weight.shape, x.dtype
+    if len(extents) != 1 or x.shape[-1:] != extents:
+        return None
+    N = extents[0]
+    if not N or (normalized_shape != N and normalized_shape != extents):
+        return None
+    if not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous()):
+        return None
+    if weight.dtype not in _native.TYPE_CODE or choose("rms_norm", ("cpu", dtype, ())) != "cpu":
+        return None
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    return _native.rms_norm_fwd(x, None, weight, N, eps, statistics=False)[0]
+
+
 def _by_torch(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, shape, weight, eps).to(x.dtype)
 
@@ -160,6 +181,10 @@ def rms_norm(
         TypeError: if a tensor is not floating-point.
         BackendError: if a forced backend cannot serve the call.
     """
+    if not torch.is_grad_enabled():
+        y = _inference(x, normalized_shape, weight, eps)
+        if y is not None:
+            return y
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _check("rms_norm", x, shape, weight)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
