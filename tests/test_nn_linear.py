@@ -53,7 +53,10 @@ def test_strided_and_flat_inputs(dtype):
 
 @pytest.mark.parametrize("rows", [4, LONE_ROWS[0]])
 @pytest.mark.parametrize("bias", [True, False])
-def test_training_under_autocast_is_torchs(rows, bias):
+@pytest.mark.parametrize("small", [True, False])
+def test_training_under_autocast_is_torchs(rows, bias, small, monkeypatch):
+    if not small:
+        monkeypatch.setattr("fastlm.nn.linear.SMALL_PRODUCT", 0)
     ours, theirs, truth = twins(bias, torch.float32)
     x, dy = torch.randn(2, rows, K), torch.randn(2, rows, N)
     results = []

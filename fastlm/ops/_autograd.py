@@ -12,21 +12,26 @@ from .._dispatch import transforms_active
 _is_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
-def is_batch(grad: Tensor | None) -> bool:
-    """Whether a gradient stands for a batch of them, and so has no memory for a kernel to point at.
-
-    That is in `torch.autograd.grad(..., is_grads_batched=True)` and under torch.func.vmap.
-    """
-    return grad is not None and (transforms_active() or _is_batch(grad))
-
-
 def by_reference(*grads: Tensor | None) -> bool:
     """Whether a backward pass has to be made of plain torch operators, as `reference_gradients` is.
+
+    That is where it is differentiated again (create_graph=True), and where a gradient stands for a batch of them, as
+    in `torch.autograd.grad(..., is_grads_batched=True)` and under torch.func.vmap: a kernel finds no memory there.
 
     Args:
         grads: what the op's outputs received.
     """
-    return torch.is_grad_enabled() or any(map(is_batch, grads))
+    return torch.is_grad_enabled() or is_batch(*grads)
+
+
+def is_batch(*grads: Tensor | None) -> bool:
+    """Whether a gradient stands for a batch of them."""
+    if transforms_active():
+        return True
+    for grad in grads:
+        if grad is not None and _is_batch(grad):
+            return True
+    return False
 
 
 def reference_gradients(
