@@ -84,20 +84,24 @@ struct Bwd16 {
     return list_reaches(s.rows, count, kBlock, s.reaches);
   }
 
-  // P F (as pairs of rows) and dS (both ways) of rows r and r + 1 of the block that starts at `first`, columns [from, to).
+  // P F / factor (as pairs of rows) and dS (both ways) of rows r and r + 1 of the block that starts at `first`, columns
+  // [from, to), of which only those in `part` are open.
   void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t from, int64_t to,
-                          const float* additive, int64_t mask_stride) const {
+                          KeyRange part, const float* additive, int64_t mask_stride) const {
     const __m512 scale = _mm512_set1_ps((float)(a.scale * 1.4426950408889634));
     const float cap = (float)(a.softcap * 1.4426950408889634);
-    alignas(64) float keep[2][kSpan];
+    const __m512 factor = _mm512_set1_ps((float)dropout.scale);
+    const bool drops = a.dropout_p > 0;
+    const int64_t drawn = from / 64 * 64;
+    uint64_t kept[2][kSpan / 64];
     KeyRange open[2];
     __m512 lse[2], delta[2];
     for (int i = 0; i < 2; ++i) {
       const Row& row = s.rows[first + r + i];
-      open[i] = {row.keys.begin - j0, row.keys.end - j0};
+      open[i] = {std::max(part.begin, row.keys.begin - j0), std::min(part.end, row.keys.end - j0)};
       lse[i] = _mm512_set1_ps(s.lse[first + r + i]);
       delta[i] = _mm512_set1_ps(s.delta[first + r + i]);
-      if (a.dropout_p > 0) dropout.factors(row.id, j0 + from, to - from, keep[i] + from);
+      if (drops) dropout.kept(row.id, j0 + drawn, to - drawn, kept[i] + drawn / 64);
     }
     for (int64_t j = from; j < to; j += 16) {
       __m512 p[2], ds[2];
@@ -107,10 +111,11 @@ struct Bwd16 {
         if (additive) x = masked<VF>(x, load<VF>(additive + (r + i) * mask_stride + j));
         p[i] = exp2_short(_mm512_sub_ps((__m512)x, lse[i]), columns16(open[i], j));
         __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kSpan + j);
-        if (a.dropout_p > 0) g = _mm512_mul_ps(g, _mm512_load_ps(keep[i] + j));
+        const __mmask16 added = drops ? (__mmask16)(kept[i][j / 64] >> j % 64) : 0xffff;
+        if (drops) g = _mm512_maskz_mul_ps(added, g, factor);
         ds[i] = _mm512_mul_ps(p[i], _mm512_sub_ps(g, delta[i]));
         if (cap > 0) ds[i] = _mm512_mul_ps(ds[i], (__m512)slope);
-        if (a.dropout_p > 0) p[i] = _mm512_mul_ps(p[i], _mm512_load_ps(keep[i] + j));
+        p[i] = _mm512_maskz_mov_ps(added, p[i]);
         _mm256_storeu_si256((__m256i*)(s.ds + (r + i) * kSpan + j), (__m256i)_mm512_cvtneps_pbh(ds[i]));
       }
       _mm512_storeu_si512(s.p_pairs + j * kBlock + r * 16, pairs(p[0], p[1]));
@@ -122,16 +127,19 @@ struct Bwd16 {
   void block(const Scratch& s, int64_t first, int64_t count, int64_t j0, int64_t n, bool want_dq, bool want_dkv) const {
     const Reach reach = s.reaches[first / kBlock];
     if (!reach.touches(j0, n)) return;
-    const int64_t from = std::max<int64_t>(0, reach.any.begin - j0) / 32 * 32;
-    const int64_t to = up32(std::min(n, reach.any.end - j0)), width = to - from, panel = up32(n) * 16;
+    KeyRange part{0, std::min(n, reach.any.end - j0)};
     int64_t mask_stride = 0;
-    const Cover cover =
-        a.mask.data ? mask_tile<VF, kSpan>(a.mask, s.rows + first, count, j0, n, s.additive, &mask_stride) : Cover::open;
+    const Cover cover = a.mask.data ? mask_tile<VF, kSpan>(a.mask, s.rows + first, count, j0, part.end, s.additive,
+                                                           &mask_stride, &part)
+                                    : Cover::open;
     if (cover == Cover::closed) return;
+    const int64_t from = std::max(part.begin, reach.any.begin - j0) / 32 * 32, to = up32(part.end);
+    const int64_t width = to - from, panel = up32(n) * 16;
+    if (width <= 0) return;
     product(s.q + first * Dp, Dp, s.keys_t + from * Dp, Dp * 16, s.scores + from, kSpan, kBlock, width, Dp, false);
     product(s.dout + first * Dvp, Dvp, s.values_t + from * Dvp, Dvp * 16, s.dp + from, kSpan, kBlock, width, Dvp, false);
     for (int64_t r = 0; r < kBlock; r += 2)
-      gradient_of_scores(s, first, r, j0, from, to, cover == Cover::mixed ? s.additive : nullptr, mask_stride);
+      gradient_of_scores(s, first, r, j0, from, to, part, cover == Cover::mixed ? s.additive : nullptr, mask_stride);
     if (want_dkv) {
       const int64_t at = from * kBlock;
       product(s.dout_t + first * Dvp, kBlock, s.p_pairs + at, kBlock * 16, s.dv_t + from, kSpan, Dvp, width, kBlock, true);
@@ -177,12 +185,12 @@ struct Bwd16 {
       for (int64_t r = 0; r < count; r += kBlock) block(s, r, std::min(kBlock, count - r), j0, n, part.dq, part.dkv);
       if (part.dkv) {
         write_transposed(a.dk, head, j0, n, a.D, s.dk_t, (float)a.scale);
-        write_transposed(a.dv, head, j0, n, a.Dv, s.dv_t, 1.0f);
+        write_transposed(a.dv, head, j0, n, a.Dv, s.dv_t, (float)dropout.scale);
       }
     }
     for (int64_t r = 0; part.dq && r < count; ++r) {
       bf16_t* out = (bf16_t*)a.dq.data + s.rows[r].head * a.dq.h + s.rows[r].index * a.dq.t;
-      for_lanes<VF>(a.D, [&](int64_t d, auto n) { store(out + d, VF(load<VF>(s.dq + r * Dp + d) * (float)a.scale), n); });
+      write_row(s.dq + r * Dp, (float)a.scale, a.D, out);
     }
   }
 };

@@ -23,6 +23,7 @@ struct Fwd16 {
     VF* sum;
     Row* rows;
     Reach* reaches;  // of groups
+    bool* begun;     // groups that have added to `out`
   };
 
   Scratch scratch(Arena& arena, int64_t count) const {
@@ -39,6 +40,7 @@ struct Fwd16 {
     s.sum = arena.take<VF>(chunk);
     s.rows = arena.take<Row>(chunk);
     s.reaches = arena.take<Reach>(chunk / kGroup);
+    s.begun = arena.take<bool>(chunk / kGroup);
     return s;
   }
 
@@ -66,8 +68,9 @@ struct Fwd16 {
     const bool ready = prepare(s, first, count, j0, part, columns, additive, mask_stride);
     alignas(64) float factor[kGroup], shift[kGroup];
     const uint32_t moved = maxima(s, first, count, j0, part, ready ? 1.0f : scale, factor, shift);
+    const bool begun = std::exchange(s.begun[first / kGroup], true);
     for (int64_t r = 0; r < count; ++r) {
-      if (moved >> r & 1) {
+      if (begun && moved >> r & 1) {
         float* out = s.out + (first + r) * Dvp;
         for (int64_t d = 0; d < Dvp; d += 16) store(out + d, VF(load<VF>(out + d) * factor[r]));
       }
@@ -77,10 +80,12 @@ struct Fwd16 {
       else
         weights<false>(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
     }
-    if (open_values && (additive || part.begin > 0 || part.end < n || !reach.covers(j0, n)))
+    if (open_values && (additive || part.begin > 0 || part.end < n || !reach.covers(j0, n))) {
+      if (!begun) std::fill_n(s.out + first * Dvp, kGroup * Dvp, 0.0f);
       add_open_values(s, first, count, j0, part, open_values);
-    else
-      product(s.p + from, kWide, s.values + from * 16, panel, s.out + first * Dvp, Dvp, kGroup, Dvp, width, true);
+    } else {
+      product(s.p + from, kWide, s.values + from * 16, panel, s.out + first * Dvp, Dvp, kGroup, Dvp, width, begun);
+    }
   }
 
   // The columns of a part of the keys from j0 on that a row attends by its position.
@@ -143,21 +148,21 @@ struct Fwd16 {
   void weights(const Scratch& s, int64_t first, int64_t r, KeyRange open, int64_t j0, Columns columns, float scale,
                float factor, float shift) const {
     const float* x = s.scores + r * kWide;
-    alignas(64) float keep[kWide];
-    if (a.dropout_p > 0) dropout.factors(s.rows[first + r].id, j0 + columns.from, columns.to - columns.from, keep);
+    bf16_t* p = s.p + r * kWide;
+    uint64_t kept[kWide / 64];
+    const bool drops = a.dropout_p > 0;
+    const int64_t drawn = columns.from / 64 * 64;
+    if (drops) dropout.kept(s.rows[first + r].id, j0 + drawn, columns.to - drawn, kept + drawn / 64);
     const __m512 c = _mm512_set1_ps(scale), d = _mm512_set1_ps(shift);
     __m512 sum0 = _mm512_mul_ps((__m512)s.sum[first + r], _mm512_set1_ps(factor)), sum1 = _mm512_setzero_ps();
     for (int64_t i = columns.from; i < columns.to; i += 32) {
       const __mmask16 open0 = kFull ? 0xffff : columns16(open, i), open1 = kFull ? 0xffff : columns16(open, i + 16);
-      __m512 e0 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), c, d), open0);
-      __m512 e1 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16), c, d), open1);
+      const __m512 e0 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), c, d), open0);
+      const __m512 e1 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16), c, d), open1);
       sum0 = _mm512_add_ps(sum0, e0);
       sum1 = _mm512_add_ps(sum1, e1);
-      if (a.dropout_p > 0) {
-        e0 = _mm512_mul_ps(e0, _mm512_load_ps(keep + i - columns.from));
-        e1 = _mm512_mul_ps(e1, _mm512_load_ps(keep + i - columns.from + 16));
-      }
-      _mm512_storeu_si512(s.p + r * kWide + i, (__m512i)_mm512_cvtne2ps_pbh(e1, e0));
+      const __mmask32 added = drops ? (__mmask32)(kept[i / 64] >> i % 64) : ~0u;
+      _mm512_storeu_si512(p + i, (__m512i)_mm512_maskz_cvtne2ps_pbh(added, e1, e0));
     }
     s.sum[first + r] = (VF)_mm512_add_ps(sum0, sum1);
   }
@@ -193,8 +198,8 @@ struct Fwd16 {
       s.sum[r] = VF{};
     }
     std::memset((void*)(s.q + count * Dp), 0, (size_t)((up32(count) - count) * Dp) * sizeof(bf16_t));
-    std::fill(s.out, s.out + up32(count) * Dvp, 0.0f);
-    std::memset((void*)s.p, 0, kGroup * kWide * sizeof(bf16_t));
+    std::fill_n(s.begun, up32(count) / kGroup, false);
+    if (count % kGroup != 0) std::memset((void*)s.p, 0, kGroup * kWide * sizeof(bf16_t));
     const bf16_t* k = (const bf16_t*)a.k.data + part.kv_head * a.k.h;
     const bf16_t* v = (const bf16_t*)a.v.data + part.kv_head * a.v.h;
     const KeyRange reached = list_reaches(s.rows, count, kGroup, s.reaches);
@@ -210,9 +215,12 @@ struct Fwd16 {
 
   void finish(const Scratch& s, int64_t r) const {
     const Row& row = s.rows[r];
-    const float sum = reduce_add(s.sum[r]), inverse = sum == 0 ? 0.0f : 1.0f / sum;
+    const float sum = reduce_add(s.sum[r]);
     bf16_t* out = (bf16_t*)a.out.data + row.head * a.out.h + row.index * a.out.t;
-    for_lanes<VF>(a.Dv, [&](int64_t d, auto n) { store(out + d, VF(load<VF>(s.out + r * Dvp + d) * inverse), n); });
+    if (sum == 0)
+      std::memset((void*)out, 0, (size_t)a.Dv * sizeof(bf16_t));
+    else
+      write_row(s.out + r * Dvp, (float)dropout.scale / sum, a.Dv, out);
     if (a.lse)
       ((float*)a.lse)[row.id] =
           sum == 0 ? minus_infinity<float> : (s.maximum[r] + std::log2(sum)) * 0.6931471805599453f;

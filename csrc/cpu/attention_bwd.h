@@ -86,7 +86,7 @@ struct Bwd {
     if (keys) pack_keys<V>(at(a.k, kv_head, j0), a.k.t, n, a.D, s.keys);
   }
 
-  // P F and dS of a block of rows and the loaded tile; false where no row attends to it. dS is the gradient of the
+  // P F / factor and dS of a block of rows and the loaded tile; false where no row attends to it. dS is the gradient of the
   // scores before the soft cap, or after it, which is that of an additive mask.
   bool gradient_of_scores(const Scratch& s, int64_t first, int64_t count, int64_t j0, bool before_cap) const {
     const Row* row = s.rows + first;
@@ -98,7 +98,8 @@ struct Bwd {
     product<false, V>(s.q + first * Dp, Dp, s.keys_t, kKeys, s.p, kKeys, count, kKeys, a.D, Start::zero);
     product<false, V>(s.dout + first * Dvp, Dvp, s.values_t, kKeys, s.ds, kKeys, count, kKeys, a.Dv, Start::zero);
     const S scale = S(a.scale * 1.4426950408889634), cap = S(a.softcap * 1.4426950408889634);
-    alignas(64) S keep[kKeys], slope[kKeys];
+    alignas(64) S slope[kKeys];
+    uint64_t kept = 0;
     for (int64_t r = 0; r < count; ++r) {
       S *p = s.p + r * kKeys, *ds = s.ds + r * kKeys;
       const S lse = s.lse[first + r], delta = s.delta[first + r];
@@ -110,15 +111,14 @@ struct Bwd {
         if (additive) x = masked<V>(x, load<V>(additive + j, k));
         store(p + j, exp2(x - lse));
       });
-      for_outside(row[r].keys, j0, [&](int64_t j) { p[j] = 0; });
-      if (a.dropout_p > 0) dropout.factors(row[r].id, j0, kKeys, keep);
+      for_outside(row[r].keys, j0, {0, kKeys}, [&](int64_t j) { p[j] = 0; });
+      if (a.dropout_p > 0) dropout.kept(row[r].id, j0, kKeys, &kept);
       for (int64_t j = 0; j < kKeys; j += L) {
         const V e = load<V>(p + j);
         V g = load<V>(ds + j);
         if (a.dropout_p > 0) {
-          const V f = load<V>(keep + j);
-          g *= f;
-          store(p + j, e * f);
+          g = where_kept(kept >> j, V(g * S(dropout.scale)));
+          store(p + j, where_kept(kept >> j, e));
         }
         store(ds + j, e * (g - delta));
       }
@@ -159,7 +159,7 @@ struct Bwd {
       tile(s, part.count, j0, part.dq, part.dkv);
       for (int64_t j = 0; part.dkv && j < std::min(kKeys, a.S - j0); ++j) {
         write(a.dk, part.kv_head, j0 + j, a.D, s.dk + j * Dp, S(a.scale));
-        write(a.dv, part.kv_head, j0 + j, a.Dv, s.dv + j * Dvp, S(1));
+        write(a.dv, part.kv_head, j0 + j, a.Dv, s.dv + j * Dvp, S(dropout.scale));
       }
     }
     for (int64_t r = 0; part.dq && r < part.count; ++r)

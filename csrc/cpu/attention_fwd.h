@@ -57,51 +57,55 @@ struct Fwd {
     int64_t mask_stride = 0;
     const Cover cover = a.mask.data ? mask_tile<V>(a.mask, rows, count, j0, n, additive, &mask_stride) : Cover::open;
     if (cover == Cover::closed) return;
+    const int64_t from = std::max<int64_t>(0, reach.any.begin - j0), to = std::min(n, reach.any.end - j0);
+    const KeyRange part{from / L * L, padded<V>(to)};  // whole vectors
     if (few)
-      scores_of_few<V>(count, s.q, Dp, k, a.k.t, n, a.D, p);
+      scores_of_few<V>(count, s.q, Dp, k + part.begin * a.k.t, a.k.t, to - part.begin, a.D, p + part.begin);
     else
-      product<false, V>(s.q + first * Dp, Dp, s.keys, kKeys, p, kKeys, count, kKeys, a.D, Start::zero);
+      product<false, V>(s.q + first * Dp, Dp, s.keys + part.begin, kKeys, p + part.begin, kKeys, count,
+                        part.end - part.begin, a.D, Start::zero);
     if (a.softcap > 0)
-      for (int64_t j = 0; j < count * kKeys; j += L) {
-        V slope;
-        store(p + j, soft_cap(load<V>(p + j), cap, &slope));
-      }
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t j = part.begin; j < part.end; j += L) {
+          V slope;
+          store(p + r * kKeys + j, soft_cap(load<V>(p + r * kKeys + j), cap, &slope));
+        }
     if (cover == Cover::mixed)
       for (int64_t r = 0; r < count; ++r)
-        for_lanes<V>(n, [&](int64_t j, auto k) {
+        for_lanes<V>(to - part.begin, [&](int64_t i, auto k) {
+          const int64_t j = part.begin + i;
           store(p + r * kKeys + j, masked<V>(load<V>(p + r * kKeys + j), load<V>(additive + r * mask_stride + j, k)), k);
         });
-    if (!reach.covers(j0, kKeys))
+    if (!reach.covers(j0 + part.begin, part.end - part.begin))
       for (int64_t r = 0; r < count; ++r)
-        for_outside(rows[r].keys, j0, [&](int64_t j) { p[r * kKeys + j] = minus_infinity<S>; });
+        for_outside(rows[r].keys, j0, part, [&](int64_t j) { p[r * kKeys + j] = minus_infinity<S>; });
     alignas(64) S factor[kState];
-    softmax(p, count, s.maximum + first, s.sum + first, factor);
-    if (a.dropout_p > 0) drop(rows, count, j0, p);
+    softmax(p, count, part, s.maximum + first, s.sum + first, factor);
+    if (a.dropout_p > 0) drop(rows, count, j0, part, p);
     S* out = s.out + first * Dvp;
-    const int64_t from = std::max<int64_t>(0, reach.any.begin - j0), to = std::min(n, reach.any.end - j0);
     if (few)
-      add_values_of_few<V>(count, p, v, a.v.t, n, a.Dv, out, Dvp, factor);
+      add_values_of_few<V>(count, p + from, v + from * a.v.t, a.v.t, to - from, a.Dv, out, Dvp, factor);
     else if (finite || (cover == Cover::open && reach.covers(j0, n)))
       product<false, V>(p + from, kKeys, s.values + from * Dvp, Dvp, out, Dvp, count, Dvp, to - from, Start::scale, factor);
     else
-      add_open_values(s, p, count, n, out, factor);
+      add_open_values(s, p, count, {from, to}, out, factor);
   }
 
   // For a tile with closed keys and with an infinity or NaN among its values, which times 0 would be NaN.
-  void add_open_values(const Scratch& s, const S* p, int64_t count, int64_t n, S* out, const S* factor) const {
+  void add_open_values(const Scratch& s, const S* p, int64_t count, KeyRange part, S* out, const S* factor) const {
     product<false, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, 0, Start::scale, factor);
     for (int64_t r = 0; r < count; ++r)
-      for (int64_t j = 0; j < n; ++j)
+      for (int64_t j = part.begin; j < part.end; ++j)
         if (p[r * kKeys + j] != 0)
           product<false, V>(p + r * kKeys + j, 1, s.values + j * Dvp, Dvp, out + r * Dvp, Dvp, 1, Dvp, 1, Start::add);
   }
 
-  // scores -> probabilities relative to the new running maximum; factor: what the sums so far shrink by.
-  void softmax(S* p, int64_t count, S* maximum, V* sum, S* factor) const {
+  // scores of some keys -> probabilities relative to the new running maximum; factor: what the sums so far shrink by.
+  void softmax(S* p, int64_t count, KeyRange part, S* maximum, V* sum, S* factor) const {
     alignas(64) S pivot[kState];
     for (int64_t r = 0; r < count; ++r) {
-      V m = load<V>(p + r * kKeys);
-      for (int64_t j = L; j < kKeys; j += L) m = max(m, load<V>(p + r * kKeys + j));
+      V m = load<V>(p + r * kKeys + part.begin);
+      for (int64_t j = part.begin + L; j < part.end; j += L) m = max(m, load<V>(p + r * kKeys + j));
       const S old = maximum[r], now = std::max(old, largest(m));
       maximum[r] = now;
       pivot[r] = now == minus_infinity<S> ? S(0) : now;
@@ -110,7 +114,7 @@ struct Fwd {
     for (int64_t r = 0; r < count; r += L) store(factor + r, exp2(load<V>(factor + r)));
     for (int64_t r = 0; r < count; ++r) {
       V total = sum[r] * factor[r];
-      for (int64_t j = 0; j < kKeys; j += L) {
+      for (int64_t j = part.begin; j < part.end; j += L) {
         const V e = exp2(load<V>(p + r * kKeys + j) - pivot[r]);
         store(p + r * kKeys + j, e);
         total += e;
@@ -119,12 +123,12 @@ struct Fwd {
     }
   }
 
-  void drop(const Row* rows, int64_t count, int64_t j0, S* p) const {
-    alignas(64) S keep[kKeys];
+  void drop(const Row* rows, int64_t count, int64_t j0, KeyRange part, S* p) const {
     for (int64_t r = 0; r < count; ++r) {
-      dropout.factors(rows[r].id, j0, kKeys, keep);
-      for (int64_t j = 0; j < kKeys; j += L)
-        store(p + r * kKeys + j, V(load<V>(p + r * kKeys + j) * load<V>(keep + j)));
+      uint64_t kept;
+      dropout.kept(rows[r].id, j0, kKeys, &kept);
+      for (int64_t j = part.begin; j < part.end; j += L)
+        store(p + r * kKeys + j, where_kept(kept >> j, load<V>(p + r * kKeys + j)));
     }
   }
 
@@ -159,7 +163,7 @@ struct Fwd {
 
   void finish(const Scratch& s, int64_t r) const {
     const Row& row = s.rows[r];
-    const S sum = reduce_add(s.sum[r]), inverse = sum == S(0) ? S(0) : S(1) / sum;
+    const S sum = reduce_add(s.sum[r]), inverse = sum == S(0) ? S(0) : S(dropout.scale) / sum;
     T* out = (T*)a.out.data + row.head * a.out.h + row.index * a.out.t;
     if (few) unpack_twos<V, T>(s.out + r * Dvp, a.Dv);
     for_lanes<V>(a.Dv, [&](int64_t d, auto n) { store(out + d, V(load<V>(s.out + r * Dvp + d) * inverse), n); });

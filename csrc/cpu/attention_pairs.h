@@ -141,6 +141,16 @@ inline void pack_row(const bf16_t* src, int64_t D, uint16_t sign, bf16_t* dst) {
                                                   _mm512_set1_epi16((int16_t)sign)));
 }
 
+// dst (D) = factor * src (up32(D)).
+inline void write_row(const float* src, float factor, int64_t D, bf16_t* dst) {
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int64_t d = 0; d < D; d += 32) {
+    const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(src + d), scale);
+    const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(src + d + 16), scale);
+    _mm512_mask_storeu_epi16(dst + d, first32(D - d), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
 // A right operand whose columns are the n rows of src and whose k is D.
 inline void pack_columns(const bf16_t* src, int64_t stride, int64_t n, int64_t D, bf16_t* dst) {
   const int64_t Dp = up32(D);

@@ -328,11 +328,11 @@ Cover mask_tile(const Mask& m, const Row* rows, int64_t count, int64_t j0, int64
   return open ? Cover::mixed : Cover::closed;
 }
 
-// Calls body(j) for the keys of a tile of kKeys that a row does not attend by its position.
+// Calls body(j) for the keys of a part of a tile that a row does not attend by its position.
 template <class F>
-inline void for_outside(KeyRange keys, int64_t j0, F&& body) {
-  for (int64_t j = 0; j < std::min(kKeys, keys.begin - j0); ++j) body(j);
-  for (int64_t j = std::max<int64_t>(0, keys.end - j0); j < kKeys; ++j) body(j);
+inline void for_outside(KeyRange keys, int64_t j0, KeyRange part, F&& body) {
+  for (int64_t j = part.begin; j < std::min(part.end, keys.begin - j0); ++j) body(j);
+  for (int64_t j = std::max(part.begin, keys.end - j0); j < part.end; ++j) body(j);
 }
 
 // ---- soft cap ------------------------------------------------------------------------------------------------------
