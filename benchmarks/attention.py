@@ -168,9 +168,7 @@ def _counts(case: Case, which: str) -> Counts:
     mask = {"padding": B * T, "bias": H * T * T * size}.get(_mask(case), 0)
     forward = Counts(2 * q + 2 * kv + mask, 2 * product, case.dtype, reads_only=case.variant == "decode")
     backward = Counts(4 * q + 4 * kv + mask, 5 * product, case.dtype)
-    if which == "full":
-        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops, case.dtype)
-    return forward if which == "fwd" else backward
+    return Counts.of(which, forward, backward)
 
 
 def _sdpa(backend: str, case: Case, device: str):

@@ -63,6 +63,13 @@ class Counts(NamedTuple):
     gemm_dtype: str | None = None
     reads_only: bool = False
 
+    @classmethod
+    def of(cls, which: str, forward: Counts, backward: Counts) -> Counts:
+        """Those of the pass "fwd" or "bwd", or of "full", which is both."""
+        if which == "full":
+            return cls(forward.bytes + backward.bytes, forward.flops + backward.flops, forward.gemm_dtype)
+        return forward if which == "fwd" else backward
+
 
 @dataclass
 class Built:

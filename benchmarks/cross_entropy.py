@@ -35,9 +35,7 @@ def _counts(case: Case, which: str) -> Counts:
     size = case.torch_dtype.itemsize
     forward = Counts(N * V * size + 8 * N, FORWARD_FLOPS * N * V)
     backward = Counts(2 * N * V * size + 8 * N, BACKWARD_FLOPS * N * V)
-    if which == "full":
-        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return forward if which == "fwd" else backward
+    return Counts.of(which, forward, backward)
 
 
 def _liger(case: Case, device: str):

@@ -70,9 +70,7 @@ def _counts(case: Case, which: str) -> Counts:
     size, bias = case.torch_dtype.itemsize, case.op == "bias_gelu"
     forward = Counts((2 * M * N + bias * N) * size, (FORWARD_FLOPS + bias) * M * N)
     backward = Counts((3 * M * N + 2 * bias * N) * size, (BACKWARD_FLOPS + 2 * bias) * M * N)
-    if which == "full":
-        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return forward if which == "fwd" else backward
+    return Counts.of(which, forward, backward)
 
 
 def _transformers(case: Case, device: str):

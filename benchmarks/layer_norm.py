@@ -71,9 +71,7 @@ def _counts(case: Case, which: str) -> Counts:
     fused = case.op == "add_layer_norm"
     forward = Counts(((4 if fused else 2) * M * N + 2 * N) * size, (FORWARD_FLOPS + fused) * M * N)
     backward = Counts(((4 if fused else 3) * M * N + 3 * N) * size, (BACKWARD_FLOPS + fused) * M * N)
-    if which == "full":
-        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return forward if which == "fwd" else backward
+    return Counts.of(which, forward, backward)
 
 
 def _liger(case: Case, device: str):

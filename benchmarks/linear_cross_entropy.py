@@ -39,9 +39,7 @@ def _counts(case: Case, which: str) -> Counts:
     size = case.torch_dtype.itemsize
     forward = Counts((N * K + V * K) * size + 8 * N, 2 * N * K * V, case.dtype)
     backward = Counts(2 * (N * K + V * K) * size, 4 * N * K * V, case.dtype)
-    if which == "full":
-        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops, case.dtype)
-    return forward if which == "fwd" else backward
+    return Counts.of(which, forward, backward)
 
 
 def _torch_fused(case: Case, device: str):

@@ -63,9 +63,7 @@ def _counts(case: Case, which: str) -> Counts:
     size, fused = case.torch_dtype.itemsize, case.op == "add_rms_norm"
     forward = Counts(((4 if fused else 2) * M * N + N) * size, (FORWARD_FLOPS + fused) * M * N)
     backward = Counts(((4 if fused else 3) * M * N + 2 * N) * size, (BACKWARD_FLOPS + fused) * M * N)
-    if which == "full":
-        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return forward if which == "fwd" else backward
+    return Counts.of(which, forward, backward)
 
 
 def _liger(case: Case, device: str):

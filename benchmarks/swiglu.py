@@ -42,9 +42,7 @@ def _counts(case: Case, which: str) -> Counts:
     size = case.torch_dtype.itemsize
     forward = Counts(3 * M * N * size, FORWARD_FLOPS * M * N)
     backward = Counts(5 * M * N * size, BACKWARD_FLOPS * M * N)
-    if which == "full":
-        return Counts(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return forward if which == "fwd" else backward
+    return Counts.of(which, forward, backward)
 
 
 def _liger(case: Case, device: str):
