@@ -75,6 +75,27 @@ def test_tails_keep_their_relative_accuracy(kernels, approximate):
     torch.testing.assert_close(dx, (far > 0).float(), rtol=0, atol=1e-30)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("approximate", FORMS)
+def test_every_value_of_16_bits(isa, approximate, dtype):
+    """Some instruction sets look them up."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).requires_grad_()
+    y, stock = fastlm.gelu(x, approximate), F.gelu(x, approximate=approximate)
+    dx, stock_dx = (torch.autograd.grad(out.sum(), x)[0] for out in (y, stock))
+    X = x.detach().double().requires_grad_()
+    Y = F.gelu(X, approximate=approximate)
+    (DX,) = torch.autograd.grad(Y.sum(), X)
+    near, positive = X.abs() <= 16, X > 16
+    assert_as_close_as_torch(y[near], Y[near], stock[near], ROUNDINGS)
+    assert_as_close_as_torch(dx[near], DX[near], stock_dx[near], ROUNDINGS)
+    assert y[x.isnan()].isnan().all()
+    assert dx[x.isnan()].isnan().all()
+    assert torch.equal(y[positive], x[positive])
+    assert (dx[positive] == 1).all()
+    assert (y[X < -16].double().abs() < 1e-30).all()
+    assert (dx[X < -16].double().abs() < 1e-30).all()
+
+
 def test_nan_stays_where_it_is(kernels):
     x = torch.randn(100)
     x[13] = math.nan

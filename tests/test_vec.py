@@ -29,19 +29,6 @@ def test_error_in_units_in_the_last_place(isa, name):
     assert error.max() <= bound, f"{name}: {error.max():.2f} ULP at x = {x[int(error.argmax())]}"
 
 
-# The short forms for 16-bit results: name -> (true function, interval, bound on the relative error).
-RELATIVE_BOUNDS = {"exp_16": (torch.exp, (-80.0, 80.0), 1e-5), "erfc_16": (torch.erfc, (0.0, 6.0), 3e-5)}
-
-
-@pytest.mark.parametrize("name", RELATIVE_BOUNDS)
-def test_relative_error_of_the_short_forms(isa, name):
-    function, (low, high), bound = RELATIVE_BOUNDS[name]
-    x = torch.linspace(low, high, 400_001)
-    truth = function(x.double())
-    error = ((_native.vec_map(name, x).double() - truth) / truth).abs()
-    assert error.max() <= bound, f"{name}: {error.max():.1e} at x = {x[int(error.argmax())]}"
-
-
 def test_reciprocal(isa):
     x = torch.cat([torch.logspace(-37, 37, 100_001), -torch.linspace(1, 2, 100_001)])
     unit = np.spacing((1 / x).abs().numpy()).astype(np.float64)

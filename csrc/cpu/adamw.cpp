@@ -126,7 +126,7 @@ struct Update {
         store(line + L, at(j + L, whole{}));
         _mm512_stream_si512((__m512i*)(copy + j), _mm512_load_si512(line));
       }
-      _mm_sfence();
+      fence();
     }
 #endif
     for_lanes<VF>(n - j, [&](int64_t i, auto k) __attribute__((always_inline)) {

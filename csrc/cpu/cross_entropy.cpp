@@ -18,6 +18,8 @@
 // of bf16 by its bits and its conversion in two instructions for five; the next row fetched while this one's gradient
 // is made (0.9 ms); bf16 gradients stored past the caches in whole lines. Computing the gradient in the forward sweep
 // leaves out one read of the logits. Tried without gain: fetching the gradient's pages ahead, blocks of 4096.
+// With SSE2 alone 1.8 times its speed forward and 1.9 times with the gradient in fp32, 1.3 and 1.35 times in bf16; with
+// AVX2 3.6 and 3.8 times, 2.9 and 2.5 times.
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
@@ -78,7 +80,6 @@ struct Rows {
   using V = vec_of<T>;
   using S = scalar_of<T>;
   static constexpr int64_t L = lanes<V>;
-  static constexpr bool is_short = sizeof(T) == 2;  // of the gradient: a shorter polynomial serves
   const Problem& p;
   const T* x = (const T*)p.x;
   const S* w = (const S*)p.w;
@@ -158,7 +159,7 @@ struct Rows {
     const int64_t y = p.target[i] - column;
     const bool here = y >= 0 && y < k;
     const S x_y = here ? S(to_float(in[y])) : S(0);  // before out, which may be in, is written
-    const Exponential<is_short, V> exponential{};
+    const Exponential<V> exponential{};
     const V factors = set1<V>(factor);
     auto value = [&](int64_t j, auto n) __attribute__((always_inline)) {
       V v = exponential.times(factors, V(load<V>(in + j, n) - m));

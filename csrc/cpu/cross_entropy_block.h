@@ -31,31 +31,6 @@ inline __attribute__((always_inline)) void fetch(const T* row, int64_t at, int64
   for (int64_t line = 0; line < N * (int64_t)sizeof(T) / kLine; ++line) __builtin_prefetch(to + line * kPage, 0, 2);
 }
 
-// Two vectors at p; past the caches to an address aligned to their size.
-template <bool STREAM, class T, class V>
-inline void put_two(T* p, V a, V b) {
-  constexpr std::integral_constant<int64_t, lanes<V>> whole;
-  store_or_stream<STREAM>(p, a, whole);
-  store_or_stream<STREAM>(p + lanes<V>, b, whole);
-}
-#if FASTLM_ISA_LEVEL == 3
-// In one instruction instead of sixteen; denormals become 0.
-template <bool STREAM>
-inline void put_two(bf16_t* p, VF a, VF b) {
-  const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  if constexpr (STREAM)
-    _mm512_stream_si512((__m512i*)p, bits);
-  else
-    _mm512_storeu_si512(p, bits);
-}
-#endif
-
-inline void fence() {
-#if FASTLM_X86
-  _mm_sfence();
-#endif
-}
-
 template <class S>
 inline S pivot(S m) {
   return m == -std::numeric_limits<S>::infinity() ? S(0) : m;
@@ -76,23 +51,18 @@ inline void fold(State<S>* a, const State<S>& b) {
   a->m = m;
 }
 
-// Exponentials of d, a difference from a maximum.
-template <bool SHORT, class V>
+// Exponentials of d, a difference from a maximum: fp64's.
+template <class V>
 struct Exponential {
   V add(V sum, V d) const { return sum + exp(d); }  // sum + e^d
-  V times(V factor, V d) const {                    // factor e^d
-    if constexpr (SHORT)
-      return factor * exp_16(d);
-    else
-      return factor * exp(d);
-  }
+  V times(V factor, V d) const { return factor * exp(d); }
 };
 
 #if FASTLM_ISA_LEVEL >= 2
 // e^d = 2^n e^r with n = d log2 e in whole 32nds and |r| <= ln 2 / 64: 2^(n's fraction) from the table and
 // 1 + r + (1 + 1.5e-5) r^2 / 2 .. to 5.3e-8, in 10 instructions with the sum instead of 17. Below 2 ULP, 0 below -105.
-template <bool SHORT>
-struct Exponential<SHORT, VF> {
+template <>
+struct Exponential<VF> {
   VF low = load<VF>(kPowers.at), high = load<VF>(kPowers.at + 16);
 
   // *power = 2^n, *r = the rest.
@@ -119,6 +89,25 @@ struct Exponential<SHORT, VF> {
  private:
   static constexpr float kFirst = 1.00001466f, kSecond = 0.5f;
 };
+#else
+// As exp in vec.h, but 0 below e^-87, so that adding n to the exponent's bits multiplies by 2^n; with e^r to 1.1e-7;
+// and without fused products n ln 2 is off by |d| 6e-8, as d itself may be. 20 instructions instead of 37.
+template <>
+struct Exponential<VF> {
+  inline __attribute__((always_inline)) VF of(VF d) const {
+    const VF magic = set1<VF>(12582912.0f);  // 1.5 * 2^23: adding it leaves an integer, in the lowest bits
+    const VF shifted = fma(d, set1<VF>(1.44269504f), magic), n = shifted - magic;
+    const VF r = fma(n, set1<VF>(-0.693147181f), d);
+    VF p = fma(r, set1<VF>(8.312507754e-3f), set1<VF>(4.189015028e-2f));
+    p = fma(p, r, set1<VF>(1.666711474e-1f));
+    p = fma(p, r, set1<VF>(4.999923154e-1f));
+    p = fma(fma(p, r, set1<VF>(1.0f)), r, set1<VF>(1.0f));
+    const VI power = (VI)p + ((VI)shifted << 23);
+    return (VF)(power & ~(d < -87.0f));
+  }
+  inline __attribute__((always_inline)) VF add(VF sum, VF d) const { return sum + of(d); }
+  inline __attribute__((always_inline)) VF times(VF factor, VF d) const { return factor * of(d); }
+};
 #endif
 
 template <class V, class T>
@@ -126,13 +115,19 @@ inline void load_two(const T* p, V* a, V* b) {  // in any order
   *a = load<V>(p);
   *b = load<V>(p + lanes<V>);
 }
-#if FASTLM_ISA_LEVEL >= 2
 inline void load_two(const bf16_t* p, VF* a, VF* b) {
-  const __m512i pairs = _mm512_loadu_si512(p);
-  *a = (VF)_mm512_slli_epi32(pairs, 16);
-  *b = (VF)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
+  VU pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  *a = (VF)(pairs << 16);
+  *b = (VF)(pairs & 0xffff0000u);
 }
-#endif
+
+typedef int16_t VW __attribute__((vector_size(FASTLM_VEC_BYTES)));
+inline VW load_words(const bf16_t* p) {
+  VW words;
+  std::memcpy(&words, p, sizeof words);
+  return words;
+}
 
 // One block of k columns; y in [0, k) is the true class, or -1 where it is elsewhere.
 template <class T, bool kSmooth>
@@ -145,12 +140,10 @@ struct Block {
   int64_t from;
   S m;
   V sum, smooth;
-  const Exponential<false, V> exponential{};
+  const Exponential<V> exponential{};
 
   S maximum(int64_t k) const {
-#if FASTLM_ISA_LEVEL >= 2
     if constexpr (std::is_same_v<T, bf16_t>) return maximum_of_bits(k);
-#endif
     const V low = set1<V>(-1) / 0.0f;
     V a = low, b = low, c = low, d = low;
     int64_t j = 0;
@@ -165,33 +158,24 @@ struct Block {
     return reduce_max(max(max(a, b), max(c, d)));
   }
 
-#if FASTLM_ISA_LEVEL >= 2
-  // The bits of bf16 are ordered as signed integers where one is positive, and as unsigned ones, backwards, where all
-  // are negative: 64 values in 4 instructions instead of 16.
+  // The bits of bf16 are ordered as signed integers where one is positive, and backwards where all are negative: with
+  // AVX-512 64 values in 4 instructions instead of 16.
   S maximum_of_bits(int64_t k) const {
-    const __m512i lowest = _mm512_set1_epi16((int16_t)0xff80);  // -inf
-    __m512i a = lowest, b = lowest, c = lowest, d = lowest;
+    constexpr int64_t W = 2 * L;
+    const VW lowest = VW{} + (int16_t)0xff80;  // -inf
+    VW a = lowest, b = lowest, c = lowest, d = lowest;
     int64_t j = 0;
-    for (; j + 64 <= k; j += 64) {
-      const __m512i first = _mm512_loadu_si512(x + j), second = _mm512_loadu_si512(x + j + 32);
-      a = _mm512_max_epi16(a, first), b = _mm512_min_epu16(b, first);
-      c = _mm512_max_epi16(c, second), d = _mm512_min_epu16(d, second);
+    for (; j + 2 * W <= k; j += 2 * W) {
+      const VW first = load_words(x + j), second = load_words(x + j + W);
+      a = first > a ? first : a, b = first < b ? first : b;
+      c = second > c ? second : c, d = second < d ? second : d;
     }
-    for (; j < k; j += 32) {
-      const __mmask32 inside = k - j >= 32 ? ~0u : (1u << (k - j)) - 1;
-      const __m512i last = _mm512_mask_loadu_epi16(lowest, inside, x + j);
-      a = _mm512_max_epi16(a, last), b = _mm512_min_epu16(b, last);
-    }
-    alignas(64) int16_t signs[32];
-    alignas(64) uint16_t bits[32];
-    _mm512_store_si512(signs, _mm512_max_epi16(a, c));
-    _mm512_store_si512(bits, _mm512_min_epu16(b, d));
-    int16_t most = signs[0];
-    uint16_t least = bits[0];
-    for (int i = 1; i < 32; ++i) most = std::max(most, signs[i]), least = std::min(least, bits[i]);
-    return to_float(bf16_t{most >= 0 ? (uint16_t)most : least});
+    a = c > a ? c : a, b = d < b ? d : b;
+    int16_t most = a[0], least = b[0];
+    for (int64_t i = 1; i < W; ++i) most = std::max(most, (int16_t)a[i]), least = std::min(least, (int16_t)b[i]);
+    for (; j < k; ++j) most = std::max(most, (int16_t)x[j].bits), least = std::min(least, (int16_t)x[j].bits);
+    return to_float(bf16_t{(uint16_t)(most >= 0 ? most : least)});
   }
-#endif
 
   // sum + exp(x - m), and x - m's part of the smoothing sum into *t.
   template <class Count>

@@ -2,13 +2,19 @@
 //
 //   none: x Phi(x),  Phi from erfc of |x| / sqrt 2, so the left tail keeps its relative accuracy;
 //         derivative Phi(x) + x phi(x), whose e^(-x^2 / 2) the erfc has already computed.
-//   tanh: x s with s = sigmoid(2 u) = 1 / (1 + e), e = e^(-2u), u = sqrt(2/pi) (x + 0.044715 x^3); derivative s + 2 x s (1 - s) u'.
-// With AVX-512 both come from tables instead (gelu_table.h), in a third of the instructions. At 4096x3072 against
-// PyTorch on two threads, freed memory kept: tanh forward 4.8x in fp32 and 8.7x in bf16, backward 4.0x and 6.5x; exact
-// forward 1.8x and 1.9x, backward 2.2x and 2.8x. Arithmetic and memory take about as long as each other (fp32 forward
-// 1.3 and 1.9 ms of 2.2), so what counts is that they overlap: prefetches 512 bytes ahead gained 1.3x forward and
-// 1.15x backward over the hardware's alone, and more than those 256, 1024 or 4096 bytes ahead. Two vectors at a time
-// make whole lines of bf16 for stores that go past the caches.
+//   tanh: x s with s = sigmoid(2 u) = 1 / (1 + e), e = e^(-2u), u = sqrt(2/pi) (x + 0.044715 x^3);
+//         derivative s + 2 x s (1 - s) u'.
+// The formulas serve fp64; otherwise both forms come from tables (gelu_table.h). At 4096x3072 against PyTorch, which
+// has AVX-512, on two threads, freed memory kept:
+// - With AVX-512, in a third of the formulas' instructions: tanh forward 4.8x in fp32 and 8.7x in bf16, backward 4.0x
+//   and 6.5x; exact forward 1.8x and 1.9x, backward 2.2x and 2.8x. Arithmetic and memory take about as long as each
+//   other (fp32 forward 1.3 and 1.9 ms of 2.2), so what counts is that they overlap: prefetches 512 bytes ahead gained
+//   1.3x forward and 1.15x backward over the hardware's alone, and more than those 256, 1024 or 4096 bytes ahead. Two
+//   vectors at a time make whole lines of bf16 for stores that go past the caches.
+// - With SSE2 alone, fp32: tanh 1.6x both ways, exact 0.75x and 1.05x, where the formulas had 0.88x, 0.74x, 0.21x and
+//   0.31x. With AVX2: 2.1x, 2.7x, 1.1x and 1.6x, from 2.4x, 2.2x, 0.6x and 0.9x.
+// - There bf16 has a value for each of 65536 inputs: with SSE2 3.8x, 2.2x, 1.4x and 1.2x, from 0.68x, 0.62x, 0.18x and
+//   0.25x; with AVX2 4.0x, 2.8x, 1.1x and 1.7x, from 1.9x, 1.6x, 0.4x and 0.6x.
 // Forward reads x and writes y; backward reads dy and x and writes dx. The bias gradient is summed in the same pass,
 // four rows at a time, into partial sums of fixed chunks of rows that are added in order.
 
@@ -28,63 +34,46 @@ namespace fastlm::FASTLM_ISA {
 
 namespace gelu {
 
+template <class T>
+constexpr bool is_short = sizeof(T) == 2;
 constexpr double kInvSqrt2 = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
 constexpr double kSqrt2OverPi = 0.79788456080286535588, kCubic = 0.044715;
 
-// SHORT: the result is stored in 16 bits, so shorter polynomials serve.
-template <bool SHORT, class V>
-inline V cdf(V x, V* pdf) {
-  using S = lane_t<V>;
-  V gauss, tail;
-  if constexpr (SHORT)
-    tail = erfc_16(min(set1<V>(6), abs(x) * S(kInvSqrt2)), &gauss);
-  else
-    tail = erfc_positive(min(set1<V>(40), abs(x) * S(kInvSqrt2)), &gauss);
-  *pdf = gauss * S(kInvSqrt2Pi);
-  return x > 0 ? fma(tail, set1<V>(-0.5), set1<V>(1)) : tail * S(0.5);
+// The formulas, for fp64 and for tables.
+inline VD cdf(VD x, VD* pdf) {
+  VD gauss;
+  const VD tail = erfc_positive(min(set1<VD>(40), abs(x) * kInvSqrt2), &gauss);
+  *pdf = gauss * kInvSqrt2Pi;
+  return x > 0 ? 1.0 - 0.5 * tail : 0.5 * tail;
 }
-template <bool SHORT, class V>
-inline V exp_of_minus_2u(V x, V square) {
-  using S = lane_t<V>;
-  const V minus_2u = x * fma(square, set1<V>(S(-2 * kSqrt2OverPi * kCubic)), set1<V>(S(-2 * kSqrt2OverPi)));
-  if constexpr (SHORT)
-    return exp_16(minus_2u);
-  else
-    return exp(minus_2u);
-}
+inline VD exp_of_minus_2u(VD x, VD square) { return exp(x * (-2 * kSqrt2OverPi * (1.0 + kCubic * square))); }
 
 // Beyond 10 the sigmoid is 1 or below 1e-37, and e would overflow; beyond 40 the exact form is x or 0.
-template <class V>
-inline V clamped(V x, double limit) {
-  return max(set1<V>(-limit), min(set1<V>(limit), x));
-}
+inline VD clamped(VD x, double limit) { return max(set1<VD>(-limit), min(set1<VD>(limit), x)); }
 
-template <bool TANH, bool SHORT, class V>
+template <bool TANH>
 struct Formula {
   explicit Formula(bool) {}
 
-  V value(V x) const {
+  VD value(VD x) const {
     if constexpr (TANH) {
-      const V c = clamped(x, 10);
-      return max(set1<V>(-10), x) * reciprocal(V(lane_t<V>(1) + exp_of_minus_2u<SHORT>(c, V(c * c))));
+      const VD c = clamped(x, 10);
+      return max(set1<VD>(-10), x) / (1.0 + exp_of_minus_2u(c, c * c));
     } else {
-      V pdf;
-      return max(set1<V>(-40), x) * cdf<SHORT>(x, &pdf);
+      VD pdf;
+      return max(set1<VD>(-40), x) * cdf(x, &pdf);
     }
   }
-  V derivative(V x) const {
-    using S = lane_t<V>;
+  VD derivative(VD x) const {
     if constexpr (TANH) {
-      const V c = clamped(x, 10);
-      const V square = c * c;
-      const V e = exp_of_minus_2u<SHORT>(c, square);
-      const V s = reciprocal(V(S(1) + e));
-      const V slope = fma(square, set1<V>(S(6 * kSqrt2OverPi * kCubic)), set1<V>(S(2 * kSqrt2OverPi)));
-      return fma(c * slope, s * (e * s), s);  // 1 - s = e s: a difference would lose it near 1
+      const VD c = clamped(x, 10), square = c * c;
+      const VD e = exp_of_minus_2u(c, square), s = 1.0 / (1.0 + e);
+      const VD slope = 2 * kSqrt2OverPi * (1.0 + 3 * kCubic * square);
+      return c * slope * s * (e * s) + s;  // 1 - s = e s: a difference would lose it near 1
     } else {
-      V pdf;
-      const V phi = cdf<SHORT>(x, &pdf);
-      return fma(clamped(x, 40), pdf, phi);
+      VD pdf;
+      const VD phi = cdf(x, &pdf);
+      return clamped(x, 40) * pdf + phi;
     }
   }
 };
@@ -93,10 +82,11 @@ struct Formula {
 template <bool TANH, bool SHORT>
 struct Lookup {
   static constexpr int kTerms = SHORT ? 4 : 6;
+  static constexpr float kIntervals = kGeluIntervals;
   VF low[kTerms], high[kTerms];  // coefficients of intervals 0 to 15, and 16 to 31
 
   explicit Lookup(bool of_derivative) {
-    const auto& table = gelu_table<kTerms>(TANH, of_derivative);
+    const auto& table = gelu_table<GeluTable<kTerms>>(TANH, of_derivative);
     for (int k = 0; k < kTerms; ++k) {
       low[k] = load<VF>(table.coefficient[k]);
       high[k] = load<VF>(table.coefficient[k] + 16);
@@ -105,53 +95,130 @@ struct Lookup {
   VF coefficient(int k, __m512i interval) const {
     return (VF)_mm512_permutex2var_ps((__m512)low[k], interval, (__m512)high[k]);
   }
-  // The curve at -|x|, for |x| = place intervals; 0 beyond the last one.
   inline __attribute__((always_inline)) VF left(VF place) const {
     const __m512i interval = _mm512_cvttps_epi32((__m512)place);
     const __m512 t = _mm512_reduce_ps((__m512)place, _MM_FROUND_TO_ZERO);  // the fraction
     VF y = coefficient(kTerms - 1, interval);
     for (int k = kTerms - 2; k > 0; --k) y = fma(y, (VF)t, coefficient(k, interval));
-    const __mmask16 inside = _mm512_cmp_ps_mask((__m512)place, _mm512_set1_ps(kGeluIntervals), _CMP_NEQ_UQ);
+    const __mmask16 inside = _mm512_cmp_ps_mask((__m512)place, _mm512_set1_ps(kIntervals), _CMP_NEQ_UQ);
     return (VF)_mm512_maskz_fmadd_ps(inside, (__m512)y, t, (__m512)coefficient(0, interval));
   }
-  // |x| in intervals, at most all of them; NaN for NaN.
-  static VF place_of(VF x) {
-    return min(set1<VF>(kGeluIntervals), abs(x) * float(1 / kGeluWidth));
+};
+#else
+// A vector of each of the lanes' three coefficients.
+struct Coefficients {
+  VF constant, linear, square;
+};
+inline Coefficients coefficients(const float (*table)[4], VI interval) {
+  const VI bytes = interval * (int32_t)sizeof *table;  // an address multiplies by 8 at most
+  uint64_t pair[lanes<VF> / 2];
+  std::memcpy(pair, &bytes, sizeof pair);
+#define FASTLM_ROW(lane) \
+  _mm_load_ps((const float*)((const char*)table + (uint32_t)((lane) % 2 ? pair[(lane) / 2] >> 32 : pair[(lane) / 2])))
+#if FASTLM_ISA_LEVEL == 1
+#define FASTLM_ROWS(lane) _mm256_insertf128_ps(_mm256_castps128_ps256(FASTLM_ROW(lane)), FASTLM_ROW(lane + 4), 1)
+  const __m256 a = FASTLM_ROWS(0), b = FASTLM_ROWS(1), c = FASTLM_ROWS(2), d = FASTLM_ROWS(3);
+#undef FASTLM_ROWS
+  const __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+  const __m256 squares_ab = _mm256_unpackhi_ps(a, b), squares_cd = _mm256_unpackhi_ps(c, d);
+  return {(VF)_mm256_shuffle_ps(ab, cd, 0x44), (VF)_mm256_shuffle_ps(ab, cd, 0xee),
+          (VF)_mm256_shuffle_ps(squares_ab, squares_cd, 0x44)};
+#elif FASTLM_X86
+  const __m128 a = FASTLM_ROW(0), b = FASTLM_ROW(1), c = FASTLM_ROW(2), d = FASTLM_ROW(3);
+  const __m128 ab = _mm_unpacklo_ps(a, b), cd = _mm_unpacklo_ps(c, d);
+  return {(VF)_mm_movelh_ps(ab, cd), (VF)_mm_movehl_ps(cd, ab),
+          (VF)_mm_movelh_ps(_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d))};
+#else
+  Coefficients c;
+  for (int64_t l = 0; l < lanes<VF>; ++l)
+    c.constant[l] = table[interval[l]][0], c.linear[l] = table[interval[l]][1], c.square[l] = table[interval[l]][2];
+  return c;
+#endif
+#undef FASTLM_ROW
+}
+
+template <bool TANH, bool>
+struct Lookup {
+  static constexpr float kIntervals = kGeluFineIntervals;
+  const float (*table)[4];
+
+  explicit Lookup(bool of_derivative) : table(gelu_table<GeluFineTable>(TANH, of_derivative).coefficient) {}
+
+  inline __attribute__((always_inline)) VF left(VF place) const {
+    const VI interval = __builtin_convertvector(min(place, set1<VF>(kIntervals)), VI);  // a NaN's is the last
+    const VF t = place - __builtin_convertvector(interval, VF);
+    const Coefficients c = coefficients(table, interval);
+    return fma(fma(c.square, t, c.linear), t, c.constant);
   }
+};
+#endif
+
+// The curve at -|x|, for |x| = place intervals, is `left`; 0 beyond the last one.
+template <bool TANH, bool SHORT>
+struct Curve : Lookup<TANH, SHORT> {
+  using Table = Lookup<TANH, SHORT>;
+  using Table::Table;
+
+  // |x| in intervals, at most all of them; NaN for NaN.
+  static VF place_of(VF x) { return min(set1<VF>(Table::kIntervals), abs(x) * (Table::kIntervals / float(kGeluEnd))); }
   inline __attribute__((always_inline)) VF value(VF x) const {
     const VF place = place_of(x);
-    return fma(-place, left(place), max(VF{}, x));
+    return fma(-place, Table::left(place), max(VF{}, x));
   }
   inline __attribute__((always_inline)) VF derivative(VF x) const {
-    const VF y = left(place_of(x));
+    const VF y = Table::left(place_of(x));
     return x > 0 ? 1.0f - y : y;
   }
 };
-#endif
 
-template <bool TANH, bool SHORT, class V>
-struct form {
-  using type = Formula<TANH, SHORT, V>;
-};
-#if FASTLM_ISA_LEVEL >= 2
-template <bool TANH, bool SHORT>
-struct form<TANH, SHORT, VF> {
-  using type = Lookup<TANH, SHORT>;
-};
-#endif
+template <bool TANH, class T>
+using form = std::conditional_t<std::is_same_v<T, double>, Formula<TANH>, Curve<TANH, is_short<T>>>;
 
+constexpr int64_t kLookedUp = 4096;  // values at a time
+
+// Without wide vectors it is faster to look each value of a 16-bit type up: those that occur fit in a cache.
 template <class T>
-constexpr bool is_short = sizeof(T) == 2;
+constexpr bool looks_values_up = is_short<T> && FASTLM_ISA_LEVEL < 2;
+
+// GELU, as it is stored, or its derivative, of each of them.
+template <class T, bool TANH, bool DERIVATIVE>
+struct Values {
+  static constexpr int64_t kCount = 1 << 16, L = lanes<VD>;
+  std::conditional_t<DERIVATIVE, float, T> at[kCount];
+
+  Values() {
+    const Formula<TANH> gelu(DERIVATIVE);
+    for (int64_t bits = 0; bits < kCount; bits += L) {
+      VD x;
+      for (int64_t l = 0; l < L; ++l) x[l] = to_float(T{(uint16_t)(bits + l)});
+      const VD y = DERIVATIVE ? gelu.derivative(x) : gelu.value(x);
+      for (int64_t l = 0; l < L; ++l) from_float((float)y[l], at + bits + l);
+    }
+  }
+};
+
+template <class T, bool TANH>
+void look_up(const T* x, T* y, int64_t size) {
+  static const Values<T, TANH, false> values;
+#pragma omp parallel for schedule(static) if (size > kParallelGrain)
+  for (int64_t i = 0; i < size; ++i) y[i] = values.at[x[i].bits];
+}
+template <class T, bool TANH>
+void look_up_derivative(const T* dy, const T* x, T* dx, int64_t size) {
+  static const Values<T, TANH, true> values;
+#pragma omp parallel for schedule(static) if (size > kParallelGrain)
+  for (int64_t first = 0; first < size; first += kLookedUp)
+    for_lanes<VF>(std::min(kLookedUp, size - first), [&](int64_t j, auto n) {
+      const int64_t at = first + j;
+      VF slope{};
+      for (int64_t l = 0; l < n; ++l) slope[l] = values.at[x[at + l].bits];
+      store(dx + at, VF(load<VF>(dy + at, n) * slope), n);
+    });
+}
 
 template <bool STREAM, class T, class V, class N>
 inline void put(T* p, V v, N n) {
   store_or_stream<STREAM>(p, v, n);
-}
-template <bool STREAM, class T, class V>
-inline void put_two(T* p, V a, V b) {
-  constexpr std::integral_constant<int64_t, lanes<V>> whole;
-  store_or_stream<STREAM>(p, a, whole);
-  store_or_stream<STREAM>(p + lanes<V>, b, whole);
 }
 #if FASTLM_ISA_LEVEL == 3
 // In one instruction instead of eight; denormals become 0.
@@ -162,14 +229,6 @@ inline void put(bf16_t* p, VF v, std::integral_constant<int64_t, lanes<VF>>) {
     _mm256_stream_si256((__m256i*)p, bits);
   else
     _mm256_storeu_si256((__m256i*)p, bits);
-}
-template <bool STREAM>
-inline void put_two(bf16_t* p, VF a, VF b) {
-  const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  if constexpr (STREAM)
-    _mm512_stream_si512((__m512i*)p, bits);
-  else
-    _mm512_storeu_si512(p, bits);
 }
 #endif
 
@@ -187,7 +246,7 @@ template <class T, bool TANH, bool STREAM>
 void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, double p, int64_t seed) {
   using V = vec_of<T>;
   const Dropout dropout(seed, p);
-  const typename form<TANH, is_short<T>, V>::type shared(false);
+  const form<TANH, T> shared(false);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
   for (int64_t i = 0; i < M; ++i) {
     const auto gelu = shared;  // in registers: a table that others could see is read again for every vector
@@ -271,7 +330,7 @@ void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>*
   using S = scalar_of<T>;
   const Dropout generator(seed, p);
   const Dropout* dropout = p > 0 ? &generator : nullptr;
-  const typename form<TANH, is_short<T>, V>::type shared(true);
+  const form<TANH, T> shared(true);
   const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
   for (int64_t c = 0; c < chunks; ++c) {
@@ -302,6 +361,8 @@ void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>*
 
 template <class T>
 void fwd_form(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed) {
+  if constexpr (looks_values_up<T>)
+    if (!bias && p == 0) return (tanh ? look_up<T, true> : look_up<T, false>)((const T*)x, (T*)y, M * N);
   const bool stream = streams((const T*)y, M, N);
   auto run = tanh ? (stream ? fwd<T, true, true> : fwd<T, true, false>)
                   : (stream ? fwd<T, false, true> : fwd<T, false, false>);
@@ -311,6 +372,11 @@ template <class T>
 void bwd_form(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M, int64_t N,
               bool tanh, double p, int64_t seed) {
   using S = scalar_of<T>;
+  if constexpr (looks_values_up<T>)
+    if (!bias && p == 0) {
+      auto run = tanh ? look_up_derivative<T, true> : look_up_derivative<T, false>;
+      return run((const T*)dy, (const T*)x, (T*)dx, M * N);
+    }
   const bool stream = streams((const T*)dx, M, N);
   auto run = tanh ? (stream ? bwd<T, true, true> : bwd<T, true, false>)
                   : (stream ? bwd<T, false, true> : bwd<T, false, false>);
@@ -355,14 +421,14 @@ double tanh_slope(double a) {
 }
 }  // namespace
 
-template <int TERMS>
-const GeluTable<TERMS>& gelu_table(bool tanh, bool derivative) {
-  static const GeluTable<TERMS> tables[] = {{normal_tail, kGeluWidth}, {normal_slope, 1.0}, {tanh_tail, kGeluWidth},
-                                            {tanh_slope, 1.0}};
+template <class Table>
+const Table& gelu_table(bool tanh, bool derivative) {
+  static const Table tables[] = {{normal_tail, true}, {normal_slope, false}, {tanh_tail, true}, {tanh_slope, false}};
   return tables[2 * tanh + derivative];
 }
-template const GeluTable<4>& gelu_table<4>(bool, bool);
-template const GeluTable<6>& gelu_table<6>(bool, bool);
+template const GeluTable<4>& gelu_table<GeluTable<4>>(bool, bool);
+template const GeluTable<6>& gelu_table<GeluTable<6>>(bool, bool);
+template const GeluFineTable& gelu_table<GeluFineTable>(bool, bool);
 
 void gelu_fwd(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
               int type, int b_type) {

@@ -18,11 +18,6 @@ VF erfc(VF x) {
   return erfc_positive(x, &gauss);
 }
 
-VF erfc_16(VF x) {
-  VF gauss;
-  return fastlm::FASTLM_ISA::erfc_16(x, &gauss);
-}
-
 void map(VF (*f)(VF), const float* x, float* y, int64_t size) {
   for_lanes<VF>(size, [&](int64_t j, auto n) { store(y + j, f(load<VF>(x + j, n)), n); });
 }
@@ -32,8 +27,6 @@ void vec_map(const char* name, const float* x, float* y, int64_t n) {
   if (!std::strcmp(name, "tanh")) map(tanh, x, y, n);
   if (!std::strcmp(name, "erf")) map(erf, x, y, n);
   if (!std::strcmp(name, "erfc")) map(erfc, x, y, n);
-  if (!std::strcmp(name, "exp_16")) map(exp_16, x, y, n);
-  if (!std::strcmp(name, "erfc_16")) map(erfc_16, x, y, n);
   if (!std::strcmp(name, "reciprocal")) map(reciprocal, x, y, n);
 }
 

@@ -11,9 +11,6 @@
 //   erf   any float                                                         <= 3 ULP
 //   erfc  x >= 0; underflows to 0 above 10.06                               <= 8 ULP where the result is normal
 //   reciprocal  1e-37 < |x| < 1e37                                          <= 2 ULP
-// and, for results that are stored in 16 bits (half a unit of bf16 is 2^-9, of fp16 2^-12):
-//   exp_16    as exp, to a relative error of 1e-5
-//   erfc_16   0 <= x <= 6, to a relative error of 3e-5
 
 namespace fastlm::FASTLM_ISA {
 
@@ -84,6 +81,8 @@ inline VF max(VF a, VF b) {
   return (VF)_mm512_max_ps((__m512)a, (__m512)b);
 #elif FASTLM_ISA_LEVEL == 1
   return (VF)_mm256_max_ps((__m256)a, (__m256)b);
+#elif FASTLM_X86
+  return (VF)_mm_max_ps((__m128)a, (__m128)b);
 #else
   return a > b ? a : b;
 #endif
@@ -93,6 +92,8 @@ inline VF min(VF a, VF b) {
   return (VF)_mm512_min_ps((__m512)a, (__m512)b);
 #elif FASTLM_ISA_LEVEL == 1
   return (VF)_mm256_min_ps((__m256)a, (__m256)b);
+#elif FASTLM_X86
+  return (VF)_mm_min_ps((__m128)a, (__m128)b);
 #else
   return a < b ? a : b;
 #endif
@@ -228,6 +229,8 @@ template <class V>
 inline V load(const bf16_t* p) {
 #if FASTLM_ISA_LEVEL >= 2  // GCC 12 widens halves and joins them, in five instructions
   return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif FASTLM_ISA_LEVEL == 0 && FASTLM_X86  // and here in seven
+  return (VF)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
 #else
   VH h;
   std::memcpy(&h, p, sizeof h);
@@ -251,10 +254,15 @@ inline void store(float* p, VF v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, VD v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16_t* p, VF v) {
   const VU u = (VU)v;
-  const VU even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const VU kept = v != v ? (u >> 16) | 0x40u : even;
+  const VU even = u + 0x7fffu + ((u >> 16) & 1u);
+#if FASTLM_ISA_LEVEL == 0 && FASTLM_X86  // GCC 12 narrows in ten instructions, as SSE2 packs signed words alone
+  const __m128i kept = (__m128i)(((VI)even >> 16) | (v != v));  // a NaN has all bits set
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(kept, kept));
+#else
+  const VU kept = v != v ? (u >> 16) | 0x40u : even >> 16;
   const VH h = __builtin_convertvector(kept, VH);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 inline void store(f16_t* p, VF v) {
 #if FASTLM_ISA_LEVEL >= 2
@@ -358,6 +366,30 @@ template <bool STREAM, class V, class T>
 inline void store_or_stream(T* p, V v, int64_t n) {
   store_n(p, v, n);
 }
+// Two vectors side by side; past the caches to an address aligned to the size of both.
+template <bool STREAM, class T, class V>
+inline void put_two(T* p, V a, V b) {
+  constexpr std::integral_constant<int64_t, lanes<V>> whole;
+  store_or_stream<STREAM>(p, a, whole);
+  store_or_stream<STREAM>(p + lanes<V>, b, whole);
+}
+#if FASTLM_ISA_LEVEL == 3
+// In one instruction instead of sixteen; denormals become 0.
+template <bool STREAM>
+inline void put_two(bf16_t* p, VF a, VF b) {
+  const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  if constexpr (STREAM)
+    _mm512_stream_si512((__m512i*)p, bits);
+  else
+    _mm512_storeu_si512(p, bits);
+}
+#endif
+// After stores past the caches, before others may read them.
+inline void fence() {
+#if FASTLM_X86
+  _mm_sfence();
+#endif
+}
 // Whether an output of M rows of N is large, and its rows are aligned.
 template <class T>
 inline bool streams(const T* p, int64_t M, int64_t N) {
@@ -406,17 +438,6 @@ inline VF exp(VF x) {
   return scale_by_power_of_two(p, n);
 }
 
-// The same with P to 5.6e-6 and ln 2 in one part.
-inline VF exp_16(VF x) {
-  x = min(set1<VF>(89.0f), max(set1<VF>(-105.0f), x));
-  const VF n = round(x * 1.44269504f);
-  const VF r = fma(n, set1<VF>(-0.693147181f), x);
-  VF p = fma(r, set1<VF>(4.127012378e-2f), set1<VF>(1.675525707e-1f));
-  p = fma(p, r, set1<VF>(5.000532167e-1f));
-  p = fma(p, r * r, r) + 1.0f;
-  return scale_by_power_of_two(p, n);
-}
-
 // tanh x = x + x^3 Q(x^2) below 0.625 (Q to 4.4e-9), and 1 - 2 / (e^2|x| + 1) with x's sign above.
 inline VF tanh(VF x) {
   const VF u = x * x;
@@ -457,17 +478,6 @@ inline VF erfc_positive(VF x, VF* gauss) {
   s = fma(s, t, set1<VF>(1.877934294e-1f));
   s = fma(s, t, set1<VF>(1.971522634e-1f));
   s = fma(s, t, set1<VF>(1.974830158e-1f));
-  return *gauss * t * s;
-}
-
-// The same with S to 1.7e-5 up to x = 6, where e^(-x^2) is 2e-16.
-inline VF erfc_16(VF x, VF* gauss) {
-  *gauss = exp_16(-x * x);
-  const VF t = reciprocal(fma(x, set1<VF>(0.35f), set1<VF>(1.0f)));
-  VF s = fma(t, set1<VF>(5.404327735e-1f), set1<VF>(-3.146127153e-1f));
-  s = fma(s, t, set1<VF>(4.368943361e-1f));
-  s = fma(s, t, set1<VF>(1.335005630e-1f));
-  s = fma(s, t, set1<VF>(2.037939869e-1f));
   return *gauss * t * s;
 }
 
