@@ -252,18 +252,25 @@ inline V load(const f16_t* p) {
 
 inline void store(float* p, VF v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, VD v) { std::memcpy(p, &v, sizeof v); }
+#if FASTLM_ISA_LEVEL == 0 && FASTLM_X86
+// bf16's bits, extended with their sign, since SSE2 packs signed words alone; a NaN has all of them set.
+inline __m128i bf16_words(VF v) {
+  const VU u = (VU)v;
+  return (__m128i)(((VI)(u + 0x7fffu + ((u >> 16) & 1u)) >> 16) | (v != v));
+}
+inline void store(bf16_t* p, VF v) {  // in 9 instructions; GCC 12 would take 20
+  const __m128i words = bf16_words(v);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(words, words));
+}
+#else
 inline void store(bf16_t* p, VF v) {
   const VU u = (VU)v;
-  const VU even = u + 0x7fffu + ((u >> 16) & 1u);
-#if FASTLM_ISA_LEVEL == 0 && FASTLM_X86  // GCC 12 narrows in ten instructions, as SSE2 packs signed words alone
-  const __m128i kept = (__m128i)(((VI)even >> 16) | (v != v));  // a NaN has all bits set
-  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(kept, kept));
-#else
-  const VU kept = v != v ? (u >> 16) | 0x40u : even >> 16;
+  const VU even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VU kept = v != v ? (u >> 16) | 0x40u : even;
   const VH h = __builtin_convertvector(kept, VH);
   std::memcpy(p, &h, sizeof h);
-#endif
 }
+#endif
 inline void store(f16_t* p, VF v) {
 #if FASTLM_ISA_LEVEL >= 2
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -382,6 +389,15 @@ inline void put_two(bf16_t* p, VF a, VF b) {
     _mm512_stream_si512((__m512i*)p, bits);
   else
     _mm512_storeu_si512(p, bits);
+}
+#elif FASTLM_ISA_LEVEL == 0 && FASTLM_X86
+template <bool STREAM>
+inline void put_two(bf16_t* p, VF a, VF b) {
+  const __m128i bits = _mm_packs_epi32(bf16_words(a), bf16_words(b));
+  if constexpr (STREAM)
+    _mm_stream_si128((__m128i*)p, bits);
+  else
+    _mm_storeu_si128((__m128i*)p, bits);
 }
 #endif
 // After stores past the caches, before others may read them.
