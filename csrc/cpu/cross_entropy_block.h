@@ -170,6 +170,10 @@ struct Block {
       a = first > a ? first : a, b = first < b ? first : b;
       c = second > c ? second : c, d = second < d ? second : d;
     }
+    for (; j + W <= k; j += W) {
+      const VW last = load_words(x + j);
+      a = last > a ? last : a, b = last < b ? last : b;
+    }
     a = c > a ? c : a, b = d < b ? d : b;
     int16_t most = a[0], least = b[0];
     for (int64_t i = 1; i < W; ++i) most = std::max(most, (int16_t)a[i]), least = std::min(least, (int16_t)b[i]);
