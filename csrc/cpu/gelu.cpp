@@ -11,9 +11,9 @@
 //   other (fp32 forward 1.3 and 1.9 ms of 2.2), so what counts is that they overlap: prefetches 512 bytes ahead gained
 //   1.3x forward and 1.15x backward over the hardware's alone, and more than those 256, 1024 or 4096 bytes ahead. Two
 //   vectors at a time make whole lines of bf16 for stores that go past the caches.
-// - With SSE2 alone, fp32, in two runs: tanh 1.7x to 2.0x, exact 0.7x forward and 0.9x to 1.1x backward (47 instructions
-//   for four values), where the formulas had 0.88x, 0.74x, 0.21x and 0.31x. With AVX2: tanh 2.2x to 2.7x, exact 1.0x to
-//   1.1x forward and 1.4x to 1.6x backward, from 2.4x, 2.2x, 0.6x and 0.9x.
+// - With SSE2 alone, fp32, in two runs: tanh 1.7x to 2.0x, exact 0.7x forward and 0.9x to 1.1x backward (47
+//   instructions for four values), where the formulas had 0.88x, 0.74x, 0.21x and 0.31x. With AVX2: tanh 2.2x to 2.7x,
+//   exact 1.0x to 1.1x forward and 1.4x to 1.6x backward, from 2.4x, 2.2x, 0.6x and 0.9x.
 // - There bf16 has a value for each of 65536 inputs: with SSE2 tanh 3.7x to 4.5x and 2.5x to 3.0x, exact 1.1x to 1.25x
 //   and 1.3x, from 0.68x, 0.62x, 0.18x and 0.25x; with AVX2 4.0x to 4.2x, 2.6x to 3.5x, 1.05x to 1.3x and 1.5x to 1.7x,
 //   from 1.9x, 1.6x, 0.4x and 0.6x.
