@@ -86,6 +86,11 @@ def test_many_rows_and_gradients_are_the_librarys():
     assert fastlm.explain(fastlm.linear, x, weight.detach()).selected == "torch"
     assert fastlm.explain(fastlm.linear, x[:8], torch.empty(2**14, 16)).selected == "cpu"
     assert fastlm.explain(fastlm.linear, x[:8], weight).selected == "torch"
+    few = fastlm.explain(fastlm.linear, x[:1], torch.empty(2**14, 16))
+    assert few.selected == "torch"
+    assert "faster with so few rows" in str(few)
+    assert fastlm.explain(fastlm.linear, x[:1].bfloat16(), torch.empty(2**14, 16).bfloat16()).selected == "cpu"
+    assert fastlm.explain(fastlm.linear, x[:4].double(), torch.empty(2**14, 16).double()).selected == "torch"
     with fastlm.backend("cpu"), pytest.raises(fastlm.BackendError, match="1 to 8 rows"):
         fastlm.linear(x, weight.detach())
     with fastlm.backend("cpu"), pytest.raises(fastlm.BackendError, match="no backward pass"):

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastlm.nn
-from fastlm.nn.linear import FEW_ROWS, MANY_ROWS
+from fastlm.nn.linear import MANY_ROWS
 from fastlm.ops._products import LONE_COLUMNS, LONE_ROWS
 from tolerances import assert_as_close_as_torch
 
@@ -77,11 +77,6 @@ def test_what_does_not_fit_gets_torchs_error():
     for x in (torch.randn(5, K), torch.randn(5, K - 1).bfloat16()):
         with torch.no_grad(), pytest.raises(RuntimeError, match="mat1 and mat2"):
             layer(x)
-
-
-def test_few_rows_are_decodings():
-    assert 1 in FEW_ROWS[torch.bfloat16]
-    assert max(map(max, FEW_ROWS.values())) <= fastlm._native.LINEAR_ROWS
 
 
 @pytest.mark.parametrize("rows", [1, 4, 9])

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from .._dispatch import must_trace, needs_grad
 from ..ops import _products
+from ..ops.linear import FASTER_ROWS
 from ..ops.linear import linear as few_rows_linear
 
-# Rows for which the kernel of `fastlm.linear` beat PyTorch's product: 1.1 to 2.3 times as fast for up to four in bf16,
-# 0.9 to 1.6 times for four and more in fp32, over weights of 768 x 768 to 32000 x 1024 on two threads.
-FEW_ROWS = {torch.bfloat16: range(1, 5), torch.float32: range(4, 9)}
-FEWEST_ROWS = FEW_ROWS[torch.float32].start
+FEWEST_ROWS = FASTER_ROWS[torch.float32].start
 MANY_ROWS = 512  # from which on a bias inside oneDNN's product in bf16 pays: up to 1.2 times as fast, below 0.8 to 1.0
 # Multiplications of a product below which an autograd class of our own costs more than better products save: with 64
 # rows of 128, a training step of BERT under autocast took 1.2 times as long with it.
@@ -57,7 +55,7 @@ def _has_choice(x: Tensor) -> bool:
         return False
     if x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu"):
         return True
-    return x.shape[:-1].numel() in FEW_ROWS.get(x.dtype, ())
+    return x.shape[:-1].numel() in FASTER_ROWS.get(x.dtype, ())
 
 
 def _is_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -74,7 +72,7 @@ def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     columns, depth = weight.shape
     rows = x.shape[:-1].numel()
-    if rows in FEW_ROWS.get(x.dtype, ()):
+    if rows in FASTER_ROWS.get(x.dtype, ()):
         return few_rows_linear(x, weight, bias)
     if x.dtype is not torch.bfloat16 or rows < MANY_ROWS:
         return F.linear(x, weight, bias)
