@@ -46,18 +46,19 @@ def select(
     """The cases that a command line asks for.
 
     Args:
-        op: a benchmark's name, or "all".
+        op: names of benchmarks, separated by commas, or "all".
         dtypes, shapes, passes: restrict (dtypes, passes) or replace (shapes) those of the benchmark; empty keeps.
 
     Raises:
         ConfigError: for an unknown name, a shape that does not fit, or if no case is left.
     """
-    known([] if op == "all" else [op], [*BENCHMARKS, "all"], "op")
+    names = known([name.strip() for name in op.split(",")], [*BENCHMARKS, "all"], "op")
+    everything = "all" in names
+    names = list(BENCHMARKS) if everything else names
     known(dtypes, DTYPES, "dtype")
     known(passes, PASSES, "pass")
-    chosen = BENCHMARKS.values() if op == "all" else [BENCHMARKS[op]]
-    cases = [case for b in chosen for case in _cases(b, device, dtypes, shapes, quick)]
-    if op == "all":
+    cases = [case for name in names for case in _cases(BENCHMARKS[name], device, dtypes, shapes, quick)]
+    if everything:
         cases = [case for case in cases if not case.extra]
     if passes:
         # "full" replaces the passes of a case that has gradients at all; the others are taken where they exist.

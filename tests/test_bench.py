@@ -364,7 +364,7 @@ def test_optimizer_case_agrees_with_pytorch():
             made.run["full"]()
 
 
-def _everything(**ours):
+def _everything(isa="amx", **ours):
     """A row of every case, pass and provider: one second, a GiB, half the roof; `ours` changes fastlm's."""
     rows = []
     for case in registry.select("all", "cpu", [], [], []) + registry.select("huggingface", "cpu", [], [], []):
@@ -374,14 +374,17 @@ def _everything(**ours):
                     shape = "x".join(map(str, case.shape))
                     row = Row(case.op, case.variant, which, case.dtype, shape, provider, provider)
                     row.median, row.flops, row.roof_fraction, row.peak_bytes = 1.0, 8, 0.5, 2**30
-                    row.allocator, row.threads = allocator, threads
+                    row.allocator, row.threads, row.isa = allocator, threads, isa
                     rows.append(dataclasses.replace(row, **ours) if provider == "fastlm" else row)
     return Results(environment("cpu"), {}, rows)
 
 
 def test_every_goal_is_measured_by_a_registered_case():
-    unanswered = [goal.work for goal in goals.GOALS if None in goal.values([_everything()])]
-    assert not unanswered
+    files = [_everything(isa) for isa in ("amx", "avx2", "baseline")]
+    assert not [goal.work for goal in goals.GOALS if None in goal.values(files)]
+    of_avx2 = [goal for goal in goals.GOALS if "AVX2 alone" in goal.work]
+    assert of_avx2
+    assert all(set(goal.values(files[::2])) == {None} for goal in of_avx2)
     assert goals.REASONS.keys() <= {goal.work for goal in goals.GOALS}
 
 
@@ -535,6 +538,13 @@ def test_all_leaves_out_the_cases_that_are_extra():
     for name, count in (("bert", 8), ("huggingface", 36)):
         assert sum(case.op == name for case in everything) == 2
         assert len(registry.select(name, "cpu", [], [], [])) == count
+
+
+def test_several_ops_can_be_asked_for():
+    both = registry.select("gelu, layer_norm", "cpu", [], [], [])
+    assert both == registry.select("gelu", "cpu", [], [], []) + registry.select("layer_norm", "cpu", [], [], [])
+    with pytest.raises(ConfigError, match="op is 'nothing', expected one of layer_norm"):
+        registry.select("gelu,nothing", "cpu", [], [], [])
 
 
 def test_a_dtype_asked_for_does_not_run_a_case_twice():

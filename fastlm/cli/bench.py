@@ -36,7 +36,7 @@ class Options:
     See also: fastlm bench compare A.json B.json, fastlm bench report README.md RESULTS.json
     """
 
-    op: Positional[Annotated[str, arg(metavar="[OP|train|generate|all]")]] = "all"
+    op: Positional[Annotated[str, arg(metavar="[OP,...|train|generate|all]")]] = "all"
     """what to time"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
