@@ -121,6 +121,17 @@ def between(op: str, which: str, ours: dict, other: dict, per_flop: bool = False
     return measure
 
 
+def slowest(op: str, against: str, dtype: str) -> Measure:
+    """Times the speed of `against` where that is least, over all cases of a file."""
+
+    def measure(results: Results) -> float | None:
+        cases = {(r.which, r.variant, r.shape) for r in results.rows if r.op == op}
+        speeds = (speed(op, w, against, variant=v, shape=s, dtype=dtype)(results) for w, v, s in cases)
+        return min((value for value in speeds if value is not None), default=None)
+
+    return measure
+
+
 def inverse(measure: Measure) -> Measure:
     def inverted(results: Results) -> float | None:
         value = measure(results)
@@ -278,6 +289,8 @@ def _models() -> Iterator[Goal]:
     yield Goal(f"{name}: inference", 1.3, "x", accelerated("bert-base"))
     yield Goal(f"{name}: inference with padding", 1.6, "x", accelerated("bert-base-padded"))
     yield Goal(f"{name}: training with padding", 1.2, "x", accelerated("bert-base-padded-train", "full"))
+    least = tuple(slowest("huggingface", "transformers", dtype) for dtype in BOTH)
+    yield Goal("the slowest accelerated model of transformers, fp32, bf16", 1, "x", least)
 
 
 def _lesser_sets() -> Iterator[Goal]:
