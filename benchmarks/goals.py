@@ -394,6 +394,11 @@ REASONS: dict[str, str] = {
     "1.8 here, and memory 1.8",
     "two threads over one, bf16: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "the machine's threads share "
     "one AMX unit: the library's own products gain nothing",
+    "the slowest accelerated model of transformers, fp32, bf16": "generation by Qwen 3 in fp32, beside BART's training "
+    "at 0.98 and Gemma 3's generation at 0.99: three rounds whose times spread by a fifth; in two other runs Qwen 3 "
+    "was at 1.02 to 1.05 and Gemma 3 at 1.02 to 1.04",
+    "AVX2 alone, fp32: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512; the exact form's "
+    "forward pass was at 1.0 to 1.1 times its speed in two other runs",
     "SSE2 alone, fp32: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "PyTorch keeps its AVX-512; where it is "
     "missed both wait for memory",
     "SSE2 alone, bf16: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "the same",
