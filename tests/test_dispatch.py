@@ -143,7 +143,7 @@ def test_small_calls_are_left_to_torch_unless_a_backend_is_forced():
     assert fastlm.explain(attend, q, long, long).selected == "cpu"
     assert fastlm.explain(attend, q, k, k, softcap=3.0).selected == "cpu"
     assert fastlm.explain(attend, q.clone().requires_grad_(), k, k).selected == "cpu"
-    x, weight = torch.randn(1, 64), torch.randn(4096, 64)
+    x, weight = torch.randn(4, 64), torch.randn(4096, 64)
     assert fastlm.explain(fastlm.linear, x, weight[:64]).selected == "torch"
     assert fastlm.explain(fastlm.linear, x, weight).selected == "cpu"
     with fastlm.backend("cpu"):
