@@ -72,6 +72,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("best_isa", [] { return (int)best_isa(); });
   m.def("isa", [] { return (int)isa(); });
   m.def("set_isa", [](int level) { return set_isa((Isa)level); });
+  m.def("is_intel", &is_intel);
   m.def("omp_threads", &omp_threads);
   m.def("chunk_rows", &chunk_rows);
   m.def("vec_map", [](const char* name, ptr x, ptr y, int64_t n) { vec_map(name, (float*)x, (float*)y, n); });
@@ -208,6 +209,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
           rotary(P(x), P(cos), P(sin), P(y), size.data(), x_stride.data(), y_stride.data(), R, table_stride,
                  interleaved, inverse, type);
         },
+        nogil());
+  m.def("transpose",
+        [](ptr x, ptr y, int64_t M, int64_t N, int64_t x_stride) { transpose(P(x), P(y), M, N, x_stride); },
         nogil());
   m.def("gradient_square_sum", &square_sum_of, nogil());
   m.def("adamw_update", &adamw_update_of, nogil());

@@ -37,6 +37,11 @@ def cpu_isas() -> tuple[str, ...]:
     return () if _cpu is None else ISAS[: _cpu.best_isa() + 1]
 
 
+def is_intel() -> bool:
+    """Whether Intel made this CPU; where the extension is missing, that is assumed."""
+    return _cpu is None or _cpu.is_intel()
+
+
 def set_cpu_isa(name: str) -> None:
     """Choose the instruction set of the CPU kernels; FASTLM_CPU_ISA does it at import.
 
@@ -561,6 +566,14 @@ def attention_varlen_bwd(
 
 def _heads(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
     return (0, ()) if x is None else (x.data_ptr(), x.stride())
+
+
+def transpose(x: Tensor) -> Tensor:
+    """x (M, N) fp32 with contiguous rows -> its transpose (N, M), contiguous."""
+    M, N = x.shape
+    y = x.new_empty(N, M)
+    _cpu.transpose(x.data_ptr(), y.data_ptr(), M, N, x.stride(0))
+    return y
 
 
 def gradient_square_sum(grads: Sequence[Tensor]) -> float:

@@ -8,6 +8,7 @@ import torch
 import fastlm
 from fastlm import _dispatch, _native, _native_cuda
 from fastlm.cli import doctor, main
+from fastlm.ops import _products
 
 
 def test_json_agrees_with_the_package(capsys, monkeypatch):
@@ -16,6 +17,7 @@ def test_json_agrees_with_the_package(capsys, monkeypatch):
     report = json.loads(capsys.readouterr().out)
     assert report["packages"]["torch"] == torch.__version__
     assert report["cpu"]["isas"] == list(fastlm.cpu_isas())
+    assert report["cpu"]["fp32_products"] == ("oneDNN" if _products.onednn_leads() else "PyTorch's own")
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["cpu"]["extension"] == (_native.missing_reason or "loaded")
     assert report["settings"]["MALLOC_ARENA_MAX"] == "3"

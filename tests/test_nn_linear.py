@@ -56,7 +56,7 @@ def test_strided_and_flat_inputs(dtype):
 @pytest.mark.parametrize("small", [True, False])
 def test_training_under_autocast_is_torchs(rows, bias, small, monkeypatch):
     if not small:
-        monkeypatch.setattr("fastlm.nn.linear.SMALL_PRODUCT", 0)
+        monkeypatch.setattr("fastlm.ops._products.SMALL_IN_TRAINING", 0)
     ours, theirs, truth = twins(bias, torch.float32)
     x, dy = torch.randn(2, rows, K), torch.randn(2, rows, N)
     results = []

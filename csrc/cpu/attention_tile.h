@@ -121,22 +121,6 @@ inline void pack_row(const T* src, int64_t D, lane_t<V> factor, lane_t<V>* dst) 
   for_lanes<V>(D, [&](int64_t d, auto n) { store(dst + d, V(load<V>(src + d, n) * factor)); });
 }
 
-// One butterfly step of a transpose: swaps the off-diagonal squares of side kStep between rows a and b.
-template <int kStep, class V, size_t... kLane>
-inline void exchange(V& a, V& b, std::index_sequence<kLane...>) {
-  constexpr size_t L = sizeof...(kLane);
-  const V low = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane : kLane + kStep)...);
-  a = low;
-}
-template <int kStep, class V>
-inline void transpose(V* rows) {
-  constexpr int64_t L = lanes<V>;
-  for (int i = 0; i < L; ++i)
-    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<(size_t)L>{});
-  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
-}
-
 // Lane i of v[0] becomes the largest lane of v[i], for as many vectors as lanes.
 template <int kStep, class V>
 inline void reduce_rows(V* v) {

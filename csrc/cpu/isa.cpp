@@ -55,6 +55,14 @@ bool g_chosen = false;
 Isa isa() { return g_isa; }
 bool isa_chosen() { return g_chosen; }
 Isa best_isa() { return g_best; }
+bool is_intel() {
+#if FASTLM_X86
+  unsigned level, name[3];
+  return __get_cpuid(0, &level, &name[0], &name[2], &name[1]) && std::memcmp(name, "GenuineIntel", sizeof name) == 0;
+#else
+  return false;
+#endif
+}
 bool set_isa(Isa wanted) {
   if (wanted > g_best) return false;
   g_isa = wanted;

@@ -11,6 +11,7 @@ namespace fastlm {
 
 Isa best_isa();
 bool set_isa(Isa wanted);  // false where the CPU lacks it
+bool is_intel();  // whether Intel made this CPU
 int omp_threads();
 void use_huge_pages(void* start, int64_t size);  // a wish; start and size are multiples of 2 MiB
 
@@ -85,6 +86,9 @@ void swiglu_bwd(const void* dy, const void* gate, const void* up, void* dgate, v
 // for each of B (0 for one table). 2 R <= D. y may not be x.
 void rotary(const void* x, const void* cos, const void* sin, void* y, const int64_t* size, const int64_t* x_stride,
             const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse, int type);
+
+// y (N, M) = the transpose of x (M, N), rows of which lie x_stride apart; both fp32.
+void transpose(const void* x, void* y, int64_t M, int64_t N, int64_t x_stride);
 
 // A parameter of an AdamW step. type: of param, exp_avg and exp_avg_sq, fp32 or bf16. grad: n of grad_type, fp32 or
 // bf16. copy: n bf16, optional, with fp32 parameters only: receives the new values rounded.

@@ -528,4 +528,21 @@ inline VD erfc_positive(VD x, VD* gauss) {
 }
 inline VD abs(VD x) { return x < 0.0 ? -x : x; }
 
+// One butterfly step of a transpose: swaps the off-diagonal squares of side kStep between rows a and b.
+template <int kStep, class V, size_t... kLane>
+inline void exchange(V& a, V& b, std::index_sequence<kLane...>) {
+  constexpr size_t L = sizeof...(kLane);
+  const V low = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane : kLane + kStep)...);
+  a = low;
+}
+// In place, of as many vectors as lanes; kStep is half of them.
+template <int kStep, class V>
+inline void transpose(V* rows) {
+  constexpr int64_t L = lanes<V>;
+  for (int i = 0; i < L; ++i)
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<(size_t)L>{});
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
 }  // namespace fastlm::FASTLM_ISA

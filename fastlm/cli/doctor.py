@@ -16,6 +16,7 @@ import torch
 
 import fastlm
 from fastlm import _dispatch, _native, _native_cuda
+from fastlm.ops._products import onednn_leads
 from fastlm.verify.fuzz import SPECS
 
 PEERS = (
@@ -152,6 +153,7 @@ def collect() -> dict:
             "extension": _native.missing_reason or "loaded",
             "isa": fastlm.cpu_isa(),
             "isas": list(fastlm.cpu_isas()),
+            "fp32_products": "oneDNN" if onednn_leads() else "PyTorch's own",
             "openmp_threads": _native.omp_threads(),
             "openmp_runtimes": _loaded_libgomp(),
             "allocator": _allocator(),
@@ -181,6 +183,7 @@ def _print(report: dict) -> None:
             else "NOT shared: " + ", ".join(cpu["openmp_runtimes"])
         )
         print(f"           kernels: {cpu['isa']} (of {', '.join(cpu['isas'])}); OpenMP runtime {shared}")
+        print(f"           large fp32 products: {cpu['fp32_products']}")
     else:
         print(f"           kernels: none, {cpu['extension']}")
     memory = cpu["allocator"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import nn as ours
 from .._dispatch import needs_grad
 from ..nn._plain import plain
 from ..nn.linear import linear
+from ..ops import _products
 from ..ops.gelu import bias_gelu, gelu
 from ..ops.layer_norm import add_layer_norm
 from ..ops.rms_norm import rms_norm
@@ -145,8 +145,17 @@ def _conv1d_mlp(original: Any) -> Forward:
         form, c_fc = gelu_form(self.act), self.c_fc
         if form is None or type(c_fc).__name__ != "Conv1D" or not plain(c_fc, type(c_fc)):
             return original.forward(self, hidden_states)
-        hidden = bias_gelu(torch.matmul(hidden_states, c_fc.weight), c_fc.bias, form)
+        hidden = bias_gelu(_products.linear(hidden_states, c_fc.weight.t()), c_fc.bias, form)
         return self.dropout(self.c_proj(hidden))
+
+    return forward
+
+
+def _conv1d(original: Any) -> Forward:
+    """x weight + bias, with the weight stored (in, out): GPT-2's linear layers."""
+
+    def forward(self, x):
+        return _products.linear(x, self.weight.t(), self.bias)
 
     return forward
 
@@ -185,6 +194,7 @@ FORWARDS: dict[str, Callable[[Any], Forward]] = {
     "linear_gelu": _linear_gelu,
     "feed_forward": _feed_forward,
     "timm_mlp": _timm_mlp,
+    "conv1d": _conv1d,
     "conv1d_mlp": _conv1d_mlp,
     "gated": _gated,
     "unpadded": _unpadded,
@@ -221,6 +231,7 @@ BLOCKS = (
     Block("linear_gelu", templates.linear_gelu, "fastlm.bias_gelu", _gelu_in("intermediate_act_fn")),
     Block("feed_forward", templates.feed_forward, "fastlm.bias_gelu", _gelu_in("activation_fn")),
     Block("timm_mlp", templates.timm_mlp, "fastlm.bias_gelu", _gelu_in("act")),
+    Block("conv1d", templates.conv1d, "fastlm.nn.Linear's product"),
     Block("conv1d_mlp", templates.conv1d_mlp, "fastlm.bias_gelu", _gelu_in("act")),
     Block("gated", templates.gated, "fastlm.swiglu", _is_silu),
 )

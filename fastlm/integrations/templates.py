@@ -6,6 +6,8 @@ Only the names of variables are free. Each holds the fused forward of the same n
 # ruff: noqa: RET504  (a last assignment is an instruction too)
 from __future__ import annotations
 
+import torch
+
 
 def residual_norm(self, hidden_states, input_tensor):
     hidden_states = self.dense(hidden_states)
@@ -34,6 +36,13 @@ def timm_mlp(self, x):
     x = self.norm(x)
     x = self.fc2(x)
     x = self.drop2(x)
+    return x
+
+
+def conv1d(self, x):
+    size_out = x.size()[:-1] + (self.nf,)  # noqa: RUF005  (as transformers writes it)
+    x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+    x = x.view(size_out)
     return x
 
 

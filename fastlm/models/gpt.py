@@ -231,7 +231,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return F.linear(hidden, self.wte.weight) if self.config.tie_embeddings else self.lm_head(hidden)
+        return linear(hidden, self.wte.weight) if self.config.tie_embeddings else self.lm_head(hidden)
 
     def num_parameters(self) -> int:
         """Number of trained values; a tied output head counts once."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.linear import linear
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rms_norm import add_rms_norm, rms_norm
@@ -269,7 +269,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def num_parameters(self) -> int:
         """Number of trained values; a tied output head counts once."""

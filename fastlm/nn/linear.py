@@ -15,9 +15,6 @@ from ..ops.linear import linear as few_rows_linear
 
 FEWEST_ROWS = FASTER_ROWS[torch.float32].start
 MANY_ROWS = 512  # from which on a bias inside oneDNN's product in bf16 pays: up to 1.2 times as fast, below 0.8 to 1.0
-# Multiplications of a product below which an autograd class of our own costs more than better products save: with 64
-# rows of 128, a training step of BERT under autocast took 1.2 times as long with it.
-SMALL_PRODUCT = 2**26
 
 
 class Linear(torch.nn.Linear):
@@ -40,20 +37,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _has_choice(x) or must_trace(x, weight, bias):
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
-        small = x.numel() * weight.shape[0] < SMALL_PRODUCT
+        small = x.numel() * weight.shape[0] <= _products.SMALL_IN_TRAINING
         if small or weight.dtype is not torch.float32 or not _products.serves(x, weight, bias):
             return F.linear(x, weight, bias)
         return _products.linear(x.to(torch.bfloat16), weight, bias)
+    if x.dtype is torch.float32 and x.shape[:-1].numel() not in FASTER_ROWS[x.dtype]:
+        return _products.linear(x, weight, bias)
     if needs_grad(x, weight, bias) or not _is_layer(x, weight, bias):
         return F.linear(x, weight, bias)
     return _inference(x, weight, bias)
 
 
 def _has_choice(x: Tensor) -> bool:
-    """Whether PyTorch's own call may not be the best; in fp32 it mostly is, and decoding makes many short calls."""
+    """Whether PyTorch's own call may not be the best; where it is, decoding makes many short ones."""
     if not x.is_cpu or torch.compiler.is_compiling():
         return False
     if x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+        return True
+    if x.dtype is torch.float32 and _products.onednn_leads():
         return True
     return x.shape[:-1].numel() in FASTER_ROWS.get(x.dtype, ())
 
