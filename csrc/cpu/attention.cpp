@@ -90,6 +90,9 @@ void* attention_scratch(size_t bytes) {
 
 namespace {
 
+// Elements of a forward task's queries and outputs, 512 KB in fp32.
+constexpr int64_t kTaskElements = 1 << 17;
+
 // Whether the kernels of attention_bf16.cpp take the call; tiles and pairs need packed keys, which a few rows do not
 // repay. A packed sequence's choice may not depend on its neighbours, so there it is made for all.
 bool forward_in_bf16(const AttentionArgs& args) {
@@ -108,8 +111,9 @@ AttentionArgs with_tasks(AttentionArgs args, const std::vector<AttentionTask>& t
 void attention_fwd(const AttentionArgs& args) {
   if (args.B * args.H * args.T == 0) return;
   const bool bf16 = forward_in_bf16(args);
-  // A task is so long that packing keys is 1 or 2 % of its arithmetic, and its outputs stay in L2.
-  const ForwardGrain grain = bf16 ? ForwardGrain{32, 128, 512} : ForwardGrain{12, 48, 384};
+  // A task is so long that packing keys is 1 or 2 % of its arithmetic, and its queries and outputs stay in L2.
+  const int64_t most = std::max<int64_t>(kTaskElements / (args.D + args.Dv), 64) / 64 * 64;
+  const ForwardGrain grain = bf16 ? ForwardGrain{32, 128, most} : ForwardGrain{12, 48, most / 12 * 12};
   const std::vector<AttentionTask> tasks = plan_forward(args, grain);
   const AttentionArgs planned = with_tasks(args, tasks);
   if (bf16) return attention_bf16_fwd(planned);

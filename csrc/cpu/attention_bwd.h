@@ -66,6 +66,7 @@ struct Bwd {
     list_rows(a, kv_head, first, count, s.rows);
     for (int64_t r = 0; r < count; ++r) {
       const Row& row = s.rows[r];
+      for (const Heads* x : {&a.q, &a.dout, &a.out}) prefetch_row(at(*x, row.head, row.index + kAhead), a.D);
       pack_row<V>(at(a.q, row.head, row.index), a.D, S(1), s.q + r * Dp);
       pack_row<V>(at(a.dout, row.head, row.index), a.Dv, S(1), s.dout + r * Dvp);
       const T* out = at(a.out, row.head, row.index);
@@ -95,8 +96,8 @@ struct Bwd {
     int64_t mask_stride = 0;
     const Cover cover = a.mask.data ? mask_tile<V>(a.mask, row, count, j0, n, s.additive, &mask_stride) : Cover::open;
     if (cover == Cover::closed) return false;
-    product<false, V>(s.q + first * Dp, Dp, s.keys_t, kKeys, s.p, kKeys, count, kKeys, a.D, Start::zero);
-    product<false, V>(s.dout + first * Dvp, Dvp, s.values_t, kKeys, s.ds, kKeys, count, kKeys, a.Dv, Start::zero);
+    product<false, Start::zero, V>(s.q + first * Dp, Dp, s.keys_t, kKeys, s.p, kKeys, count, kKeys, a.D);
+    product<false, Start::zero, V>(s.dout + first * Dvp, Dvp, s.values_t, kKeys, s.ds, kKeys, count, kKeys, a.Dv);
     const S scale = S(a.scale * 1.4426950408889634), cap = S(a.softcap * 1.4426950408889634);
     alignas(64) S slope[kKeys];
     uint64_t kept = 0;
@@ -137,10 +138,10 @@ struct Bwd {
       const int64_t n = std::min(kBlock, count - r);
       if (!gradient_of_scores(s, r, n, j0, true)) continue;
       if (want_dkv) {
-        product<true, V>(s.p, kKeys, s.dout + r * Dvp, Dvp, s.dv, Dvp, kKeys, Dvp, n, Start::add);
-        product<true, V>(s.ds, kKeys, s.q + r * Dp, Dp, s.dk, Dp, kKeys, Dp, n, Start::add);
+        product<true, Start::add, V>(s.p, kKeys, s.dout + r * Dvp, Dvp, s.dv, Dvp, kKeys, Dvp, n);
+        product<true, Start::add, V>(s.ds, kKeys, s.q + r * Dp, Dp, s.dk, Dp, kKeys, Dp, n);
       }
-      if (want_dq) product<false, V>(s.ds, kKeys, s.keys, Dp, s.dq + r * Dp, Dp, n, Dp, kKeys, Start::add);
+      if (want_dq) product<false, Start::add, V>(s.ds, kKeys, s.keys, Dp, s.dq + r * Dp, Dp, n, Dp, kKeys);
     }
   }
 

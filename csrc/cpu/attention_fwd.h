@@ -62,8 +62,8 @@ struct Fwd {
     if (few)
       scores_of_few<V>(count, s.q, Dp, k + part.begin * a.k.t, a.k.t, to - part.begin, a.D, p + part.begin);
     else
-      product<false, V>(s.q + first * Dp, Dp, s.keys + part.begin, kKeys, p + part.begin, kKeys, count,
-                        part.end - part.begin, a.D, Start::zero);
+      product<false, Start::zero, V>(s.q + first * Dp, Dp, s.keys + part.begin, kKeys, p + part.begin, kKeys, count,
+                        part.end - part.begin, a.D);
     if (a.softcap > 0)
       for (int64_t r = 0; r < count; ++r)
         for (int64_t j = part.begin; j < part.end; j += L) {
@@ -86,18 +86,18 @@ struct Fwd {
     if (few)
       add_values_of_few<V>(count, p + from, v + from * a.v.t, a.v.t, to - from, a.Dv, out, Dvp, factor);
     else if (finite || (cover == Cover::open && reach.covers(j0, n)))
-      product<false, V>(p + from, kKeys, s.values + from * Dvp, Dvp, out, Dvp, count, Dvp, to - from, Start::scale, factor);
+      product<false, Start::scale, V>(p + from, kKeys, s.values + from * Dvp, Dvp, out, Dvp, count, Dvp, to - from, factor);
     else
       add_open_values(s, p, count, {from, to}, out, factor);
   }
 
   // For a tile with closed keys and with an infinity or NaN among its values, which times 0 would be NaN.
   void add_open_values(const Scratch& s, const S* p, int64_t count, KeyRange part, S* out, const S* factor) const {
-    product<false, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, 0, Start::scale, factor);
+    product<false, Start::scale, V>(p, kKeys, s.values, Dvp, out, Dvp, count, Dvp, 0, factor);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t j = part.begin; j < part.end; ++j)
         if (p[r * kKeys + j] != 0)
-          product<false, V>(p + r * kKeys + j, 1, s.values + j * Dvp, Dvp, out + r * Dvp, Dvp, 1, Dvp, 1, Start::add);
+          product<false, Start::add, V>(p + r * kKeys + j, 1, s.values + j * Dvp, Dvp, out + r * Dvp, Dvp, 1, Dvp, 1);
   }
 
   // scores of some keys -> probabilities relative to the new running maximum; factor: what the sums so far shrink by.
@@ -142,6 +142,7 @@ struct Fwd {
     for (int64_t r = 0; r < part.count; ++r) {
       const Row& row = s.rows[r];
       const T* q = (const T*)a.q.data + row.head * a.q.h + row.index * a.q.t;
+      prefetch_row(q + kAhead * a.q.t, a.D);
       few ? pack_twos<V>(q, a.D, scale, s.q + r * Dp) : pack_row<V>(q, a.D, scale, s.q + r * Dp);
       s.maximum[r] = minus_infinity<S>;
       s.sum[r] = V{};

@@ -128,12 +128,6 @@ inline __mmask16 columns16(KeyRange range, int64_t j) {
   return (__mmask16)(first16(range.end - j) & ~first16(range.begin - j));
 }
 
-// Rows of a fused projection lie a page apart, where the hardware's prefetcher does not follow.
-constexpr int64_t kAhead = 16;
-inline void prefetch_row(const bf16_t* row, int64_t D) {
-  for (int64_t d = 0; d < D; d += 32) __builtin_prefetch(row + d);
-}
-
 // A left operand's row: dst (up32(D)) = src (D), its signs flipped by `sign` (0 or 0x8000).
 inline void pack_row(const bf16_t* src, int64_t D, uint16_t sign, bf16_t* dst) {
   for (int64_t d = 0; d < D; d += 32)
@@ -179,7 +173,8 @@ inline bool pack_rows(const bf16_t* src, int64_t stride, int64_t n, int64_t D, b
   const int64_t rows = up32(n);
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __m512i largest = _mm512_setzero_si512();  // exponent
-  for (int64_t j = 0; j < rows; j += 2)
+  for (int64_t j = 0; j < rows; j += 2) {
+    for (int64_t i = 0; i < 2; ++i) prefetch_row(src + (j + i + kAhead) * stride, D);
     for (int64_t d = 0; d < D; d += 32) {
       const __mmask32 width = first32(D - d);
       const __m512i first = _mm512_maskz_loadu_epi16(j < n ? width : 0, src + j * stride + d);
@@ -191,6 +186,7 @@ inline bool pack_rows(const bf16_t* src, int64_t stride, int64_t n, int64_t D, b
       _mm512_storeu_si512(dst + d * rows + j * 16, low);
       _mm512_storeu_si512(dst + (d + 16) * rows + j * 16, high);
     }
+  }
   return _mm512_cmpeq_epi16_mask(largest, exponent) == 0;
 }
 

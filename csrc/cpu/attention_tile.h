@@ -29,50 +29,59 @@ constexpr S minus_infinity = -std::numeric_limits<S>::infinity();
 enum class Start { zero, add, scale };
 
 // C (R x N*lanes) = start + A (R x K) B (K x N*lanes). Element (r, k) of A is A[r * ar + k] or, transposed, A[k * ar + r].
-template <int R, int N, bool kTransposed, class V>
+// The start is known to the compiler, or it would keep the sums in memory until the first product: a tenth of a block.
+template <int R, int N, bool kTransposed, Start kStart, class V>
 inline void block(const lane_t<V>* A, int64_t ar, const lane_t<V>* B, int64_t br, lane_t<V>* C, int64_t cr, int64_t K,
-                  Start start, const lane_t<V>* factor) {
+                  const lane_t<V>* factor) {
   constexpr int64_t L = lanes<V>;
   V c[R][N];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      c[r][n] = start == Start::zero ? V{} : load<V>(C + r * cr + n * L);
-      if (start == Start::scale) c[r][n] *= factor[r];
+      c[r][n] = kStart == Start::zero ? V{} : load<V>(C + r * cr + n * L);
+      if constexpr (kStart == Start::scale) c[r][n] *= factor[r];
     }
   for (int64_t k = 0; k < K; ++k) {
     V b[N];
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) b[n] = load<V>(B + k * br + n * L);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V a = set1<V>(kTransposed ? A[k * ar + r] : A[r * ar + k]);
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) c[r][n] = fma(a, b[n], c[r][n]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) store(C + r * cr + n * L, c[r][n]);
 }
 
-template <int R, int N, bool kTransposed, class V>
+template <int R, int N, bool kTransposed, Start kStart, class V>
 inline void block_of(int64_t r, int64_t n, const lane_t<V>* A, int64_t ar, const lane_t<V>* B, int64_t br, lane_t<V>* C,
-                     int64_t cr, int64_t K, Start start, const lane_t<V>* factor) {
-  if (r == R && n == N) return block<R, N, kTransposed, V>(A, ar, B, br, C, cr, K, start, factor);
+                     int64_t cr, int64_t K, const lane_t<V>* factor) {
+  if (r == R && n == N) return block<R, N, kTransposed, kStart, V>(A, ar, B, br, C, cr, K, factor);
   if constexpr (R > 1) {
-    if (r < R) return block_of<R - 1, N, kTransposed, V>(r, n, A, ar, B, br, C, cr, K, start, factor);
+    if (r < R) return block_of<R - 1, N, kTransposed, kStart, V>(r, n, A, ar, B, br, C, cr, K, factor);
   }
   if constexpr (N > 1) {
-    if (n < N) return block_of<R, N - 1, kTransposed, V>(r, n, A, ar, B, br, C, cr, K, start, factor);
+    if (n < N) return block_of<R, N - 1, kTransposed, kStart, V>(r, n, A, ar, B, br, C, cr, K, factor);
   }
 }
 
 // C (M x N) = start + A (M x K) B (K x N) for N a multiple of the lanes; C's columns in blocks of even width.
-template <bool kTransposed, class V>
+template <bool kTransposed, Start kStart, class V>
 void product(const lane_t<V>* A, int64_t ar, const lane_t<V>* B, int64_t br, lane_t<V>* C, int64_t cr, int64_t M,
-             int64_t N, int64_t K, Start start, const lane_t<V>* factor = nullptr) {
+             int64_t N, int64_t K, const lane_t<V>* factor = nullptr) {
   const int64_t vecs = N / lanes<V>, blocks = ceil_div(vecs, kVecs);
   for (int64_t j = 0; j < blocks; ++j) {
     const int64_t first = j * vecs / blocks, n = (j + 1) * vecs / blocks - first, at = first * lanes<V>;
     for (int64_t i = 0; i < M; i += kRows)
-      block_of<kRows, kVecs, kTransposed, V>(std::min<int64_t>(kRows, M - i), n, A + i * (kTransposed ? 1 : ar), ar,
-                                             B + at, br, C + i * cr + at, cr, K, start, factor ? factor + i : nullptr);
+      block_of<kRows, kVecs, kTransposed, kStart, V>(std::min<int64_t>(kRows, M - i), n,
+                                                     A + i * (kTransposed ? 1 : ar), ar, B + at, br, C + i * cr + at,
+                                                     cr, K, factor ? factor + i : nullptr);
   }
 }
 
@@ -115,6 +124,13 @@ inline double largest(VD v) {
 
 // ---- packing -----------------------------------------------------------------------------------------------------
 
+// Rows of a fused projection lie a page apart, where the hardware's prefetcher does not follow.
+constexpr int64_t kAhead = 16;
+template <class T>
+inline void prefetch_row(const T* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + d);
+}
+
 // dst (Dp) = factor * src (D), padded with zeros.
 template <class V, class T>
 inline void pack_row(const T* src, int64_t D, lane_t<V> factor, lane_t<V>* dst) {
@@ -147,6 +163,8 @@ void pack_transposed(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<
   constexpr int64_t L = lanes<V>;
   for (int64_t j = 0; j < kKeys; j += L)
     for (int64_t d = 0; d < D; d += L) {
+      if (d == 0)
+        for (int64_t i = 0; i < L; ++i) prefetch_row(src + (j + i + kAhead) * stride, D);
       const int64_t width = std::min(L, D - d);
       V rows[L];
       for (int64_t i = 0; i < L; ++i) {
@@ -163,12 +181,14 @@ template <class V, class T>
 bool pack_keys(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* dst) {
   const int64_t Dp = padded<V>(D);
   V zero{};
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; i < n; ++i) {
+    prefetch_row(src + (i + kAhead) * stride, D);
     for_lanes<V>(D, [&](int64_t d, auto width) {
       const V x = load<V>(src + i * stride + d, width);
       zero += x * 0;
       store(dst + i * Dp + d, x);
     });
+  }
   std::fill(dst + n * Dp, dst + kKeys * Dp, lane_t<V>(0));
   return reduce_add(zero) == 0;
 }
