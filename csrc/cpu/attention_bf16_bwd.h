@@ -84,21 +84,27 @@ struct Bwd16 {
     return list_reaches(s.rows, count, kBlock, s.reaches);
   }
 
+  // The columns of a part of the keys from j0 on that a row of a block attends by its position.
+  static KeyRange within(KeyRange keys, int64_t j0, KeyRange part) {
+    return {std::max(part.begin, keys.begin - j0), std::min(part.end, keys.end - j0)};
+  }
+
   // P F / factor (as pairs of rows) and dS (both ways) of rows r and r + 1 of the block that starts at `first`, columns
-  // [from, to), of which only those in `part` are open.
+  // [from, to), of which only those in `part` are open. kPlain: all of them, without mask, dropout and soft cap.
+  template <bool kPlain>
   void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t from, int64_t to,
                           KeyRange part, const float* additive, int64_t mask_stride) const {
     const __m512 scale = _mm512_set1_ps((float)(a.scale * 1.4426950408889634));
-    const float cap = (float)(a.softcap * 1.4426950408889634);
+    const float cap = kPlain ? 0.0f : (float)(a.softcap * 1.4426950408889634);
     const __m512 factor = _mm512_set1_ps((float)dropout.scale);
-    const bool drops = a.dropout_p > 0;
+    const bool drops = !kPlain && a.dropout_p > 0;
     const int64_t drawn = from / 64 * 64;
     uint64_t kept[2][kSpan / 64];
     KeyRange open[2];
     __m512 lse[2], delta[2];
     for (int i = 0; i < 2; ++i) {
       const Row& row = s.rows[first + r + i];
-      open[i] = {std::max(part.begin, row.keys.begin - j0), std::min(part.end, row.keys.end - j0)};
+      open[i] = within(row.keys, j0, part);
       lse[i] = _mm512_set1_ps(s.lse[first + r + i]);
       delta[i] = _mm512_set1_ps(s.delta[first + r + i]);
       if (drops) dropout.kept(row.id, j0 + drawn, to - drawn, kept[i] + drawn / 64);
@@ -108,8 +114,8 @@ struct Bwd16 {
       for (int i = 0; i < 2; ++i) {
         VF x = (VF)_mm512_mul_ps(_mm512_loadu_ps(s.scores + (r + i) * kSpan + j), scale), slope;
         if (cap > 0) x = soft_cap_short(x, cap, &slope);
-        if (additive) x = masked<VF>(x, load<VF>(additive + (r + i) * mask_stride + j));
-        p[i] = exp2_short(_mm512_sub_ps((__m512)x, lse[i]), columns16(open[i], j));
+        if (!kPlain && additive) x = masked<VF>(x, load<VF>(additive + (r + i) * mask_stride + j));
+        p[i] = exp2_short(_mm512_sub_ps((__m512)x, lse[i]), kPlain ? 0xffff : columns16(open[i], j));
         __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kSpan + j);
         const __mmask16 added = drops ? (__mmask16)(kept[i][j / 64] >> j % 64) : 0xffff;
         if (drops) g = _mm512_maskz_mul_ps(added, g, factor);
@@ -138,8 +144,15 @@ struct Bwd16 {
     if (width <= 0) return;
     product(s.q + first * Dp, Dp, s.keys_t + from * Dp, Dp * 16, s.scores + from, kSpan, kBlock, width, Dp, false);
     product(s.dout + first * Dvp, Dvp, s.values_t + from * Dvp, Dvp * 16, s.dp + from, kSpan, kBlock, width, Dvp, false);
-    for (int64_t r = 0; r < kBlock; r += 2)
-      gradient_of_scores(s, first, r, j0, from, to, part, cover == Cover::mixed ? s.additive : nullptr, mask_stride);
+    const bool plain = cover == Cover::open && a.dropout_p == 0 && a.softcap == 0;
+    for (int64_t r = 0; r < kBlock; r += 2) {
+      const KeyRange one = within(s.rows[first + r].keys, j0, part), two = within(s.rows[first + r + 1].keys, j0, part);
+      if (plain && std::max(one.begin, two.begin) <= from && std::min(one.end, two.end) >= to)
+        gradient_of_scores<true>(s, first, r, j0, from, to, part, nullptr, 0);
+      else
+        gradient_of_scores<false>(s, first, r, j0, from, to, part, cover == Cover::mixed ? s.additive : nullptr,
+                                  mask_stride);
+    }
     if (want_dkv) {
       const int64_t at = from * kBlock;
       product(s.dout_t + first * Dvp, kBlock, s.p_pairs + at, kBlock * 16, s.dv_t + from, kSpan, Dvp, width, kBlock, true);
