@@ -30,7 +30,7 @@ class AdamWBenchmark:
 
     def cases(self, device: str, quick: bool) -> list[Case]:
         shape = (2, 128, 1024) if quick else (12, 768, 50257)
-        return each_dtype([Case("adamw", shape, "", passes=("full",), headline=True)])
+        return each_dtype([Case("adamw", shape, "", passes=("full",))])
 
     def session(self, case: Case, device: str) -> AdamWSession:
         return AdamWSession(case, device)

@@ -114,7 +114,7 @@ VARIANTS = {
     "bert-small-padded": Variant("bert", padded=True, small=True),
     "gpt2-small-train": Variant("gpt2", "train", small=True),
 }
-COMMONEST = (("bert-base-padded", "bfloat16"), ("gpt2-124m-train", "bfloat16"))
+COMMONEST = (("bert-base-padded", "bfloat16"),)
 
 
 class HuggingFace:
