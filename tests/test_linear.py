@@ -1,5 +1,6 @@
 """fastlm.linear on few rows: parity with fp64, rows on their own, threads, dispatch, errors."""
 
+import importlib
 import math
 
 import pytest
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 import fastlm
 from conftest import DTYPES
 from fastlm import _native
+from fastlm.ops import _products
 from tolerances import assert_as_close_as_torch
 
+linear_op = importlib.import_module("fastlm.ops.linear")  # fastlm.ops has the function by this name
 # K below a vector, with a tail, of two vectors at a time; N of one and of several threads' shares.
 SIZES = [(1, 1), (5, 3), (37, 50), (64, 128), (300, 193)]
 
@@ -86,9 +89,6 @@ def test_many_rows_and_gradients_are_the_librarys():
     assert fastlm.explain(fastlm.linear, x, weight.detach()).selected == "torch"
     assert fastlm.explain(fastlm.linear, x[:8], torch.empty(2**14, 16)).selected == "cpu"
     assert fastlm.explain(fastlm.linear, x[:8], weight).selected == "torch"
-    few = fastlm.explain(fastlm.linear, x[:1], torch.empty(2**14, 16))
-    assert few.selected == "torch"
-    assert "faster with so few rows" in str(few)
     assert fastlm.explain(fastlm.linear, x[:1].bfloat16(), torch.empty(2**14, 16).bfloat16()).selected == "cpu"
     assert fastlm.explain(fastlm.linear, x[:4].double(), torch.empty(2**14, 16).double()).selected == "torch"
     with fastlm.backend("cpu"), pytest.raises(fastlm.BackendError, match="1 to 8 rows"):
@@ -96,6 +96,17 @@ def test_many_rows_and_gradients_are_the_librarys():
     with fastlm.backend("cpu"), pytest.raises(fastlm.BackendError, match="no backward pass"):
         fastlm.linear(x[:1], weight)
     assert torch.autograd.grad(fastlm.linear(x[:1], weight).sum(), weight)[0].shape == weight.shape
+
+
+@pytest.mark.parametrize("lags", [False, True])
+def test_one_row_in_fp32_is_ours_where_mkl_lags(monkeypatch, lags):
+    monkeypatch.setattr(_products, "mkl_lags", lambda: lags)
+    monkeypatch.setitem(linear_op.FASTER_ROWS, torch.float32, linear_op.faster_rows_in_fp32())
+    x, weight = torch.randn(1, 16), torch.empty(2**14, 16)
+    found = fastlm.explain(fastlm.linear, x, weight)
+    assert found.selected == ("cpu" if lags else "torch")
+    assert ("faster with so few rows" in str(found)) is not lags
+    assert fastlm.explain(fastlm.linear, x.expand(4, 16), weight).selected == "cpu"
 
 
 def test_empty():

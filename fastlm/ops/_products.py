@@ -71,11 +71,15 @@ def _has_tiles() -> bool:
     return "amx" in _native.cpu_isas()
 
 
+def mkl_lags() -> bool:
+    """Whether this CPU has AVX-512 that MKL makes little of."""
+    return "avx512" in _native.cpu_isas() and not _native.is_intel()
+
+
 @functools.cache
 def onednn_leads() -> bool:
     """Whether large fp32 products are faster by oneDNN than by PyTorch's own operator."""
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-    return known and "avx512" in _native.cpu_isas() and not _native.is_intel()
+    return mkl_lags() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 
 
 def suits_onednn(x: Tensor, multiplications: int) -> bool:

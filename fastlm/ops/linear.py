@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from . import _products
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,11 +33,16 @@ def _unsupported(request: Request) -> str | None:
     return cpu_unsupported(request)
 
 
+def faster_rows_in_fp32() -> range:
+    """Where MKL makes little of AVX-512, it took 1.7 to 5 times as long as the kernel, whatever the rows."""
+    return range(1 if _products.mkl_lags() else 4, _native.LINEAR_ROWS + 1)
+
+
 # Rows at which the kernel reads a weight faster than PyTorch's product does. On two threads, over weights from
 # 768 x 768 to 32000 x 1024, it was 1.1 to 4.5 times as fast in 16 bits, over all instruction sets; 1.0 to 1.9 times in
 # fp32, where fewer rows took 0.8 to 1.1 times PyTorch's speed, and fp64 0.7 to 1.3 times.
 FASTER_ROWS = {
-    torch.float32: range(4, _native.LINEAR_ROWS + 1),
+    torch.float32: faster_rows_in_fp32(),
     torch.bfloat16: range(1, _native.LINEAR_ROWS + 1),
     torch.float16: range(1, _native.LINEAR_ROWS + 1),
 }
@@ -112,8 +118,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (N,), like x, or None.
 
     Returns:
-        (..., N), like x. Up to 8 rows without gradients, in fp32 4 to 8, are summed in fp32 by our own kernel, each row
-        to the same bits whatever the others are; all else, fp64 and tiny weights are the library's product.
+        (..., N), like x. Up to 8 rows without gradients, in fp32 4 to 8 where MKL is fast, are summed in fp32 by our
+        own kernel, each row to the same bits whatever the others are; all else, fp64 and tiny weights are the library's
+        product.
 
     Raises:
         ValueError: if shapes or devices disagree.
