@@ -20,7 +20,7 @@ SIZES = [(1, 1), (5, 3), (37, 50), (64, 128), (300, 193)]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rows", range(1, 9))
 def test_parity(every_isa, poisoned, rows, size, dtype):
     N, K = size
     x, weight, bias = torch.randn(rows, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
@@ -41,7 +41,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(every_isa, thre
         together = fastlm.linear(x, weight)
         threads(1)
         assert torch.equal(fastlm.linear(x, weight), together)
-        for rows in (1, 2, 3, 5):
+        for rows in range(1, 8):
             assert torch.equal(fastlm.linear(x[:rows], weight), together[:rows])
 
 

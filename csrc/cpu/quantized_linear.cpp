@@ -3,6 +3,8 @@
 // Rows of x become 16-bit integers once, each with one scale; products are summed exactly in 32-bit integers (so their
 // order cannot matter) and scaled in fp32. That rounding of x adds at most 2^-16 max|x| sum|w| to an output: less than
 // rounding x to bf16 does, and multiplying integers of 16 bits takes a third of the instructions of widening to fp32.
+// An int8 weight goes through linear_tiles.cpp where there are tiles, either through linear_dots.cpp where there are dot
+// products alone.
 //
 //   int8: w = scale[n] q, q in [-127, 127]. Rows of K padded to a multiple of 32.
 //   int4: w = scale[n, group] (q - 8), q in [0, 15], groups of 32, 64 or 128 along K, scales in bf16. Rows of K padded
@@ -277,6 +279,7 @@ void dequantize_any(const void* w, const void* scale, void* out, int64_t N, int6
 
 #else
 
+#include "cpu/linear_dots.h"
 #include "cpu/linear_tiles.h"
 
 namespace fastlm {
@@ -289,6 +292,8 @@ void quantized_linear_fwd(const void* x, const void* w, const void* scale, const
                           int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type) {
   if (!group && linear_has_tiles())
     return linear_tiles_int8(x, w, scale, bias, y, M, N, K, padded_K, x_type, y_type);
+  if (linear_has_dots())
+    return linear_dots_quantized(x, w, scale, bias, y, M, N, K, padded_K, group, x_type, y_type);
   FASTLM_DISPATCH(quantized_linear::fwd, x, w, scale, bias, y, M, N, K, padded_K, group, x_type, y_type);
 }
 
