@@ -126,8 +126,8 @@ void linear_fwd(const void* x, const void* w, const void* bias, void* y, int64_t
   const AsCompute b(bias, N, b_type, w_type);
   if (w_type == (int)DType::bf16 && linear_has_tiles())
     return linear_tiles_bf16(x, w, (const float*)b.data, y, M, N, K, x_type != w_type, y_type != w_type);
-  if (w_type == (int)DType::bf16 && x_type == w_type && y_type == w_type && linear_has_dots())
-    return linear_dots_bf16(x, w, (const float*)b.data, y, M, N, K);
+  if (w_type == (int)DType::bf16 && linear_has_dots())
+    return linear_dots_bf16(x, w, (const float*)b.data, y, M, N, K, x_type != w_type, y_type != w_type);
   FASTLM_DISPATCH(linear::fwd_dispatch, x, w, b.data, y, M, N, K, x_type != w_type, y_type != w_type, w_type);
 }
 

@@ -31,6 +31,8 @@
 
 #ifdef FASTLM_ISA
 #if FASTLM_ISA_LEVEL == 3
+#include "cpu/linear_split.h"
+
 namespace fastlm::FASTLM_ISA {
 
 namespace linear_dots {
@@ -101,8 +103,10 @@ struct All {};
 inline __m512i load_bytes(const void* p, All) { return _mm512_loadu_si512(p); }
 inline __m512i load_bytes(const void* p, __mmask64 first) { return _mm512_maskz_loadu_epi8(first, p); }
 
+// PARTS: 1, or 2 where a row of x is fp32 as `split` makes it.
+template <int PARTS>
 struct Bf16 {
-  const char* x;  // (M, length)
+  const char* x;  // (M, PARTS, length)
 
   template <int M>
   static constexpr int kTogether = 4;
@@ -117,16 +121,16 @@ struct Bf16 {
   static inline void add(const Call& c, const char* x, const char* w, int64_t k, Bytes bytes, __m512* acc) {
     __m512bh q[R];
     for (int r = 0; r < R; ++r) q[r] = (__m512bh)load_bytes(w + r * c.length + k, bytes);
-    for (int m = 0; m < M; ++m) {
-      const __m512bh p = (__m512bh)load_bytes(x + m * c.length + k, bytes);
-      for (int r = 0; r < R; ++r) acc[m * R + r] = _mm512_dpbf16_ps(acc[m * R + r], q[r], p);
+    for (int i = 0; i < M * PARTS; ++i) {
+      const __m512bh p = (__m512bh)load_bytes(x + i * c.length + k, bytes);
+      for (int r = 0; r < R; ++r) acc[i / PARTS * R + r] = _mm512_dpbf16_ps(acc[i / PARTS * R + r], q[r], p);
     }
   }
 
   // Rows m to m + M of x times rows n to n + R of the weight.
   template <int M, int R>
   inline void sums(const Call& c, int64_t m, int64_t n, float* sum) const {
-    const char *x = this->x + m * c.length, *w = c.w + n * c.length;
+    const char *x = this->x + m * PARTS * c.length, *w = c.w + n * c.length;
     __m512 acc[M * R];
     for (int i = 0; i < M * R; ++i) acc[i] = _mm512_setzero_ps();
     int64_t k = 0;
@@ -300,9 +304,14 @@ void by_rows(const Call& c, const Format& format) {
   }
 }
 
-void bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K) {
-  const Call call{(const char*)w, K * (int64_t)sizeof(bf16_t), bias, y, M, N, K, (int)DType::bf16};
-  by_rows(call, Bf16{(const char*)x});
+void bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K, bool wide_x,
+          bool wide_y) {
+  const int64_t length = K * sizeof(bf16_t);
+  const Call call{(const char*)w, length, bias, y, M, N, K, (int)(wide_y ? DType::f32 : DType::bf16)};
+  if (!wide_x) return by_rows(call, Bf16<1>{(const char*)x});
+  bf16_t* parts = (bf16_t*)attention_scratch(2 * M * length);
+  for (int64_t m = 0; m < M; ++m) split((const float*)x + m * K, K, parts + 2 * m * K, parts + (2 * m + 1) * K);
+  by_rows(call, Bf16<2>{(const char*)parts});
 }
 
 // K words of x in the order of int4's, and where sums start.
@@ -357,8 +366,9 @@ namespace fastlm {
 
 #if FASTLM_X86
 bool linear_has_dots() { return isa() == Isa::avx512_bf16; }
-void linear_dots_bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K) {
-  avx512_bf16::linear_dots::bf16(x, w, bias, y, M, N, K);
+void linear_dots_bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
+                      bool wide_x, bool wide_y) {
+  avx512_bf16::linear_dots::bf16(x, w, bias, y, M, N, K, wide_x, wide_y);
 }
 void linear_dots_quantized(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
                            int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type) {
@@ -366,7 +376,7 @@ void linear_dots_quantized(const void* x, const void* w, const void* scale, cons
 }
 #else
 bool linear_has_dots() { return false; }
-void linear_dots_bf16(const void*, const void*, const float*, void*, int64_t, int64_t, int64_t) {}
+void linear_dots_bf16(const void*, const void*, const float*, void*, int64_t, int64_t, int64_t, bool, bool) {}
 void linear_dots_quantized(const void*, const void*, const void*, const float*, void*, int64_t, int64_t, int64_t,
                            int64_t, int64_t, int, int) {}
 #endif

@@ -29,6 +29,8 @@
 
 #ifdef FASTLM_ISA
 #if FASTLM_ISA_LEVEL >= 4
+#include "cpu/linear_split.h"
+
 namespace fastlm::FASTLM_ISA {
 
 namespace linear_tiles {
@@ -171,17 +173,6 @@ void all_rows(const Call& c, const Format& format) {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < c.N; n += kRows) sixteen(c, n, format);
   }
-}
-
-// A row of x in bf16, and from fp32 what that leaves out.
-inline void split(const float* x, int64_t K, bf16_t* leading, bf16_t* rest) {
-  for_lanes<VF>(K, [&](int64_t k, auto n) {
-    const VF v = load<VF>(x + k, n);
-    const VI finite = abs(v) <= 3.4028235e38f;
-    const VF cut = finite ? (VF)((VU)v & 0xffff0000u) : v;
-    store(leading + k, cut, n);
-    store(rest + k, finite ? v - cut : VF{}, n);
-  });
 }
 
 void bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K, bool wide_x,
