@@ -6,11 +6,12 @@
 // has the same bits whatever the others are. Products of denormal numbers count as 0, as the instruction for bf16 has it.
 //
 // Measured on two threads of a Zen 4, weights of 768x768 to 50257x768, in the caches and out of them; one, four and eight
-// rows. bf16: 2.1 to 5.5, 2.2 to 3.9 and 2.2 to 3.2 times PyTorch's speed, 1.2 to 1.6, 1.5 to 3.3 and 2.3 to 4.1 times
+// rows. bf16: 2.0 to 5.5, 2.2 to 3.9 and 1.9 to 3.2 times PyTorch's speed, 1.2 to 1.6, 1.5 to 3.3 and 2.3 to 4.1 times
 // that of dot products of widened vectors (linear.cpp). int8: 1.0 to 1.8, 1.2 to 1.5 and 1.4 to 1.9 times the speed of
 // quantized_linear.cpp, int4 1.2 to 1.4, 1.1 to 1.2 and 1.1 to 1.4 times.
 // - No memory asked for ahead: 1.6 times the time at 50257x768 with one row, 2.2 times with eight, and 0.9 to 1.2 times
-//   in the caches. 4 KiB beyond the next rows instead of 8: 1.1 to 1.4 times with int8 out of the caches.
+//   in the caches. 8 KiB beyond the next rows instead of 4: 0.8 to 1.0 times at 50257x768 with int8, but 1.03 to 1.08
+//   times over the smaller weights of GPT-2 124M, of which each thread has a few hundred KiB; 2 KiB: 1.05 to 1.1 times.
 // - Eight rows of the weight with one of x: 1.0 to 1.3 times the time, most with int4.
 // - int8 times the upper and the lower bytes of x: twice the accumulators, 1.2 times the time with eight rows.
 // A dot product holds as many words as pairs of bf16, so from four rows on, in the caches, quantized weights are no
@@ -55,7 +56,7 @@ struct Call {
 // rows may exceed L1. Inlined by force, or GCC takes a function that only asks for one without effects.
 template <int R>
 inline __attribute__((always_inline)) void ask(const Call& c, const char* w, int64_t k) {
-  constexpr int64_t kAhead = 8192;
+  constexpr int64_t kAhead = 4096;
   const char* next = w + R * (c.length + k) + kAhead;
   for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * kBytes, 0, 2);
 }
