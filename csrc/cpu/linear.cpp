@@ -8,7 +8,8 @@
 // were no faster, eight slower; asking for memory 1 or 4 KiB ahead instead of 2 lost 5 to 20 %.
 // fp32, one row, against PyTorch: 0.91 times the speed at 3072x768 and 0.98 at 50257x768. Four rows of the weight at a
 // time gained on the smallest weights alone (0.80 to 0.87 at 768x768) and cost bf16 12 to 28 %. Where there are tiles
-// (AMX), a bf16 weight goes through linear_tiles.cpp.
+// (AMX), a bf16 weight goes through linear_tiles.cpp; where there are dot products of bf16 alone, through
+// linear_dots.cpp.
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
