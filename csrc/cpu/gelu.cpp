@@ -365,7 +365,7 @@ template <class T>
 void fwd_form(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed) {
   if constexpr (looks_values_up<T>)
     if (!bias && p == 0) return (tanh ? look_up<T, true> : look_up<T, false>)((const T*)x, (T*)y, M * N);
-  const bool stream = streams((const T*)y, M, N);
+  const bool stream = streams((const T*)y, M, N, 2);
   auto run = tanh ? (stream ? fwd<T, true, true> : fwd<T, true, false>)
                   : (stream ? fwd<T, false, true> : fwd<T, false, false>);
   run((const T*)x, (const scalar_of<T>*)bias, (T*)y, M, N, p, seed);
@@ -379,7 +379,7 @@ void bwd_form(const void* dy, const void* x, const void* bias, void* dx, void* p
       auto run = tanh ? look_up_derivative<T, true> : look_up_derivative<T, false>;
       return run((const T*)dy, (const T*)x, (T*)dx, M * N);
     }
-  const bool stream = streams((const T*)dx, M, N);
+  const bool stream = streams((const T*)dx, M, N, 3);
   auto run = tanh ? (stream ? bwd<T, true, true> : bwd<T, true, false>)
                   : (stream ? bwd<T, false, true> : bwd<T, false, false>);
   run((const T*)dy, (const T*)x, (const S*)bias, (T*)dx, (S*)partial, (S*)db, M, N, p, seed);

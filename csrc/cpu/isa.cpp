@@ -1,4 +1,4 @@
-// Which instruction set the kernels use, and what else belongs to the machine: threads and pages.
+// Which instruction set the kernels use, and what else belongs to the machine: caches, threads and pages.
 
 #include "cpu/isa.h"
 
@@ -46,12 +46,27 @@ Isa detect() {
 #endif
 }
 
+int64_t largest_cache() {
+  int64_t largest = 0;
+#if FASTLM_X86
+  unsigned a, b, c, d;
+  for (const unsigned leaf : {0x4u, 0x8000001du})  // Intel's, AMD's
+    for (unsigned i = 0; __get_cpuid_count(leaf, i, &a, &b, &c, &d) && (a & 31) != 0; ++i) {
+      const int64_t line = (b & 0xfff) + 1, partitions = ((b >> 12) & 0x3ff) + 1, ways = (b >> 22) + 1;
+      largest = std::max(largest, line * partitions * ways * (c + 1));
+    }
+#endif
+  return largest ? largest : int64_t(32) << 20;
+}
+
 const Isa g_best = detect();
+const int64_t g_last_cache = largest_cache();
 Isa g_isa = g_best;
 bool g_chosen = false;
 
 }  // namespace
 
+int64_t last_cache() { return g_last_cache; }
 Isa isa() { return g_isa; }
 bool isa_chosen() { return g_chosen; }
 Isa best_isa() { return g_best; }

@@ -6,14 +6,18 @@
 // Backward, a row, with g = dy w and xhat = (z - mean) rstd:
 //   dz = rstd (g - mean(g) - xhat mean(g xhat)) + dz_in,   dw = sum dy xhat,   db = sum dy.
 // Measured on two threads, freed memory kept, against PyTorch:
-// - Large outputs are streamed past the caches: at 16384x1024 in fp32 1.5 times its speed, where it was 1.1 times.
-// - The next row is asked for during this one, and members are copied before loops: 4096x768 in fp32 forward 1.12 to
-//   1.29 times, backward 1.14 to 1.28. The backward kernel moves 48 GB/s there, as a plain copy of this size does.
-// - 16-bit rows are converted once for the three passes: 4096x768 in bf16 forward 1.19 to 1.69 times.
+// - Large outputs are streamed past the caches: at 16384x1024 in fp32 forward 1.5 times its speed, where it was 1.1.
+// - Forward the next row is asked for during this one, and members are copied before loops: 4096x768 in fp32 1.12 to
+//   1.29 times.
+// - 16-bit rows are converted once for the three passes forward: 4096x768 in bf16 1.19 to 1.69 times.
+// - Backward takes a row at a time, so that memory sees one stream an array, and asks the second-level cache for the row
+//   after next. Two rows at a time touched the partial sums of dw and db half as often, but with the first-level cache
+//   asked took 1.5 times as long at 16384x1024 in fp32, 1.15 times at 4096x768. There streaming gained another 1.5, 1.3
+//   with what reads the gradient next counted in: in all 1.3 to 2.3 times PyTorch's speed, and 1.6 to 2.5 at 16384x1024.
 // - With SSE2 alone bf16 is as fast forward and 1.6 times as fast backward; before converting took less than half the
 //   instructions, 0.6 and 0.9 to 1.05 times.
-// Backward rows go two at a time, so that the partial sums of dw and db are read and written once for both. Partials
-// belong to chunks of rows fixed by M alone and are added in order: same bits for any number of threads.
+// Partial sums of dw and db belong to chunks of rows fixed by M alone and are added in order: same bits for any number
+// of threads.
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
@@ -28,8 +32,6 @@
 namespace fastlm::FASTLM_ISA {
 
 namespace layer_norm {
-
-constexpr int kRows = 2;  // of a backward pass at a time
 
 // Sum of term(j, n) over the row; four accumulators hide the latency of the additions.
 template <class V, class F>
@@ -49,11 +51,12 @@ inline __attribute__((always_inline)) lane_t<V> row_sum(int64_t N, F&& term) {
   return reduce_add((a0 + a1) + (a2 + a3));
 }
 
-// Asks for the cache line that begins at element j of a row; between two lines, nothing.
-template <class T>
+// Asks for the cache line that begins at element j of a row; between two lines, nothing. LOCALITY 3 is the first-level
+// cache, 2 the second.
+template <int LOCALITY = 3, class T>
 inline void prefetch(const T* row, int64_t j) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  if (lanes<vec_of<T>> >= kLine || j % kLine == 0) __builtin_prefetch(row + j);
+  if (lanes<vec_of<T>> >= kLine || j % kLine == 0) __builtin_prefetch(row + j, 0, LOCALITY);
 }
 
 // Methods copy the members that their loops use: behind `this` each would be read again after every store.
@@ -165,49 +168,44 @@ struct Bwd {
   double p;
   Dropout dropout;
 
-  // R rows from row i on; sum_w and sum_b are this chunk's partial sums. MORE: a gradient of z comes in. It is known when
-  // compiling, so that any R contracts its addition in the same way, and a row has the same bits alone.
-  template <int R, bool STREAM, bool MORE>
-  void rows(int64_t i, S* sum_w, S* sum_b) const {
+  // Row i; sum_w and sum_b are this chunk's partial sums.
+  template <bool STREAM>
+  void row(int64_t i, S* sum_w, S* sum_b) const {
+    constexpr int64_t kAhead = 2;  // rows
     const int64_t N = this->N;
-    const S* w = this->w;
-    const TY* g0 = dy + i * N;
-    const TR* z0 = z + i * N;
-    const TR* more = dz_in + (MORE ? i * N : 0);
+    const S *w = this->w, m = mean[i], s = rstd[i];
+    const TY* dy = this->dy + i * N;
+    const TR* z = this->z + i * N;
+    const TR* more = dz_in ? dz_in + i * N : nullptr;
     TR* out = dz + i * N;
-    S m[R], s[R], c1[R], c2[R];
-    V a[R]{}, b[R]{};
-    for (int r = 0; r < R; ++r) m[r] = mean[i + r], s[r] = rstd[i + r];
-    for_lanes<V>(N, [&](int64_t j, auto n) {
-      const V weight = load<V>(w + j, n);
-      for (int r = 0; r < R; ++r) {
-        if constexpr (!STREAM) prefetch(out + r * N, j);
-        const V g = load<V>(g0 + r * N + j, n) * weight;
-        a[r] += g;
-        b[r] += g * ((load<V>(z0 + r * N + j, n, m[r]) - m[r]) * s[r]);
-      }
+    V a[2]{}, b[2]{};
+    const auto add = [&](int k, int64_t j, auto n) __attribute__((always_inline)) {
+      const V g = load<V>(dy + j, n) * load<V>(w + j, n);
+      a[k] += g;
+      b[k] += g * (load<V>(z + j, n, m) - m);
+    };
+    constexpr std::integral_constant<int64_t, lanes<V>> whole;
+    int64_t first = 0;
+    for (; first + 2 * whole <= N; first += 2 * whole) add(0, first, whole), add(1, first + whole, whole);
+    for_lanes<V>(N - first, [&](int64_t j, auto n) { add(0, first + j, n); });
+    const S c1 = reduce_add(a[0] + a[1]) / N, c2 = reduce_add(b[0] + b[1]) * s / N;
+    const auto gradient = [&](int64_t j, auto n) __attribute__((always_inline)) {
+      prefetch<2>(dy + kAhead * N, j);
+      prefetch<2>(z + kAhead * N, j);
+      const V g = load<V>(dy + j, n);
+      const V xhat = (load<V>(z + j, n) - m) * s;
+      store(sum_w + j, V(load<V>(sum_w + j, n) + g * xhat), n);
+      store(sum_b + j, V(load<V>(sum_b + j, n) + g), n);
+      V d = (g * load<V>(w + j, n) - c1 - xhat * c2) * s;
+      if (more) d += load<V>(more + j, n);
+      return d;
+    };
+    for (first = 0; first + 2 * whole <= N; first += 2 * whole)
+      put_two<STREAM>(out + first, gradient(first, whole), gradient(first + whole, whole));
+    for_lanes<V>(N - first, [&](int64_t j, auto n) {
+      store_or_stream<STREAM>(out + first + j, gradient(first + j, n), n);
     });
-    for (int r = 0; r < R; ++r) c1[r] = reduce_add(a[r]) / N, c2[r] = reduce_add(b[r]) / N;
-    for_lanes<V>(N, [&](int64_t j, auto n) {
-      const V weight = load<V>(w + j, n);
-      V tw = load<V>(sum_w + j, n), tb = load<V>(sum_b + j, n);
-      for (int r = 0; r < R; ++r) {
-        const int64_t at = r * N + j;
-        prefetch(g0 + (R + r) * N, j);
-        prefetch(z0 + (R + r) * N, j);
-        const V g = load<V>(g0 + at, n);
-        const V xhat = (load<V>(z0 + at, n) - m[r]) * s[r];
-        tw += g * xhat;
-        tb += g;
-        V d = (g * weight - c1[r] - xhat * c2[r]) * s[r];
-        if constexpr (MORE) d += load<V>(more + at, n);
-        store_or_stream<STREAM>(out + at, d, n);
-      }
-      store(sum_w + j, tw, n);
-      store(sum_b + j, tb, n);
-    });
-    if (dx)
-      for (int r = 0; r < R; ++r) dropped(i + r);
+    if (dx) dropped(i);
   }
 
   void dropped(int64_t row) const {
@@ -224,17 +222,15 @@ struct Bwd {
     }
   }
 
-  template <bool STREAM, bool MORE>
+  template <bool STREAM>
   void run() const {
     const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
     for (int64_t c = 0; c < chunks; ++c) {
       S *sum_w = partial + c * 2 * N, *sum_b = sum_w + N;
       std::fill(sum_w, sum_w + 2 * N, S(0));
-      int64_t i = c * size;
-      const int64_t end = std::min(M, i + size);
-      for (; i + kRows <= end; i += kRows) rows<kRows, STREAM, MORE>(i, sum_w, sum_b);
-      for (; i < end; ++i) rows<1, STREAM, MORE>(i, sum_w, sum_b);
+      const int64_t end = std::min(M, (c + 1) * size);
+      for (int64_t i = c * size; i < end; ++i) row<STREAM>(i, sum_w, sum_b);
     }
     if (!dw) return;
     constexpr int64_t kColumns = 256;
@@ -260,9 +256,8 @@ void bwd(const void* dy, const void* z, const void* w, const void* mean, const v
   using S = scalar_of<TR>;
   const Bwd<TX, TR, TY> all{(const TY*)dy, (const TR*)z, (const S*)w, (const S*)mean, (const S*)rstd, (const TR*)dz_in,
                             (TR*)dz, (TX*)dx, (S*)partial, (S*)dw, (S*)db, M, N, p, Dropout(seed, p)};
-  if (!dx && streams((const TR*)dz, M, N))  // dx is made from dz
-    return dz_in ? all.template run<true, true>() : all.template run<true, false>();
-  dz_in ? all.template run<false, true>() : all.template run<false, false>();
+  const bool stream = !dx && streams((const TR*)dz, M, N, dz_in ? 4 : 3);  // dx is made from dz
+  stream ? all.template run<true>() : all.template run<false>();
 }
 
 template <class TX, class TR, class TY>
@@ -271,7 +266,7 @@ void fwd(const void* x, const void* residual, const void* w, const void* b, void
   using S = scalar_of<TR>;
   const Fwd<TX, TR, TY> all{(const TX*)x, (const TR*)residual, (const S*)w, (const S*)b, (TR*)z, (TY*)y,
                             (S*)mean, (S*)rstd, M, N, eps, p, Dropout(seed, p)};
-  streams((const TY*)y, M, N) ? all.template run<true>() : all.template run<false>();
+  streams((const TY*)y, M, N, residual ? 4 : 2) ? all.template run<true>() : all.template run<false>();
 }
 
 // The storage types that meet in one call: all alike, or a 16-bit x and y around an fp32 residual stream.

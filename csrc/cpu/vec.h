@@ -406,11 +406,12 @@ inline void fence() {
   _mm_sfence();
 #endif
 }
-// Whether an output of M rows of N is large, and its rows are aligned.
+// Whether an output of M rows of N, aligned, belongs to a call that reads and writes more than the caches hold: with
+// itself `arrays` as large. What such a call writes first would leave them before anyone read it.
 template <class T>
-inline bool streams(const T* p, int64_t M, int64_t N) {
-  constexpr int64_t kLarge = 16 << 20;  // bytes
-  return M * N * (int64_t)sizeof(T) >= kLarge && (uintptr_t)p % 64 == 0 && N * sizeof(T) % 64 == 0;
+inline bool streams(const T* p, int64_t M, int64_t N, int64_t arrays) {
+  const int64_t row = N * (int64_t)sizeof(T);
+  return arrays * M * row >= last_cache() && (uintptr_t)p % 64 == 0 && row % 64 == 0;
 }
 
 // ---- transcendental functions ------------------------------------------------------------------------------
