@@ -47,6 +47,7 @@ Isa detect() {
 }
 
 int64_t largest_cache() {
+  constexpr int64_t kShare = int64_t(32) << 20;  // a larger one serves many cores, most of them others'
   int64_t largest = 0;
 #if FASTLM_X86
   unsigned a, b, c, d;
@@ -56,7 +57,7 @@ int64_t largest_cache() {
       largest = std::max(largest, line * partitions * ways * (c + 1));
     }
 #endif
-  return largest ? largest : int64_t(32) << 20;
+  return largest ? std::min(largest, kShare) : kShare;
 }
 
 const Isa g_best = detect();

@@ -32,7 +32,7 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx 
 Isa isa();
 bool isa_chosen();  // whether by set_isa
 
-int64_t last_cache();  // bytes of the cache nearest to memory
+int64_t last_cache();  // bytes of the cache nearest to memory, or of a fair share of it
 
 // The same numbers as in fastlm/_native.py.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
