@@ -9,16 +9,18 @@
 // - With AVX-512, in a third of the formulas' instructions: tanh forward 4.8x in fp32 and 8.7x in bf16, backward 4.0x
 //   and 6.5x; exact forward 1.8x and 1.9x, backward 2.2x and 2.8x. Arithmetic and memory take about as long as each
 //   other (fp32 forward 1.3 and 1.9 ms of 2.2), so what counts is that they overlap: prefetches 512 bytes ahead gained
-//   1.3x forward and 1.15x backward over the hardware's alone, and more than those 256, 1024 or 4096 bytes ahead. Two
-//   vectors at a time make whole lines of bf16 for stores that go past the caches.
+//   1.3x forward and 1.15x backward over the hardware's alone, and more than those 256, 1024 or 4096 bytes ahead.
+//   Backward those 2048 ahead into the second-level cache, which has more misses under way, gained another 1.1x to
+//   1.15x; forward they lost as much. Two vectors at a time make whole lines of bf16 for stores past the caches.
 // - With SSE2 alone, fp32, in two runs: tanh 1.7x to 2.0x, exact 0.7x forward and 0.9x to 1.1x backward (47
 //   instructions for four values), where the formulas had 0.88x, 0.74x, 0.21x and 0.31x. With AVX2: tanh 2.2x to 2.7x,
 //   exact 1.0x to 1.1x forward and 1.4x to 1.6x backward, from 2.4x, 2.2x, 0.6x and 0.9x.
 // - There bf16 has a value for each of 65536 inputs: with SSE2 tanh 3.7x to 4.5x and 2.5x to 3.0x, exact 1.1x to 1.25x
 //   and 1.3x, from 0.68x, 0.62x, 0.18x and 0.25x; with AVX2 4.0x to 4.2x, 2.6x to 3.5x, 1.05x to 1.3x and 1.5x to 1.7x,
 //   from 1.9x, 1.6x, 0.4x and 0.6x.
-// Forward reads x and writes y; backward reads dy and x and writes dx. The bias gradient is summed in the same pass,
-// four rows at a time, into partial sums of fixed chunks of rows that are added in order.
+// Forward reads x and writes y; backward reads dy and x and writes dx. The bias gradient is summed in the same pass
+// into partial sums of fixed chunks of rows, which are added in order: four rows at a time in fp32, where one took 1.1x
+// as long, and one in 16 bits, where four did.
 
 #include "cpu/gelu_table.h"
 #include "cpu/isa.h"
@@ -234,12 +236,13 @@ inline void put(bf16_t* p, VF v, std::integral_constant<int64_t, lanes<VF>>) {
 }
 #endif
 
-// The lines of two vectors, some way ahead: beside this much arithmetic the hardware alone fetches too late.
-template <class T>
+// The lines of two vectors, AHEAD bytes on, for the cache of a level: beside this much arithmetic the hardware alone
+// fetches too late.
+template <int LEVEL, int64_t AHEAD, class T>
 inline void fetch_two(const T* p) {
-  constexpr int64_t kAhead = 512, kLine = 64;
+  constexpr int64_t kLine = 64;
   for (int64_t at = 0; at < 2 * lanes<vec_of<T>> * (int64_t)sizeof(T); at += kLine)
-    __builtin_prefetch((const char*)p + kAhead + at);
+    __builtin_prefetch((const char*)p + AHEAD + at, 0, 4 - LEVEL);
 }
 
 constexpr int64_t kBlock = 64;  // columns for which dropout factors are made at a time
@@ -263,7 +266,7 @@ void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, doubl
       constexpr std::integral_constant<int64_t, lanes<V>> whole;
       int64_t j = 0;
       for (; j + 2 * whole <= N; j += 2 * whole) {
-        fetch_two(in + j);
+        fetch_two<1, 512>(in + j);
         put_two<STREAM>(out + j, value(j, whole), value(j + whole, whole));
       }
       for_lanes<V>(N - j, [&](int64_t k, auto n) { put<STREAM>(out + j + k, value(j + k, n), n); });
@@ -304,8 +307,8 @@ inline void bwd_tile(const Form& gelu, const T* dy, const T* x, const scalar_of<
     V a = sum ? load<V>(to) : V{}, b = sum ? load<V>(to + whole) : V{};
     for (int r = 0; r < R; ++r) {
       const int64_t at = (i + r) * N + first + k;
-      fetch_two(dy + at);
-      fetch_two(x + at);
+      fetch_two<2, 2048>(dy + at);
+      fetch_two<2, 2048>(x + at);
       const V c = value(r, k, whole), d = value(r, k + whole, whole);
       a += c;
       b += d;
@@ -333,6 +336,7 @@ void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>*
   const Dropout generator(seed, p);
   const Dropout* dropout = p > 0 ? &generator : nullptr;
   const form<TANH, T> shared(true);
+  constexpr int R = is_short<T> ? 1 : 4;
   const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
   for (int64_t c = 0; c < chunks; ++c) {
@@ -341,16 +345,16 @@ void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>*
     if (sum) std::fill(sum, sum + N, S(0));
     const int64_t end = std::min(M, (c + 1) * size);
     for (int64_t i = c * size; i < end;) {
-      const bool four = i + 4 <= end;
+      const bool tile = i + R <= end;
       const int64_t block = dropout ? kBlock : N;
       for (int64_t first = 0; first < N; first += block) {
         const int64_t n_block = std::min(block, N - first);
-        if (four)
-          bwd_tile<4, STREAM>(gelu, dy, x, bias, dx, sum, i, first, n_block, N, dropout);
+        if (tile)
+          bwd_tile<R, STREAM>(gelu, dy, x, bias, dx, sum, i, first, n_block, N, dropout);
         else
           bwd_tile<1, STREAM>(gelu, dy, x, bias, dx, sum, i, first, n_block, N, dropout);
       }
-      i += four ? 4 : 1;
+      i += tile ? R : 1;
     }
   }
   if (!db) return;
