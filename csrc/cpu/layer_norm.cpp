@@ -11,10 +11,10 @@
 //   1.29 times.
 // - 16-bit rows are converted once for the three passes forward: 4096x768 in bf16 1.19 to 1.69 times, and to 2.2 where
 //   one instruction converts two vectors to bf16, which made backward 1.1 times as fast.
-// - Backward takes a row at a time, so that memory sees one stream an array, and asks the second-level cache for the row
-//   after next. Two rows at a time touched the partial sums of dw and db half as often, but with the first-level cache
-//   asked took 1.5 times as long at 16384x1024 in fp32, 1.15 times at 4096x768. There streaming gained another 1.5, 1.3
-//   with what reads the gradient next counted in: in all 1.3 to 2.3 times PyTorch's speed, and 1.6 to 2.5 at 16384x1024.
+// - Backward takes a row at a time, so that memory sees one stream an array, and asks for the row after next in the
+//   second-level cache. Two rows at a time touched the partial sums of dw and db half as often, but, asking the first
+//   level, took 1.5 times as long at 16384x1024 in fp32 and 1.15 times at 4096x768. There streaming gained another 1.5,
+//   or 1.3 with what reads the gradient next: in all 1.3 to 2.3 times PyTorch's speed, and 1.6 to 2.5 at 16384x1024.
 // - With SSE2 alone bf16 is as fast forward and 1.6 times as fast backward; before converting took less than half the
 //   instructions, 0.6 and 0.9 to 1.05 times.
 // Partial sums of dw and db belong to chunks of rows fixed by M alone and are added in order: same bits for any number
