@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastlm import _native, linear_cross_entropy
 from fastlm.models import GPT, GPTConfig
-from fastlm.ops import _products, _projection
+from fastlm.ops import _products
 from fastlm.training import AdamW
 
 CONFIG = GPTConfig(vocab_size=61, context_length=16, n_layer=2, n_head=2, n_embd=32)
@@ -60,9 +60,7 @@ def by_onednn(monkeypatch):
     monkeypatch.setattr(_products, "SMALL_PRODUCT", 0)
     monkeypatch.setattr(_products, "SMALL_IN_TRAINING", 0)
     monkeypatch.setattr(_products, "PART", 8)
-    for module in (_products, _projection):
-        monkeypatch.setattr(module, "by_onednn", lambda *args: calls.append(args) or plain(*args))
-    monkeypatch.setattr(_projection, "PART", 8)
+    monkeypatch.setattr(_products, "by_onednn", lambda *args: calls.append(args) or plain(*args))
     return lambda: len(calls)
 
 

@@ -45,7 +45,7 @@ namespace fastlm {
 bool attention_has_bf16(const AttentionArgs& args) {
   if (args.type != (int)DType::bf16 || isa() < Isa::avx512_bf16) return false;
   // Intel's cores issue dot products of pairs at less than half the rate that would pay: see above.
-  return isa() == Isa::amx || isa_chosen() || !__builtin_cpu_is("intel");
+  return isa() == Isa::amx || isa_chosen() || !is_intel();
 }
 void attention_bf16_fwd(const AttentionArgs& args) {
   isa() == Isa::amx ? amx::attention::fwd_bf16(args) : avx512_bf16::attention::fwd_bf16(args);

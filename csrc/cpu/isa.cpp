@@ -73,8 +73,7 @@ bool isa_chosen() { return g_chosen; }
 Isa best_isa() { return g_best; }
 bool is_intel() {
 #if FASTLM_X86
-  unsigned level, name[3];
-  return __get_cpuid(0, &level, &name[0], &name[2], &name[1]) && std::memcmp(name, "GenuineIntel", sizeof name) == 0;
+  return __builtin_cpu_is("intel");
 #else
   return false;
 #endif

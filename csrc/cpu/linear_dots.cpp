@@ -366,7 +366,8 @@ void quantized(const void* x, const void* w, const void* scale, const float* bia
 namespace fastlm {
 
 #if FASTLM_X86
-bool linear_has_dots() { return isa() == Isa::avx512_bf16; }
+// As in attention_bf16.cpp: Intel's cores issue dot products of pairs at half the rate and less.
+bool linear_has_dots() { return isa() == Isa::avx512_bf16 && (isa_chosen() || !is_intel()); }
 void linear_dots_bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
                       bool wide_x, bool wide_y) {
   avx512_bf16::linear_dots::bf16(x, w, bias, y, M, N, K, wide_x, wide_y);

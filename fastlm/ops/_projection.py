@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._products import PART, by_onednn, multiply, suits_onednn
+from ._products import multiply
 from .cross_entropy import Options, Scalar
 
 LARGE = 2**23  # logits of a window; more make no product faster
@@ -187,10 +187,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     With 1024 x 2048 x 768 in bf16, quarters take 1.2 times as long as halves, but oneDNN packs less of b for them: the
     extra memory of the whole op falls from 0.12 to 0.10 of the logits or less, and its time rises by a twentieth.
     """
-    if total.dtype == a.dtype and suits_onednn(a, a.numel() * b.shape[1]):
-        for j in range(0, a.shape[1], PART):  # 1.05 times as fast as addmm, sums of parts included
-            total += by_onednn(a[:, j : j + PART], b[j : j + PART])
-        return
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
         return
