@@ -338,74 +338,81 @@ def _verdict(goal: Goal, values: list[float | None]) -> str:
 
 
 REASONS: dict[str, str] = {
-    "layer_norm 4096x768, 16384x1024 fp32 fwd": "at 4096x768 much stays in the caches, and PyTorch moves 1.8 times "
-    "the copy rate itself",
-    "layer_norm 4096x768, 16384x1024 fp32 bwd": "at 4096x768 the kernel moves bytes as fast as a copy of that size; "
-    "autograd takes the rest",
-    "tanh 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "memory decides: four times PyTorch's speed backward is "
-    "47 GB/s, 1.9 times the copy rate, and the kernel reaches 1.6 times",
-    "tanh 4096x3072 bf16: gelu fwd, bwd, bias_gelu fwd, bwd, of the copy rate": "memory again, which gave 114, 130, 95 "
-    "and 105 % in another run",
-    "erf 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "a streaming copy of the same bytes leaves room for 2x, "
-    "and arithmetic takes some of it",
-    "attention causal fwd fp32, d64 T 256, 512, 1024, d128 T 256": "at T 1024 PyTorch runs at 43 % of the GEMM rate, "
-    "and the goal is 86 %; at T 256 a third of our time goes to packing, exponentials and outputs",
-    "attention causal fwd fp32, d64, d128 T 2048": "PyTorch runs at 54 and 61 % of the GEMM rate; the goal is 86 and "
-    "98 %",
-    "attention causal fwd bf16, d64 T 256, 512, d128 T 256": "PyTorch multiplies with AMX too; at these lengths "
-    "exponentials take longer than products",
-    "attention causal fwd bf16, d64 T 1024, 2048, d128 T 2048": "PyTorch multiplies with AMX as well, at 34, 46 and "
-    "62 % of the GEMM rate; the goal is 102, 138 and 186 %",
-    "attention full fwd fp32, d64 T 1024": "PyTorch runs at 66 % of the GEMM rate, and ours at 79 %",
-    "attention full fwd bf16, d64 T 1024": "PyTorch runs at 55 % of the GEMM rate; the goal is 110 %",
-    "attention bwd fp32, causal d64 T 256, 512, 1024, 2048, d128 T 256, 2048, full d64 T 1024": "where it is missed "
-    "PyTorch runs at 58 and 60 % of the GEMM rate; the goal is 87 and 90 %",
-    "attention causal fwd fp32, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "packing, "
-    "exponentials and outputs take a third of the time at T 256",
+    "layer_norm 4096x768, 16384x1024 bf16 bwd": "both wait for memory, whose rate halves and doubles beside "
+    "neighbours: 1.6 to 2.6 times in other runs",
+    "tanh 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "memory decides: backward moves more than the copy "
+    "rate, and PyTorch does it at a quarter to a third of that",
+    "attention causal fwd fp32, d64 T 256, 512, 1024, d128 T 256": "at T 1024 PyTorch runs at 47 % of the GEMM rate; "
+    "the goal is 94 %",
+    "attention causal fwd fp32, d64, d128 T 2048": "PyTorch runs at 53 and 59 % of the GEMM rate; the goal is 85 and "
+    "94 %, and exponentials and packing take 10 to 20 % of the time",
+    "attention causal fwd bf16, d64 T 256, 512, d128 T 256": "where it is missed packing and outputs, a page apart, "
+    "take as long as the products; 3.5 to 5.5 times in other runs",
+    "attention causal fwd bf16, d64 T 1024, 2048, d128 T 2048": "at d128 PyTorch runs at 29 % of the GEMM rate; the "
+    "goal is 88 %, and exponentials take a sixth of the time",
+    "attention bwd bf16, causal d64 T 256, 512, 1024, 2048, d128 T 256, 2048, full d64 T 1024": "at d128 PyTorch "
+    "runs at 35 % of the GEMM rate; the goal is 88 %",
+    "attention causal fwd fp32, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "the rate is "
+    "oneDNN's or MKL's on one large product; packing, exponentials and outputs take a third of the time at T 256",
     "attention causal fwd bf16, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "the same, at the "
     "short lengths",
-    "attention fwd fp32, padding, bias, dropout, GQA: time a FLOP over plain causal": "a bias is as large as the "
-    "scores and read once; dropout's random numbers take 0.4 ns a score, where all else takes 2.2",
-    "attention fwd bf16, padding, bias, dropout, GQA: time a FLOP over plain causal": "the same, where all else takes "
-    "0.7 ns a score",
-    "attention of one query and 1024 keys, fp32": "both read the keys and values at the rate of the memory",
-    "attention of one query and 1024 keys, bf16": "PyTorch reads at 1.2 times the copy rate itself",
-    "linear_cross_entropy 1024x768x50257 fp32, of linear and cross_entropy": "three products of the library "
-    "alone take 0.83 of PyTorch's time, and a fifth of one is made again to hold few logits",
+    "attention fwd bf16, padding, bias, dropout, GQA: time a FLOP over plain causal": "dropout's random numbers take "
+    "0.4 ns a score",
+    "attention of one query and 1024 keys, fp32": "both read the keys and values from the last cache at twice the "
+    "rate of the memory",
+    "linear_cross_entropy 1024x768x50257 fp32, of linear and cross_entropy": "the products alone are more than 0.9 "
+    "of PyTorch's time, and a quarter of one is made again to hold few logits",
     "linear_cross_entropy 1024x768x50257 fp32, of torch's own F.linear_cross_entropy": "both are the same products",
-    "linear_cross_entropy 1024x768x50257 bf16, extra memory, of the logits": "8 to 9 % in most runs; "
-    "where freed memory is kept 11 % in some, by where the heap places blocks",
-    "gradient clipping and AdamW, fp32": "both are bound by memory: ours moves 32 bytes a parameter at 40 GB/s, and "
-    "PyTorch 40 at 36",
+    "linear_cross_entropy 1024x768x50257 bf16, of linear and cross_entropy": "the products alone are 0.94 of "
+    "PyTorch's time, and a quarter of one is made again to hold few logits",
+    "linear_cross_entropy 1024x768x50257 bf16, of torch's own F.linear_cross_entropy": "both are the same products; "
+    "0.94 to 1.0 times in four runs",
+    "linear_cross_entropy 1024x768x50257 fp32, extra memory, of the logits": "8 to 11 %, by where the heap places "
+    "blocks when freed memory is kept",
+    "linear_cross_entropy 1024x768x50257 bf16, extra memory, of the logits": "8 to 12 %, by where the heap places "
+    "blocks when freed memory is kept",
+    "gradient clipping and AdamW, fp32": "both are bound by memory: ours moves 32 bytes a parameter, and PyTorch 40",
+    "GPT-2 124M training step 4x256 bf16": "three rounds of a busy hour, in which oneDNN's rate halved at times; "
+    "1.38 and 1.40 times in two runs before",
+    "GPT-2 124M training step 4x256 bf16, peak memory, of PyTorch's": "parameters, moments, gradients and the "
+    "weights in bf16 alone are that much",
     "GPT-2 124M training step 4x256 fp32, peak memory, of PyTorch's": "parameters, gradients and both moments alone "
-    "are 77 %",
-    "the same in fp32, of the GEMM rate": "the rate is that of one large product; PyTorch's step reaches 60 % of it",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16": "PyTorch reads at 63 to 106 % of the "
-    "read rate itself, ours beyond it",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int8, of our bf16": "768x768 is in the caches "
-    "in either form, and bf16 at 50257x768 reads at nearly twice the measured rate",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int4, of our bf16": "the same; eight rows are "
-    "bound by products of 16-bit integers, which neither VNNI nor loading x once for two rows of the weight made "
-    "faster; from tiles the sums of each group would have to be taken one by one",
-    "one row of layer_norm, gelu, attention, fp32: time over PyTorch's": "layer_norm's checks and choice of a kernel "
-    "are made in Python, 1.8 us of 3.3",
+    "are 77 to 80 %",
+    "the same in fp32, of the GEMM rate": "the rate is that of one large product at its best",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16": "with eight rows the weight in the "
+    "caches is multiplied, not read: 1.5 to 2.3 times in four runs",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16, of the read rate": "with eight rows the "
+    "weight in the caches is multiplied, not read",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int8, of our bf16": "in the caches bf16 reads "
+    "at two to four times the rate of memory, and a dot product holds as many 16-bit words as pairs of bf16; x in 8 "
+    "bits would be less accurate",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int4, of our bf16": "the same",
+    "one row of layer_norm, gelu, attention, fp32: time over PyTorch's": "checks and the choice of a kernel are made "
+    "in Python",
     "one row of layer_norm, gelu, attention, bf16: time over PyTorch's": "the same",
-    "two threads over one, fp32: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "the library's own products gain "
-    "1.8 here, and memory 1.8",
-    "two threads over one, bf16: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "the machine's threads share "
-    "one AMX unit: the library's own products gain nothing",
-    "the slowest accelerated model of transformers, fp32, bf16": "generation by Qwen 3 in fp32, beside BART's training "
-    "at 0.98 and Gemma 3's generation at 0.99: three rounds whose times spread by a fifth; in two other runs Qwen 3 "
-    "was at 1.02 to 1.05 and Gemma 3 at 1.02 to 1.04",
-    "AVX2 alone, fp32: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512; the exact form's "
-    "forward pass was at 1.0 to 1.1 times its speed in two other runs",
+    "two threads over one, fp32: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "attention 1.7 to 2.0 in three "
+    "runs; one thread takes more than half of the memory's rate",
+    "two threads over one, bf16: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "the same",
+    "the slowest accelerated model of transformers, fp32, bf16": "a case whose products, the library's, take all the "
+    "time",
+    "AVX2 alone, fp32: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "PyTorch keeps its AVX-512; where it is "
+    "missed both wait for memory",
+    "AVX2 alone, bf16: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "the same",
+    "AVX2 alone, fp32: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512",
+    "AVX2 alone, bf16: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "the same",
     "SSE2 alone, fp32: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "PyTorch keeps its AVX-512; where it is "
     "missed both wait for memory",
-    "SSE2 alone, bf16: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "the same",
+    "SSE2 alone, bf16: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "the same, and bf16 has to be widened and "
+    "rounded in many instructions",
     "SSE2 alone, fp32: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512, and takes fewer "
     "instructions for sixteen values than four take here, 47",
-    "transformers' BERT base 8x128 accelerated, fp32, bf16: inference": "in fp32 the library's products alone take "
-    "0.83 of transformers' time",
+    "SSE2 alone, bf16: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512",
+    "transformers' BERT base 8x128 accelerated, fp32, bf16: inference": "transformers runs at 70 to 75 % of what "
+    "these cores can multiply, and all but its products can save 15 %; with AMX bf16 is at 1.41, by the other table "
+    "of these models",
+    "SSE2 alone, fp32: cross_entropy 1024x50257 fwd, fwd + bwd": "PyTorch keeps its AVX-512; 1.5 and 2.3 times on a "
+    "CPU with AMX",
+    "SSE2 alone, bf16: cross_entropy 1024x50257 fwd, fwd + bwd": "the same: 1.7 and 1.5 times there",
 }
 
 PARTS = (_norms, _gelu, _attention, _losses, _engine, _linear, _small, _scaling, _models, _lesser_sets)

@@ -84,7 +84,7 @@ def test_fp32_products(by_onednn, shape, stored, bias):
     out = torch.full((rows, columns + 5), torch.nan)[:, 2:-3]
     assert _products.multiply(a, b, c, out) is out
     close(out, truth)
-    assert by_onednn() >= 2
+    assert by_onednn() >= (2 if stored == "rows" else 1)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
