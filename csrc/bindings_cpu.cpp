@@ -210,8 +210,14 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                  interleaved, inverse, type);
         },
         nogil());
-  m.def("transpose",
-        [](ptr x, ptr y, int64_t M, int64_t N, int64_t x_stride) { transpose(P(x), P(y), M, N, x_stride); },
+  m.def("gemm_serves", &gemm_serves);
+  m.def("gemm",
+        [](ptr a, ptr b, ptr bias, ptr c, std::array<int64_t, 3> size, std::array<int64_t, 3> row, bool a_transposed,
+           bool b_transposed, bool wide, bool add, int type) {
+          gemm({P(a), P(b), (const float*)bias, P(c), size[0], size[1], size[2], row[0], row[1], row[2], a_transposed,
+                b_transposed, wide, add},
+               type);
+        },
         nogil());
   m.def("gradient_square_sum", &square_sum_of, nogil());
   m.def("adamw_update", &adamw_update_of, nogil());

@@ -17,7 +17,10 @@ def test_json_agrees_with_the_package(capsys, monkeypatch):
     report = json.loads(capsys.readouterr().out)
     assert report["packages"]["torch"] == torch.__version__
     assert report["cpu"]["isas"] == list(fastlm.cpu_isas())
-    assert report["cpu"]["fp32_products"] == ("oneDNN" if _products.onednn_leads() else "PyTorch's own")
+    products = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    assert report["cpu"]["large_products"] == {
+        name: "fastlm's" if _products.leads(dtype) else "PyTorch's" for name, dtype in products.items()
+    }
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["cpu"]["extension"] == (_native.missing_reason or "loaded")
     assert report["settings"]["MALLOC_ARENA_MAX"] == "3"

@@ -98,6 +98,20 @@ def test_many_rows_and_gradients_are_the_librarys():
     assert torch.autograd.grad(fastlm.linear(x[:1], weight).sum(), weight)[0].shape == weight.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_products_are_ours_where_they_lead(monkeypatch, dtype):
+    monkeypatch.setattr(_products, "leads", lambda asked: asked is dtype)
+    x, weight = torch.empty(512, 512, dtype=dtype), torch.empty(512, 512, dtype=dtype)
+    trained = weight.clone().requires_grad_()
+    assert fastlm.explain(fastlm.linear, x, weight).selected == "cpu"
+    assert fastlm.explain(fastlm.linear, x, trained).selected == "cpu"
+    assert fastlm.explain(fastlm.linear, x[:64], trained).selected == "torch"
+    assert fastlm.explain(fastlm.linear, x[:9], weight[:9]).selected == "torch"
+    assert fastlm.explain(fastlm.linear, x.half(), weight.half()).selected == "torch"
+    monkeypatch.setattr(_products, "leads", lambda asked: False)
+    assert fastlm.explain(fastlm.linear, x, weight).selected == "torch"
+
+
 @pytest.mark.parametrize("lags", [False, True])
 def test_one_row_in_fp32_is_ours_where_mkl_lags(monkeypatch, lags):
     monkeypatch.setattr(_products, "mkl_lags", lambda: lags)

@@ -1,4 +1,6 @@
-"""Products on a CPU: by oneDNN and in halves, weights' bf16 copies, and the tied embedding's one gradient."""
+"""Products on a CPU: our own, and in halves, weights' bf16 copies, and the tied embedding's one gradient."""
+
+import contextlib
 
 import pytest
 import torch
@@ -49,120 +51,172 @@ def test_split_products(monkeypatch, threads, rows, bias):
     assert ((found - truth).abs() <= 2**-7 * truth.abs() + 2**-7).all()
 
 
-@pytest.fixture
-def by_onednn(monkeypatch):
-    """oneDNN for every fp32 product, as if it led on this CPU; returns the number of its calls so far."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no products by oneDNN")
+@pytest.fixture(params=[torch.float32, BF16], ids=["fp32", "bf16"])
+def ours(request, monkeypatch):
+    """Products of our own in one dtype, as if they led on this CPU; returns the dtype and the number of their calls."""
+    if not _native.gemm_serves(request.param):
+        pytest.skip("this CPU, or the instruction set chosen, has no such products")
     calls = []
-    plain = _products.by_onednn
-    monkeypatch.setattr(_products, "onednn_leads", lambda: True)
+    plain = _native.gemm
+    monkeypatch.setattr(_products, "leads", lambda dtype: dtype is request.param)
     monkeypatch.setattr(_products, "SMALL_PRODUCT", 0)
     monkeypatch.setattr(_products, "SMALL_IN_TRAINING", 0)
-    monkeypatch.setattr(_products, "PART", 8)
-    monkeypatch.setattr(_products, "by_onednn", lambda *args: calls.append(args) or plain(*args))
-    return lambda: len(calls)
+    monkeypatch.setattr(_native, "gemm", lambda *args: calls.append(args) or plain(*args))
+    return request.param, lambda: len(calls)
 
 
-def close(found, truth):
-    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+def close(found, truth, dtype=torch.float32, scale=1.0):
+    """To the rounding of results in a dtype whose terms add up to `scale` or so."""
+    unit = 1e-5 if dtype is torch.float32 else 2**-8
+    torch.testing.assert_close(found.double(), truth, rtol=unit, atol=unit * scale)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("stored", ["rows", "columns", "cut"])
-@pytest.mark.parametrize("shape", [(21, 13, 17), (1, 1, 1), (64, 32, 48)])
-def test_fp32_products(by_onednn, shape, stored, bias):
+@pytest.mark.parametrize("threads_used", [1, 2])
+@pytest.mark.parametrize("form", ["plain", "bias", "added"])
+@pytest.mark.parametrize("stored", ["rows", "columns", "cut", "strided"])
+@pytest.mark.parametrize("shape", [(21, 13, 17), (1, 1, 1), (64, 32, 48), (300, 100, 97), (9, 3000, 50), (130, 1, 200)])
+def test_our_products(ours, threads, shape, stored, form, threads_used):
+    threads(threads_used)
+    dtype, calls = ours
     rows, depth, columns = shape
-    a, b, c = torch.randn(rows, depth), torch.randn(depth, columns), torch.randn(columns)
+    a, b = torch.randn(rows, depth, dtype=dtype), torch.randn(depth, columns, dtype=dtype)
+    c = torch.randn(columns, dtype=dtype) if form == "bias" else None
     if stored == "columns":
         a, b = a.t().contiguous().t(), b.t().contiguous().t()
     elif stored == "cut":
-        a, b = torch.randn(rows + 1, depth + 2)[1:, 2:], torch.randn(columns + 2, depth + 3)[2:, 3:].t()
-    c = c if bias else None
-    truth = a.double() @ b.double() + (c.double() if bias else 0)
-    close(_products.multiply(a, b, c), truth)
-    out = torch.full((rows, columns + 5), torch.nan)[:, 2:-3]
-    assert _products.multiply(a, b, c, out) is out
-    close(out, truth)
-    assert by_onednn() >= (2 if stored == "rows" else 1)
+        a = torch.randn(rows + 1, depth + 3, dtype=dtype)[1:, 3:]
+        b = torch.randn(columns + 2, depth + 3, dtype=dtype)[2:, 3:].t()
+    elif stored == "strided":
+        a, b = torch.randn(rows, 2 * depth, dtype=dtype)[:, ::2], torch.randn(1, columns, dtype=dtype).expand(depth, -1)
+    truth = a.double() @ b.double() + (0 if c is None else c.double())
+    scale = 4 * depth**0.5
+    if form == "added":
+        total = torch.randn(rows, columns + 5)[:, 2:-3]
+        found = total.clone()
+        _products.add_product(found, a, b)
+        close(found, total.double() + truth, scale=scale)
+    else:
+        close(_products.multiply(a, b, c), truth, dtype, scale)
+        out = torch.full((rows, columns + 5), torch.nan, dtype=dtype)[:, 2:-3]
+        assert _products.multiply(a, b, c, out) is out
+        close(out, truth, dtype, scale)
+        turned = torch.full((columns, rows), torch.nan, dtype=dtype).t()
+        close(_products.multiply(a, b, c, turned), truth, dtype, scale)
+    assert calls() >= 1
+
+
+def test_nothing_beyond_a_matrix_is_read_or_written(ours):
+    dtype, _ = ours
+    for rows, depth, columns in ((3, 5, 7), (17, 33, 49)):
+        a, b = (torch.full((n + 2, m + 2), torch.nan, dtype=dtype) for n, m in ((rows, depth), (depth, columns)))
+        a[1:-1, 1:-1], b[1:-1, 1:-1] = torch.randn(rows, depth), torch.randn(depth, columns)
+        out = torch.zeros(rows + 2, columns + 2, dtype=dtype)
+        inner = [x[1:-1, 1:-1] for x in (a, b, out)]
+        _products.multiply(inner[0], inner[1], out=inner[2])
+        close(inner[2], inner[0].double() @ inner[1].double(), dtype, depth**0.5)
+        inner[2].zero_()
+        assert not out.any()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_row_of_our_products_is_the_same_in_any_company(ours, threads, turned):
+    dtype, _ = ours
+    a, b = torch.randn(700, 96, dtype=dtype), torch.randn(96, 500, dtype=dtype)
+    a = a.t().contiguous().t() if turned else a
+    threads(1)
+    whole = _products.multiply(a, b)
+    assert torch.equal(whole[301:302], _products.multiply(a[301:302], b))
+    assert torch.equal(whole[:, 70:75], _products.multiply(a, b[:, 70:75]))
+    threads(2)
+    assert torch.equal(whole, _products.multiply(a, b))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("expanded", [False, True])
-def test_fp32_linear_and_its_gradients(by_onednn, transposed, with_bias, expanded):
-    x, weight, bias = torch.randn(3, 7, 16), torch.randn(24, 16), torch.randn(24)
+def test_our_linear_and_its_gradients(ours, transposed, with_bias, expanded):
+    own_dtype, calls = ours
+    x, weight, bias = (torch.randn(*size).to(own_dtype) for size in ((3, 7, 16), (24, 16), (24,)))
     grad = torch.randn(24).expand(3, 7, 24) if expanded else torch.randn(3, 7, 24)
+    grad = grad.to(own_dtype)
     results = []
-    for function, dtype in ((_products.linear, torch.float32), (F.linear, torch.float64)):
+    for function, dtype in ((_products.linear, own_dtype), (F.linear, torch.float64)):
         stored = weight.to(dtype, copy=True)
         stored = (stored.t().contiguous() if transposed else stored).requires_grad_()
         own = [t.to(dtype, copy=True).requires_grad_() for t in ((x, bias) if with_bias else (x,))]
         leaves = [own[0], stored, *own[1:]]
         y = function(leaves[0], stored.t() if transposed else stored, *leaves[2:])
         with torch.no_grad():
-            close(function(leaves[0], stored.t() if transposed else stored, *leaves[2:]), y.detach().double())
+            close(function(leaves[0], stored.t() if transposed else stored, *leaves[2:]), y.detach().double(), dtype)
         y.backward(grad.to(dtype))
         results.append((y.detach(), *(leaf.grad for leaf in leaves)))
     for found, truth in zip(*results, strict=True):
         assert found.is_contiguous()
-        close(found, truth)
-    assert by_onednn() == 4
+        close(found, truth, own_dtype, 4 * 24**0.5)
+    assert calls() == 4
 
 
-def test_fp32_linear_differentiates_twice(by_onednn):
-    x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+def test_our_linear_differentiates_twice(ours):
+    dtype, calls = ours
+    x, weight = torch.randn(4, 6, dtype=dtype, requires_grad=True), torch.randn(3, 6, dtype=dtype, requires_grad=True)
     found = []
     for function in (F.linear, _products.linear):
         (first,) = torch.autograd.grad(function(x, weight).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), weight)[0])
     torch.testing.assert_close(found[0], found[1])
-    assert by_onednn() >= 1
+    assert calls() >= 1
 
 
-def test_onednn_leads_only_where_it_was_measured(monkeypatch):
+def test_our_products_lead_only_where_they_were_measured(monkeypatch):
     monkeypatch.setattr(_native, "is_intel", lambda: True)
-    assert not _products.onednn_leads.__wrapped__()
+    assert not any(_products.leads(dtype) for dtype in (torch.float32, BF16))
     monkeypatch.setattr(_native, "is_intel", lambda: False)
-    monkeypatch.setattr(_native, "cpu_isas", lambda: ("baseline", "avx2"))
-    assert not _products.onednn_leads.__wrapped__()
+    for isa in _native.cpu_isas():
+        with _isa(isa):
+            assert _products.leads(torch.float32) == (isa in ("avx512", "avx512_bf16", "amx"))
+            assert _products.leads(BF16) == (isa == "avx512_bf16")
+            assert not _products.leads(torch.float16)
 
 
-def test_what_does_not_fit_is_pytorchs(by_onednn):
-    x, weight = torch.randn(4, 6), torch.randn(3, 6)
+@contextlib.contextmanager
+def _isa(name):
+    before = _native.cpu_isa()
+    _native.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _native.set_cpu_isa(before)
+
+
+def test_what_does_not_fit_is_pytorchs(ours):
+    dtype, calls = ours
+    x, weight = torch.randn(4, 6, dtype=dtype), torch.randn(3, 6, dtype=dtype)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        _products.linear(x, torch.randn(3, 5))
+        _products.linear(x, torch.randn(3, 5, dtype=dtype))
     with pytest.raises(RuntimeError, match="same dtype"):
         _products.linear(x, weight.double())
-    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        _products.linear(x, weight)
     with autocast():
         assert _products.linear(x, weight).dtype is BF16
     compiled = torch.compile(_products.linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
-    assert by_onednn() == 0
+    assert calls() == 0
 
 
 @pytest.mark.parametrize("memory", [0.1, 1.0])
-def test_linear_cross_entropy_by_onednn(by_onednn, memory):
+def test_linear_cross_entropy_by_our_products(ours, memory):
+    own, calls = ours
     hidden, weight, target = torch.randn(30, 16), torch.randn(5000, 16), torch.randint(0, 5000, (30,))
     results = []
-    for dtype in (torch.float32, torch.float64):
-        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight)]
-        if dtype is torch.float32:
+    for dtype in (own, torch.float64):
+        leaves = [t.to(own).to(dtype, copy=True).requires_grad_() for t in (hidden, weight)]
+        if dtype is own:
             loss = linear_cross_entropy(*leaves, target, memory=memory)
         else:
             loss = F.cross_entropy(F.linear(*leaves), target)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     for found, truth in zip(*results, strict=True):
-        close(found, truth)
-    assert by_onednn() > 0
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (16, 16), (33, 65), (130, 257)])
-def test_transpose(isa, shape):
-    x = torch.randn(shape[0], shape[1] + 3)[:, 1:-2]
-    assert torch.equal(_native.transpose(x), x.t().contiguous())
+        close(found, truth, own)
+    assert calls() > 0
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -87,8 +87,17 @@ void swiglu_bwd(const void* dy, const void* gate, const void* up, void* dgate, v
 void rotary(const void* x, const void* cos, const void* sin, void* y, const int64_t* size, const int64_t* x_stride,
             const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse, int type);
 
-// y (N, M) = the transpose of x (M, N), rows of which lie x_stride apart; both fp32.
-void transpose(const void* x, void* y, int64_t M, int64_t N, int64_t x_stride);
+// C (M, N) = A (M, K) B (K, N) (+ bias (N)) (+ C). A and B are fp32 or bf16, or the transposes of what is stored; C has
+// their type, or is fp32 if `wide`. `a_row` and so on: elements from one stored row to the next. No size is 0.
+struct Gemm {
+  const void *a, *b;
+  const float* bias;  // optional
+  void* c;
+  int64_t M, N, K, a_row, b_row, c_row;
+  bool a_transposed, b_transposed, wide, add;  // add: to C, which is wide
+};
+void gemm(const Gemm& product, int type);
+bool gemm_serves(int type);  // whether the instruction set in force has it
 
 // A parameter of an AdamW step. type: of param, exp_avg and exp_avg_sq, fp32 or bf16. grad: n of grad_type, fp32 or
 // bf16. copy: n bf16, optional, with fp32 parameters only: receives the new values rounded.

@@ -16,7 +16,7 @@ import torch
 
 import fastlm
 from fastlm import _dispatch, _native, _native_cuda
-from fastlm.ops._products import onednn_leads
+from fastlm.ops._products import leads
 from fastlm.verify.fuzz import SPECS
 
 PEERS = (
@@ -28,7 +28,10 @@ PEERS = (
     "quack-kernels",
     "cut-cross-entropy",
 )
-SETTINGS = ("FASTLM_", "OMP_", "KMP_", "GOMP_", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD", "TRITON_")
+SETTINGS = (
+    "FASTLM_", "OMP_", "KMP_", "GOMP_", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD", "TRITON_",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "rich", "matplotlib", "tyro", "psutil")
 
 
@@ -153,7 +156,10 @@ def collect() -> dict:
             "extension": _native.missing_reason or "loaded",
             "isa": fastlm.cpu_isa(),
             "isas": list(fastlm.cpu_isas()),
-            "fp32_products": "oneDNN" if onednn_leads() else "PyTorch's own",
+            "large_products": {
+                str(dtype).removeprefix("torch."): "fastlm's" if leads(dtype) else "PyTorch's"
+                for dtype in (torch.float32, torch.bfloat16)
+            },
             "openmp_threads": _native.omp_threads(),
             "openmp_runtimes": _loaded_libgomp(),
             "allocator": _allocator(),
@@ -183,7 +189,7 @@ def _print(report: dict) -> None:
             else "NOT shared: " + ", ".join(cpu["openmp_runtimes"])
         )
         print(f"           kernels: {cpu['isa']} (of {', '.join(cpu['isas'])}); OpenMP runtime {shared}")
-        print(f"           large fp32 products: {cpu['fp32_products']}")
+        print("           large products: " + ", ".join(f"{k} {v}" for k, v in cpu["large_products"].items()))
     else:
         print(f"           kernels: none, {cpu['extension']}")
     memory = cpu["allocator"]

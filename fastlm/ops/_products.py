@@ -15,17 +15,14 @@ from ._autograd import by_reference
 # oneDNN 3.12 gives one of two threads nothing to do where the product has about 1024 rows and at most 1024 columns:
 # 1024 x 768 x 3072 ran at 1.1 TFLOP/s, in halves of the rows at 1.9; below and above, the whole is faster.
 LONE_ROWS, LONE_COLUMNS = range(641, 1536), range(1, 1025)
-# PyTorch's fp32 products are MKL's, whose fastest kernels are for Intel's CPUs; oneDNN's run wherever AVX-512 does. On
-# two threads of a Zen 4, with 512 and 1024 rows of layers from 640 x 2048 to 2048 x 5632, a product forward ran 1.2 to
-# 1.7 times as fast by oneDNN, the input's gradient 1.2 to 1.4 times and the weight's 1.0 to 1.2; with 9 to 64 rows
-# forward 1.2 to 3 times. At 16 x 512 x 512 and below, its call costs what it saves.
+# Terms of a sum, and terms where those of a lie below each other, up to which ours leads in bf16. Its sums are made at
+# one go, since they are rounded: with more of b to keep at hand it took up to 1.5 times as long as oneDNN.
+DEEPEST, DEEPEST_BELOW = 8192, 4096
+# Multiplications in a product, beyond which ours is worth its call where it leads.
 SMALL_PRODUCT = 2**22
 # The same in training, where an autograd class of our own costs more than better products save: with 64 rows of 128, a
 # step of BERT under autocast took 1.2 times as long with it.
 SMALL_IN_TRAINING = 2**26
-# Columns of a product that oneDNN makes in memory of its own before they are copied. linear_cross_entropy is no slower
-# with them than with 1024, and takes 10 % of the logits' size beyond its gradients instead of 15.
-PART = 256
 
 
 class Copy:
@@ -78,48 +75,42 @@ def mkl_lags() -> bool:
     return "avx512" in _native.cpu_isas() and not _native.is_intel()
 
 
-@functools.cache
-def onednn_leads() -> bool:
-    """Whether large fp32 products are faster by oneDNN than by PyTorch's own operator."""
-    return mkl_lags() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+def leads(dtype: torch.dtype) -> bool:
+    """Whether our products of large matrices of this dtype are faster than the libraries' on this CPU.
+
+    They are for AVX-512, and in bf16 for its dot products: Intel's libraries make as much of these on Intel's CPUs, and
+    more of AMX. What was measured on another stands in csrc/cpu/gemm.cpp.
+    """
+    return _native.gemm_serves(dtype) and not _native.is_intel()
 
 
-def suits_onednn(x: Tensor, multiplications: int) -> bool:
-    """Whether a product of x is fp32, on a CPU, and large enough to be oneDNN's where that leads."""
-    return (
-        not torch.compiler.is_compiling()
-        and multiplications > SMALL_PRODUCT
-        and x.dtype is torch.float32
-        and x.is_cpu
-        and onednn_leads()
-        and torch._C._get_mkldnn_enabled()
-    )
+def suits(x: Tensor, multiplications: int, gradient: bool = False) -> bool:
+    """Whether a product of x, with so many multiplications and perhaps those of gradients, is ours."""
+    large = multiplications > (SMALL_IN_TRAINING if gradient else SMALL_PRODUCT)
+    return large and x.is_cpu and not torch.compiler.is_compiling() and leads(x.dtype)
 
 
-def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (..., K) @ b (K, N) + bias (N,) in fp32."""
-    if a.dim() == 2 and a.stride(0) == 1 and a.stride(1) >= a.shape[0]:
-        a = _native.transpose(a.t())
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+def _side_by_side(x: Tensor) -> Tensor:
+    """x (M, N), or a copy where neither its rows nor its columns are contiguous."""
+    rows = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x if rows or (x.stride(0) == 1 and x.stride(1) >= x.shape[0]) else x.contiguous()
 
 
-def _in_parts(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """The same into `out`, some columns at a time, since oneDNN's product goes to memory of its own."""
-    for j in range(0, out.shape[1], PART):
-        part = slice(j, j + PART)
-        out[:, part] = by_onednn(a, b[:, part], None if bias is None else bias[part])
+def _by_ours(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
+    if out.stride(1) != 1 and out.shape[1] > 1:
+        made = _by_ours(a, b, out.new_empty(out.shape), bias)
+        return out.add_(made) if add else out.copy_(made)
+    _native.gemm(_side_by_side(a), _side_by_side(b), out, None if bias is None else bias.float().contiguous(), add)
     return out
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """a (M, K) @ b (K, N) + bias (N,), in halves where oneDNN would leave a thread idle; no gradients."""
     rows, columns = a.shape[0], b.shape[1]
-    if suits_onednn(a, a.numel() * columns):
-        if out is None:
-            return by_onednn(a, b, bias)
-        if a.is_contiguous():
-            return _in_parts(a, b, bias, out)
     out = a.new_empty(rows, columns) if out is None else out
+    too_deep = out.dtype is not torch.float32 and a.shape[1] > (DEEPEST if a.stride(1) == 1 else DEEPEST_BELOW)
+    if suits(a, a.numel() * columns) and not too_deep:
+        return _by_ours(a, b, out, bias)
     halves = (
         rows in LONE_ROWS
         and columns in LONE_COLUMNS
@@ -138,8 +129,27 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | Non
     return out
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype, which may be wider: then by oneDNN in quarters of the rows.
+
+    With 1024 x 2048 x 768 in bf16, quarters take 1.2 times as long as halves, but oneDNN packs less of b for them: the
+    extra memory of linear_cross_entropy falls from 0.12 to 0.10 of the logits or less, and its time rises by a
+    twentieth.
+    """
+    if total.dtype is torch.float32 and suits(a, a.numel() * b.shape[1]):
+        _by_ours(a, b, total, add=True)
+        return
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+        return
+    rows = a.shape[0]
+    step = max(1, rows) if total.device.type != "cpu" else max(256, -(-rows // 4))
+    for i in range(0, rows, step):
+        total[i : i + step] += multiply(a[i : i + step], b)
+
+
 class _Linear(torch.autograd.Function):
-    """y = x weight^T + bias in x's dtype, fp32 or bf16, for weights kept in fp32."""
+    """y = x weight^T + bias in x's dtype, fp32 or bf16, for weights in it or in fp32."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -168,20 +178,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by the faster library, with the weight's bf16 copy under autocast to bfloat16 in training on a CPU."""
     if x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and serves(x, weight, bias):
         return _Linear.apply(x, weight, bias)
-    if x.dtype is torch.float32 and weight.dim() == 2 and suits_onednn(x, x.numel() * weight.shape[0]):
-        return _wide_linear(x, weight, bias)
+    if weight.dim() == 2 and suits(x, x.numel() * weight.shape[0]):
+        return _large_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A large product in fp32, unless another dtype, tracing or a mistake in its arguments makes it PyTorch's."""
+def _large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A large product, unless another dtype, tracing or a mistake in its arguments makes it PyTorch's."""
     fits = weight.dtype is x.dtype and x.shape[-1] == weight.shape[1] and weight.is_cpu
     fits = fits and (bias is None or (bias.dtype is x.dtype and bias.shape == weight.shape[:1] and bias.is_cpu))
     if not fits or torch.is_autocast_enabled("cpu") or must_trace(x, weight, bias):
         return F.linear(x, weight, bias)
     if not needs_grad(x, weight, bias):
-        return by_onednn(x, weight.t(), bias)
-    if x.numel() * weight.shape[0] <= SMALL_IN_TRAINING:
+        return multiply(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+    if not suits(x, x.numel() * weight.shape[0], gradient=True):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._products import multiply
+from ._products import add_product, leads, multiply
 from .cross_entropy import Options, Scalar
 
 LARGE = 2**23  # logits of a window; more make no product faster
@@ -74,11 +74,13 @@ class Projection:
     def _allowed(self, memory: float, hold: bool) -> int:
         """Blocks of classes whose logits fit within `memory` times the full logits' size; at least one.
 
-        Where the gradient of hidden is summed in a wider dtype, that sum and a product of its size count too.
+        Where the gradient of hidden is summed in a wider dtype, that sum counts too, and unless our products add to it
+        one of its size.
         """
         block, size = self.kernels.CROSS_ENTROPY_BLOCK, self.hidden.element_size()
         wide = _native.compute_dtype(self.hidden.dtype).itemsize
-        summed = self.hidden.numel() * (wide + size) / size if hold and wide > size else 0.0
+        ours = self.hidden.is_cpu and leads(self.hidden.dtype)
+        summed = self.hidden.numel() * (wide + (0 if ours else size)) / size if hold and wide > size else 0.0
         share = min((memory * self.M * self.C - summed) / max(self.rows * self.C, 1), 1.0)
         return -(-self.C // block) if share == 1 else max(1, int(share * self.C) // block)
 
@@ -164,7 +166,7 @@ class Projection:
             )  # fmt: skip
             window = slice(first, first + n)
             if dhidden is not None:
-                _add_product(dhidden, d, self.weight[window])
+                add_product(dhidden, d, self.weight[window])
             if dweight is not None:
                 multiply(d.t(), self.hidden, out=dweight[window])
             if dbias is not None:
@@ -179,18 +181,3 @@ class Projection:
         if self.kept is None:
             return rows
         return rows.new_zeros(self.M, *rows.shape[1:]).index_copy_(0, self.kept, rows)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype, which may be wider: then on a CPU in quarters of the rows.
-
-    With 1024 x 2048 x 768 in bf16, quarters take 1.2 times as long as halves, but oneDNN packs less of b for them: the
-    extra memory of the whole op falls from 0.12 to 0.10 of the logits or less, and its time rises by a twentieth.
-    """
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)
-        return
-    rows = a.shape[0]
-    step = max(1, rows) if total.device.type != "cpu" else max(256, -(-rows // 4))
-    for i in range(0, rows, step):
-        total[i : i + step] += multiply(a[i : i + step], b)

@@ -1,7 +1,8 @@
 """The linear layer y = x weight^T + bias.
 
-Training and long prompts belong to the library's matrix product. With the one to eight rows of decoding the time goes
-into reading the weight, and there a kernel of our own reads it at the rate of the memory.
+With the one to eight rows of decoding the time goes into reading the weight, which a kernel of our own does at the rate
+of the memory. Training and long prompts belong to the library's matrix product, unless ours is faster on the CPU at
+hand (_products.py).
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _unsupported(request: Request) -> str | None:
     asked = dict(request.features)
-    if not asked["few_rows"]:
-        return f"its kernel takes 1 to {_native.LINEAR_ROWS} rows; more are the library's"
-    if asked["gradient"]:
-        return "its kernel has no backward pass; gradients are the library's"
+    if not asked["large"]:
+        if not asked["few_rows"]:
+            return f"its kernel takes 1 to {_native.LINEAR_ROWS} rows; more are the library's, but for large products"
+        if asked["gradient"]:
+            return "its kernel has no backward pass; gradients are the library's, but for large products"
     return cpu_unsupported(request)
 
 
@@ -69,10 +71,10 @@ register(
 )
 
 
-# (few rows, gradient wanted, library faster) -> the request's features, made once: a tenth of a small call.
+# The answers -> the request's features, made once: a tenth of a small call. `large`: ours leads, gradients included.
 _FEATURES = {
-    asked: tuple(zip(("few_rows", "gradient", "library_faster"), asked, strict=True))
-    for asked in itertools.product((False, True), repeat=3)
+    asked: tuple(zip(("few_rows", "gradient", "large", "library_faster"), asked, strict=True))
+    for asked in itertools.product((False, True), repeat=4)
 }
 
 
@@ -119,8 +121,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (..., N), like x. Up to 8 rows without gradients, in fp32 4 to 8 where MKL is fast, are summed in fp32 by our
-        own kernel, each row to the same bits whatever the others are; all else, fp64 and tiny weights are the library's
-        product.
+        own kernel, each row to the same bits whatever the others are, and so are large products in fp32 and bf16 where
+        `fastlm doctor` says that ours are the faster ones; all else, fp64 and tiny weights are the library's product.
 
     Raises:
         ValueError: if shapes or devices disagree.
@@ -135,10 +137,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     size = weight.numel()
     rows = x.numel() // max(1, weight.shape[1])
     few = 1 <= rows <= _native.LINEAR_ROWS and size > 0
-    asked = few, needs_grad(x, weight, bias), _library_faster(x.dtype, rows, size)
+    gradient = needs_grad(x, weight, bias)
+    large = (gradient or not few) and _products.suits(x, rows * size, gradient)
+    asked = few, gradient, large, not large and _library_faster(x.dtype, rows, size)
     backend = choose("linear", (device, x.dtype, _FEATURES[asked]))
     if backend == "torch":
         return F.linear(x, weight, bias)
     if backend == "reference":
         return linear_ref(x, weight, bias)
+    if large:
+        return _products.linear(x, weight, bias)
     return _native.linear_fwd(x.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous())
