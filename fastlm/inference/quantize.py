@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import _native
 from .._dispatch import must_trace, needs_grad
 from ..errors import CheckpointError, ConfigError
+from ..ops import _products
 
 if TYPE_CHECKING:
     from ..models.gpt import GPT
@@ -172,12 +173,13 @@ class QuantizedLinear(nn.Module):
         K = self.in_features
         if x.shape[-1:] != (K,):
             raise ValueError(f"QuantizedLinear: x has shape {tuple(x.shape)}, expected (..., {K})")
-        rows = x.numel() // K
-        if 1 <= rows <= _native.LINEAR_ROWS and self._has_kernel(x, x.dtype) and not needs_grad(x):
+        if K <= x.numel() <= _native.LINEAR_ROWS * K and self._has_kernel(x, x.dtype) and not needs_grad(x):
+            held: Any = self._buffers  # nn.Module's __getattr__ takes 0.4 us for each
             return _native.quantized_linear_fwd(
-                x.contiguous(), self.qweight, self.scale, self.bias, self.padded, self.group_size
+                x.contiguous(), held["qweight"], held["scale"], held["bias"], self.padded, self.group_size
             )
-        return F.linear(x, self._dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _products.linear(x, self._dequantized(x.dtype), bias)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""
