@@ -129,10 +129,12 @@ def _markdown(results: Results, rows: list[Row]) -> str:
         lines.append(f"| {case_name(first)} | {first.which} | " + " | ".join(entries) + f" | {roof} |")
     e = results.environment
     threads = sorted({row.threads for row in timed})
+    settings = e.get("settings", {})
+    held = "".join(f" with {name}={settings[name]}" for name in goals.HOLDS_TORCH if name in settings)
     machine = e["cpu"] if e["device"] == "cpu" else f"{e['device']}, driver {e['driver']}"
     lines.append(
         f"\nMedians; in brackets the speed relative to PyTorch eager. {machine}, "
-        f"{', '.join(map(str, threads))} threads, torch {e['packages'].get('torch')}, fastlm {e['fastlm']}, "
+        f"{', '.join(map(str, threads))} threads, torch {e['packages'].get('torch')}{held}, fastlm {e['fastlm']}, "
         f"{e['date'][:10]}. {_sentence('. '.join(roof_lines(results)))}."
     )
     return "\n".join(lines)

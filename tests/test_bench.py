@@ -294,6 +294,7 @@ def test_compare_relative_to_torch():
 
 def test_report_fills_the_readme(tmp_path, capsys):
     results = _results(_result(0.5), _result(provider="torch"), _result(0.25, allocator="default"))
+    results.environment["settings"] = {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "2"}
     results.save(tmp_path / "r.json")
     readme = tmp_path / "README.md"
     readme.write_text("# A\n<!-- bench:gelu -->\nold\n<!-- /bench -->\nkept\n")
@@ -303,6 +304,7 @@ def test_report_fills_the_readme(tmp_path, capsys):
         assert text.startswith("# A\n<!-- bench:gelu -->\n| case | pass | fastlm-cpu | torch | of roof |\n")
         assert "| gelu tanh 4x8 float32 | fwd | 500 ms (2.00x) | 1 s | 50 % |" in text
         assert "| gelu tanh 4x8 float32 (default malloc) | fwd | 250 ms (4.00x) |  | 50 % |" in text
+        assert "torch 2 with ATEN_CPU_CAPABILITY=avx2, fastlm 0" in text
         assert "old" not in text
         assert text.endswith("<!-- /bench -->\nkept\n")
     assert "wrote gelu" in capsys.readouterr().out
@@ -364,7 +366,7 @@ def test_optimizer_case_agrees_with_pytorch():
             made.run["full"]()
 
 
-def _everything(isa="amx", **ours):
+def _everything(isa="amx", settings=None, **ours):
     """A row of every case, pass and provider: one second, a GiB, half the roof; `ours` changes fastlm's."""
     rows = []
     for case in registry.select("all", "cpu", [], [], []) + registry.select("huggingface", "cpu", [], [], []):
@@ -376,15 +378,17 @@ def _everything(isa="amx", **ours):
                     row.median, row.flops, row.roof_fraction, row.peak_bytes = 1.0, 8, 0.5, 2**30
                     row.allocator, row.threads, row.isa = allocator, threads, isa
                     rows.append(dataclasses.replace(row, **ours) if provider == "fastlm" else row)
-    return Results(environment("cpu"), {}, rows)
+    return Results(environment("cpu") | {"settings": settings or {}}, {}, rows)
 
 
 def test_every_goal_is_measured_by_a_registered_case():
-    files = [_everything(isa) for isa in ("amx", "avx2", "baseline")]
+    held = {"ATEN_CPU_CAPABILITY": "avx2"}
+    files = [_everything(), *(_everything(isa, s) for isa in ("avx2", "baseline") for s in ({}, held))]
     assert not [goal.work for goal in goals.GOALS if None in goal.values(files)]
-    of_avx2 = [goal for goal in goals.GOALS if "AVX2 alone" in goal.work]
-    assert of_avx2
-    assert all(set(goal.values(files[::2])) == {None} for goal in of_avx2)
+    for i, name in enumerate(("AVX2 against", "AVX2 on both sides", "SSE2 against", "SSE2 on both sides"), start=1):
+        chosen = [goal for goal in goals.GOALS if goal.work.startswith(name)]
+        assert chosen
+        assert all(set(goal.values([*files[:i], *files[i + 1 :]])) == {None} for goal in chosen)
     assert goals.REASONS.keys() <= {goal.work for goal in goals.GOALS}
 
 
