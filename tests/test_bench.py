@@ -197,7 +197,7 @@ def test_peak_memory():
     found = memory.peak(allocate, "cpu")
     if found is None:
         pytest.skip("the high-water mark cannot be reset here")
-    assert size <= found < 1.5 * size
+    assert 0.99 * size <= found < 1.5 * size  # the kernel adds up pages in batches
     assert memory.peak(lambda: None, "cpu") < size / 8
 
 

@@ -32,35 +32,13 @@
 
 #ifdef FASTLM_ISA
 #if FASTLM_ISA_LEVEL <= 3  // there is nothing to multiply with tiles
+#include "cpu/norm.h"
+
 namespace fastlm::FASTLM_ISA {
 
 namespace layer_norm {
 
-// Sum of term(j, n) over the row; four accumulators hide the latency of the additions.
-template <class V, class F>
-inline __attribute__((always_inline)) lane_t<V> row_sum(int64_t N, F&& term) {
-  constexpr int64_t L = lanes<V>;
-  using whole = std::integral_constant<int64_t, L>;
-  V a0{}, a1{}, a2{}, a3{};
-  int64_t j = 0;
-  for (; j + 4 * L <= N; j += 4 * L) {
-    a0 += term(j, whole{});
-    a1 += term(j + L, whole{});
-    a2 += term(j + 2 * L, whole{});
-    a3 += term(j + 3 * L, whole{});
-  }
-  for (; j + L <= N; j += L) a0 += term(j, whole{});
-  if (j < N) a1 += term(j, N - j);
-  return reduce_add((a0 + a1) + (a2 + a3));
-}
-
-// Asks for the cache line that begins at element j of a row; between two lines, nothing. LOCALITY 3 is the first-level
-// cache, 2 the second.
-template <int LOCALITY = 3, class T>
-inline void prefetch(const T* row, int64_t j) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  if (lanes<vec_of<T>> >= kLine || j % kLine == 0) __builtin_prefetch(row + j, 0, LOCALITY);
-}
+using namespace norm;
 
 // Methods copy the members that their loops use: behind `this` each would be read again after every store.
 template <class TX, class TR, class TY>
@@ -236,20 +214,8 @@ struct Bwd {
       for (int64_t i = c * size; i < end; ++i) row<STREAM>(i, sum_w, sum_b);
     }
     if (!dw) return;
-    constexpr int64_t kColumns = 256;
-#pragma omp parallel for schedule(static) if (chunks * N > kParallelGrain)
-    for (int64_t first = 0; first < N; first += kColumns) {
-      const int64_t n_block = std::min(kColumns, N - first);
-      for (int which = 0; which < 2; ++which) {
-        const S* in = partial + which * N + first;
-        S* out = (which ? db : dw) + first;
-        for_lanes<V>(n_block, [&](int64_t k, auto n) {
-          V v{};
-          for (int64_t c = 0; c < chunks; ++c) v += load<V>(in + c * 2 * N + k, n);
-          store(out + k, v, n);
-        });
-      }
-    }
+    add_partials(partial, 2 * N, chunks, N, dw);
+    add_partials(partial + N, 2 * N, chunks, N, db);
   }
 };
 

@@ -1,0 +1,45 @@
+// What the normalizations share, for inclusion inside a pass of foreach_isa.h: no include guard.
+
+namespace fastlm::FASTLM_ISA::norm {
+
+// Sum of term(j, n) over the row; four accumulators hide the latency of the additions.
+template <class V, class F>
+inline __attribute__((always_inline)) lane_t<V> row_sum(int64_t N, F&& term) {
+  constexpr int64_t L = lanes<V>;
+  using whole = std::integral_constant<int64_t, L>;
+  V a0{}, a1{}, a2{}, a3{};
+  int64_t j = 0;
+  for (; j + 4 * L <= N; j += 4 * L) {
+    a0 += term(j, whole{});
+    a1 += term(j + L, whole{});
+    a2 += term(j + 2 * L, whole{});
+    a3 += term(j + 3 * L, whole{});
+  }
+  for (; j + L <= N; j += L) a0 += term(j, whole{});
+  if (j < N) a1 += term(j, N - j);
+  return reduce_add((a0 + a1) + (a2 + a3));
+}
+
+// Asks for the cache line that begins at element j of a row; between two lines, nothing. LOCALITY 3 is the first-level
+// cache, 2 the second.
+template <int LOCALITY = 3, class T>
+inline void prefetch(const T* row, int64_t j) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (lanes<vec_of<T>> >= kLine || j % kLine == 0) __builtin_prefetch(row + j, 0, LOCALITY);
+}
+
+// out (N) = the sum of `chunks` rows of N, a stride apart, in order.
+template <class S>
+void add_partials(const S* partial, int64_t stride, int64_t chunks, int64_t N, S* out) {
+  using V = vec_of<S>;
+  constexpr int64_t kColumns = 256;
+#pragma omp parallel for schedule(static) if (chunks * N > kParallelGrain)
+  for (int64_t first = 0; first < N; first += kColumns)
+    for_lanes<V>(std::min(kColumns, N - first), [&](int64_t k, auto n) {
+      V v{};
+      for (int64_t c = 0; c < chunks; ++c) v += load<V>(partial + c * stride + first + k, n);
+      store(out + first + k, v, n);
+    });
+}
+
+}  // namespace fastlm::FASTLM_ISA::norm
