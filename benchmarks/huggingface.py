@@ -114,7 +114,6 @@ VARIANTS = {
     "bert-small-padded": Variant("bert", padded=True, small=True),
     "gpt2-small-train": Variant("gpt2", "train", small=True),
 }
-COMMONEST = (("bert-base-padded", "bfloat16"),)
 
 
 class HuggingFace:
@@ -129,7 +128,7 @@ class HuggingFace:
                 passes = ("full",) if variant.task == "train" else ("fwd",)
                 cases.append(Case(self.name, shape, "", name, passes))
         cases = each_dtype(cases)
-        return [replace(c, extra=not quick and (c.variant, c.dtype) not in COMMONEST) for c in cases]
+        return [replace(c, extra=not quick) for c in cases]
 
     def providers(self) -> tuple[str, ...]:
         return PROVIDERS

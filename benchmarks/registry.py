@@ -82,12 +82,15 @@ def _cases(b: Benchmark, device: str, dtypes: list[str], shapes: list[str], quic
         dtypes = dtypes or list(dict.fromkeys(case.dtype for case in b.cases(device, quick)))
     if not dtypes:
         return cases
-    # A case may be extra in one of its dtypes only; it is one case all the same.
-    extra: dict[Case, bool] = {}
+    # A case may be slow in one of its dtypes only; it is one case all the same.
+    slow: dict[Case, dict[str, bool]] = {}
     for case in cases:
-        alike = dataclasses.replace(case, dtype="", extra=False)
-        extra[alike] = extra.get(alike, True) and case.extra
-    return [dataclasses.replace(case, dtype=dtype, extra=extra[case]) for case in extra for dtype in dtypes]
+        slow.setdefault(dataclasses.replace(case, dtype="", slow=False), {})[case.dtype] = case.slow
+    return [
+        dataclasses.replace(case, dtype=dtype, slow=known.get(dtype, any(known.values())))
+        for case, known in slow.items()
+        for dtype in dtypes
+    ]
 
 
 def parse_shape(b: Benchmark, text: str) -> tuple[int, ...]:

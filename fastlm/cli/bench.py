@@ -54,6 +54,8 @@ class Options:
     """whether the C library keeps freed memory on a CPU"""
     threads: Annotated[int | None, arg(metavar="N")] = None
     """of the CPU; by default as many as torch uses"""
+    seconds: Annotated[float | None, arg(metavar="S")] = None
+    """to spend on the rounds of each pass (by default 0.2, 0.1 if quick): more of them make steadier medians"""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
     """write the results here"""
     plot: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -149,7 +151,11 @@ def make_plan(options: Options) -> Plan:
         options.op, device, _names(options.dtype), _names(options.shape), _names(options.passes), options.quick
     )
     allocators = _allocators(options) if kind == "cpu" else ("cuda",)
-    seconds = QUICK_ROUND_SECONDS if options.quick else ROUND_SECONDS
+    seconds = options.seconds
+    if seconds is None:
+        seconds = QUICK_ROUND_SECONDS if options.quick else ROUND_SECONDS
+    elif not 0 < seconds < float("inf"):
+        raise ConfigError(f"seconds is {seconds}, expected a finite number above 0")
     scaling = kind == "cpu" and options.op == "all" and not options.quick
     return Plan(cases, device, threads, against, seconds, allocators, scaling)
 
