@@ -354,81 +354,62 @@ def _verdict(goal: Goal, values: list[float | None]) -> str:
 
 
 REASONS: dict[str, str] = {
-    "layer_norm 4096x768, 16384x1024 bf16 bwd": "both wait for memory, whose rate halves and doubles beside "
-    "neighbours: 1.6 to 2.6 times in other runs",
+    "layer_norm 16384x1024 fp32 fwd, bwd, of the copy rate": "beside neighbours the rates of memory change within a "
+    "run: 46 to 141 % in five",
+    "layer_norm 16384x1024 bf16 fwd, bwd, of the copy rate": "the same",
     "tanh 4096x3072 fp32: gelu fwd, bwd, bias_gelu fwd, bwd": "memory decides: backward moves more than the copy "
     "rate, and PyTorch does it at a quarter to a third of that",
-    "attention causal fwd fp32, d64 T 256, 512, 1024, d128 T 256": "at T 1024 PyTorch runs at 47 % of the GEMM rate; "
-    "the goal is 94 %",
-    "attention causal fwd fp32, d64, d128 T 2048": "PyTorch runs at 53 and 59 % of the GEMM rate; the goal is 85 and "
-    "94 %, and exponentials and packing take 10 to 20 % of the time",
-    "attention causal fwd bf16, d64 T 256, 512, d128 T 256": "where it is missed packing and outputs, a page apart, "
-    "take as long as the products; 3.5 to 5.5 times in other runs",
+    "tanh 4096x3072 bf16: gelu fwd, bwd, bias_gelu fwd, bwd, of the copy rate": "beside neighbours the rates of "
+    "memory change within a run",
+    "erf 4096x3072 bf16: gelu fwd, bwd, bias_gelu fwd, bwd, of the copy rate": "the same",
+    "attention causal fwd fp32, d64 T 256, 512, 1024, d128 T 256": "1.6 to 2.0 times at T 1024 in four runs, where "
+    "the goal takes nine tenths of what the cores can multiply",
+    "attention causal fwd fp32, d64, d128 T 2048": "the goal takes 75 to 80 % of what the cores can multiply, and "
+    "exponentials and packing take 10 to 20 % of the time",
     "attention causal fwd bf16, d64 T 1024, 2048, d128 T 2048": "at d128 PyTorch runs at 29 % of the GEMM rate; the "
     "goal is 88 %, and exponentials take a sixth of the time",
-    "attention bwd bf16, causal d64 T 256, 512, 1024, 2048, d128 T 256, 2048, full d64 T 1024": "at d128 PyTorch "
-    "runs at 35 % of the GEMM rate; the goal is 88 %",
-    "attention causal fwd fp32, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "the rate is "
-    "oneDNN's or MKL's on one large product; packing, exponentials and outputs take a third of the time at T 256",
+    "attention causal fwd fp32, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "the rate is our "
+    "own on one large product, higher than the library's; packing, exponentials and outputs take a third of the time "
+    "at T 256",
+    "attention bwd bf16, causal d64 T 256, 512, 1024, 2048, d128 T 256, 2048, full d64 T 1024": "full, ours is at 80 "
+    "% of what the cores can multiply, and the goal at 108 %; at d128 the goal is at 80 %",
     "attention causal fwd bf16, d64 T 256, 512, 1024, 2048, d128 T 256, 2048, of the GEMM rate": "the same, at the "
     "short lengths",
     "attention fwd bf16, padding, bias, dropout, GQA: time a FLOP over plain causal": "dropout's random numbers take "
     "0.4 ns a score",
     "attention of one query and 1024 keys, fp32": "both read the keys and values from the last cache at twice the "
     "rate of the memory",
-    "linear_cross_entropy 1024x768x50257 fp32, of linear and cross_entropy": "the products alone are more than 0.9 "
-    "of PyTorch's time, and a quarter of one is made again to hold few logits",
-    "linear_cross_entropy 1024x768x50257 fp32, of torch's own F.linear_cross_entropy": "both are the same products",
-    "linear_cross_entropy 1024x768x50257 bf16, of linear and cross_entropy": "the products alone are 0.94 of "
-    "PyTorch's time, and a quarter of one is made again to hold few logits",
-    "linear_cross_entropy 1024x768x50257 bf16, of torch's own F.linear_cross_entropy": "both are the same products; "
-    "0.94 to 1.0 times in four runs",
-    "linear_cross_entropy 1024x768x50257 fp32, extra memory, of the logits": "8 to 11 %, by where the heap places "
-    "blocks when freed memory is kept",
-    "linear_cross_entropy 1024x768x50257 bf16, extra memory, of the logits": "8 to 12 %, by where the heap places "
-    "blocks when freed memory is kept",
-    "gradient clipping and AdamW, fp32": "both are bound by memory: ours moves 32 bytes a parameter, and PyTorch 40",
-    "GPT-2 124M training step 4x256 bf16": "three rounds of a busy hour, in which oneDNN's rate halved at times; "
-    "1.38 and 1.40 times in two runs before",
-    "GPT-2 124M training step 4x256 bf16, peak memory, of PyTorch's": "parameters, moments, gradients and the "
-    "weights in bf16 alone are that much",
+    "linear_cross_entropy 1024x768x50257 bf16, of linear and cross_entropy": "three products at our rate, 85 to 90 % "
+    "of the peak, are 0.85 of PyTorch's time, and 0.22 of one is made again to hold few logits; 0.99 to 1.15 times "
+    "in five runs",
+    "gradient clipping and AdamW, fp32": "both are bound by memory: ours moves 32 bytes a parameter, and PyTorch 40; "
+    "1.1 to 1.6 times in six runs",
     "GPT-2 124M training step 4x256 fp32, peak memory, of PyTorch's": "parameters, gradients and both moments alone "
-    "are 77 to 80 %",
-    "the same in fp32, of the GEMM rate": "the rate is that of one large product at its best",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16": "with eight rows the weight in the "
-    "caches is multiplied, not read: 1.5 to 2.3 times in four runs",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16, of the read rate": "with eight rows the "
-    "weight in the caches is multiplied, not read",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int8, of our bf16": "in the caches bf16 reads "
-    "at two to four times the rate of memory, and a dot product holds as many 16-bit words as pairs of bf16; x in 8 "
-    "bits would be less accurate",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int4, of our bf16": "the same",
-    "one row of layer_norm, gelu, attention, fp32: time over PyTorch's": "checks and the choice of a kernel are made "
-    "in Python",
-    "one row of layer_norm, gelu, attention, bf16: time over PyTorch's": "the same",
-    "two threads over one, fp32: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "attention 1.7 to 2.0 in three "
+    "are 77 to 80 %; 86 to 98 %, by what either heap keeps",
+    "the same in fp32, of the GEMM rate": "the rate is our own on one large product, higher than the library's",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16": "both read from memory, PyTorch at "
+    "half its rate; 1.8 to 2.7 times at 50257x768 in four runs",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16, of the read rate": "1.2 MB in pages of "
+    "4 KiB are read before the prefetchers of both threads are at their rate; a call takes 5 us",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int8, of our bf16": "with eight rows a dot "
+    "product holds as many 16-bit words as pairs of bf16; x in 8 bits would be less accurate",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int4, of our bf16": "the same; of 0.3 MB a "
+    "call and the waking of a thread take a third of the time",
+    "two threads over one, fp32: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "attention 1.6 to 2.0 in five "
     "runs; one thread takes more than half of the memory's rate",
     "two threads over one, bf16: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "the same",
-    "the slowest accelerated model of transformers, fp32, bf16": "a case whose products, the library's, take all the "
-    "time",
-    "AVX2 against AVX-512, fp32: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "PyTorch keeps its AVX-512; "
-    "where it is missed both wait for memory",
-    "AVX2 against AVX-512, bf16: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "the same",
-    "AVX2 against AVX-512, fp32: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512",
-    "AVX2 against AVX-512, bf16: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "the same",
-    "SSE2 against AVX-512, fp32: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "PyTorch keeps its AVX-512; "
-    "where it is missed both wait for memory",
-    "SSE2 against AVX-512, bf16: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "the same, and bf16 has to be "
-    "widened and rounded in many instructions",
+    "transformers' BERT base 8x128 accelerated, fp32, bf16: inference": "in bf16 both run at the rate of large "
+    "products, transformers at 70 to 75 % of the peak and ours at 85 to 90; with AMX it is at 1.41, by the other "
+    "table of these models",
+    "the slowest accelerated model of transformers, fp32, bf16": "of the three rounds of Qwen 3's training in fp32 "
+    "two were held up; by the fastest it is 1.37 times, and the next slowest model is at 1.08",
     "SSE2 against AVX-512, fp32: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512, and takes "
     "fewer instructions for sixteen values than four take here, 47",
-    "SSE2 against AVX-512, bf16: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512",
-    "transformers' BERT base 8x128 accelerated, fp32, bf16: inference": "transformers runs at 70 to 75 % of what "
-    "these cores can multiply, and all but its products can save 15 %; with AMX bf16 is at 1.41, by the other table "
-    "of these models",
-    "SSE2 against AVX-512, fp32: cross_entropy 1024x50257 fwd, fwd + bwd": "PyTorch keeps its AVX-512; 1.5 and 2.3 "
-    "times on a CPU with AMX",
-    "SSE2 against AVX-512, bf16: cross_entropy 1024x50257 fwd, fwd + bwd": "the same: 1.7 and 1.5 times there",
+    "SSE2 against AVX-512, fp32: cross_entropy 1024x50257 fwd, fwd + bwd": "PyTorch keeps its AVX-512, four times as "
+    "wide",
+    "SSE2 against AVX-512, bf16: layer_norm 4096x768 fwd, bwd, 16384x1024 fwd, bwd": "the same, and bf16 has to be "
+    "widened and rounded in many instructions",
+    "SSE2 against AVX-512, bf16: cross_entropy 1024x50257 fwd, fwd + bwd": "the same",
 }
 
 PARTS = (_norms, _gelu, _attention, _losses, _engine, _linear, _small, _scaling, _models, _lesser_sets)
