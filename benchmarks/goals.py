@@ -387,12 +387,9 @@ REASONS: dict[str, str] = {
     "GPT-2 124M training step 4x256 fp32, peak memory, of PyTorch's": "parameters, gradients and both moments alone "
     "are 77 to 80 %; 86 to 98 %, by what either heap keeps",
     "the same in fp32, of the GEMM rate": "the rate is our own on one large product, higher than the library's",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16": "both read from memory, PyTorch at "
-    "half its rate; 1.8 to 2.7 times at 50257x768 in four runs",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 bf16, of the read rate": "1.2 MB in pages of "
-    "4 KiB are read before the prefetchers of both threads are at their rate; a call takes 5 us",
-    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int8, of our bf16": "with eight rows a dot "
-    "product holds as many 16-bit words as pairs of bf16; x in 8 bits would be less accurate",
+    "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int8, of our bf16": "with one row 1.5 to 2.2 "
+    "times in two runs, by the memory of the moment; with eight a dot product holds as many 16-bit words as pairs of "
+    "bf16; x in 8 bits would be less accurate",
     "linear 1x768x768, 1x3072x768, 1x768x3072, 1x50257x768, 8x3072x768 int4, of our bf16": "the same; of 0.3 MB a "
     "call and the waking of a thread take a third of the time",
     "two threads over one, fp32: attention fwd, bwd, gelu fwd, bwd, cross_entropy": "attention 1.6 to 2.0 in five "
