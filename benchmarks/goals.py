@@ -399,7 +399,7 @@ REASONS: dict[str, str] = {
     "products, transformers at 70 to 75 % of the peak and ours at 85 to 90; with AMX it is at 1.41, by the other "
     "table of these models",
     "the slowest accelerated model of transformers, fp32, bf16": "of the three rounds of Qwen 3's training in fp32 "
-    "two were held up; by the fastest it is 1.37 times, and the next slowest model is at 1.08",
+    "two were held up; by the fastest it is 1.37 times, and the next slowest case is at 1.08",
     "SSE2 against AVX-512, fp32: gelu 4096x3072 tanh fwd, bwd, erf fwd, bwd": "PyTorch keeps its AVX-512, and takes "
     "fewer instructions for sixteen values than four take here, 47",
     "SSE2 against AVX-512, fp32: cross_entropy 1024x50257 fwd, fwd + bwd": "PyTorch keeps its AVX-512, four times as "

@@ -14,7 +14,6 @@ from ..ops.linear import FASTER_ROWS
 from ..ops.linear import linear as few_rows_linear
 
 FEWEST_ROWS = FASTER_ROWS[torch.float32].start
-BY_OURS = (torch.float32, torch.bfloat16)
 MANY_ROWS = 512  # from which on a bias inside oneDNN's product in bf16 pays: up to 1.2 times as fast, below 0.8 to 1.0
 
 
@@ -42,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if small or weight.dtype is not torch.float32 or not _products.serves(x, weight, bias):
             return F.linear(x, weight, bias)
         return _products.linear(x.to(torch.bfloat16), weight, bias)
-    if x.dtype in BY_OURS and x.shape[:-1].numel() not in FASTER_ROWS[x.dtype] and _products.leads(x.dtype):
+    if _products.leads(x.dtype) and x.shape[:-1].numel() not in FASTER_ROWS[x.dtype]:
         return _products.linear(x, weight, bias)
     if needs_grad(x, weight, bias) or not _is_layer(x, weight, bias):
         return F.linear(x, weight, bias)
