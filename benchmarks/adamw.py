@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastlm import _native
+from fastlm.backends import cpu as _native
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.ops._products import prepare_weights
 from fastlm.training.adamw import AdamW

@@ -13,8 +13,8 @@ import gc
 import torch
 from torch import Tensor, nn
 
+from fastlm.formats.hf.layout import export
 from fastlm.models.bert import BERT, IGNORED_TARGET, BERTConfig
-from fastlm.models.huggingface import export
 
 from . import providers
 from .case import Built, Case, Counts, Unavailable

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastlm.inference import generate, quantize
-from fastlm.inference.quantize import QuantizedLinear, Scheme
+from fastlm.compression import quantization as quantize
+from fastlm.compression.quantization import QuantizedLinear, Scheme
+from fastlm.inference import generate
 
 from . import providers
 from .case import Built, Case, Counts, Unavailable

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm.inference.quantize import QuantizedLinear, Scheme
+from fastlm.compression.quantization import QuantizedLinear, Scheme
 
 from .case import Built, Case, Counts, Unavailable
 from .kernel import Function, Inputs, KernelBenchmark, KernelSession, each_dtype

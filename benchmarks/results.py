@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import fastlm
-from fastlm.cli import doctor
+from fastlm import runtime
 from fastlm.errors import DataError
 
 FORMAT, VERSION = "fastlm-bench", 1
@@ -169,16 +169,16 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": gpu.name if gpu else "cpu",
-        "driver": doctor.driver_version(),
-        "cpu": doctor.cpu_model(),
+        "driver": runtime.driver_version(),
+        "cpu": runtime.cpu_model(),
         "cores": os.cpu_count(),
         "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "python": platform.python_version(),
         "fastlm": fastlm.__version__,
         "revision": revision(),
-        "packages": {name: v for name in doctor.PACKAGES + doctor.PEERS if (v := doctor.version(name))},
+        "packages": {name: v for name in runtime.PACKAGES + runtime.PEERS if (v := runtime.version(name))},
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "settings": doctor.settings(),
+        "settings": runtime.settings(),
     }
 
 

@@ -54,7 +54,7 @@ def run(plan: dict[str, Any], emit: Emit) -> None:
     torch.set_num_threads(plan["threads"])
     device, allocator = plan["device"], plan["allocator"]
     if allocator == "kept":
-        from fastlm.training.memory import keep_freed_memory
+        from fastlm.runtime import keep_freed_memory
 
         if not keep_freed_memory():
             raise SystemExit("this C library cannot be told to keep freed memory")

@@ -1,4 +1,4 @@
-// fastlm._cpu: the CPU kernels behind integer pointers. fastlm/_native.py is its only caller.
+// fastlm._cpu: the CPU kernels behind integer pointers. fastlm/backends/cpu is its only caller.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// fastlm._cuda: the CUDA kernels behind integer pointers. fastlm/_native_cuda.py is its only caller, with
+// fastlm._cuda: the CUDA kernels behind integer pointers. fastlm/backends/cuda is its only caller, with
 // the device current.
 
 #include <pybind11/pybind11.h>

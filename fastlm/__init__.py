@@ -5,10 +5,11 @@ extras are loaded when something needs them.
 """
 
 from . import errors, nn
-from ._dispatch import backend, explain
-from ._native import cpu_isa, cpu_isas, set_cpu_isa
+from ._core.dispatch import backend, explain
+from .backends.cpu import cpu_isa, cpu_isas, set_cpu_isa
+from .compression.quantization import quantize
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
-from .inference.quantize import quantize
+from .formats.load import load, save
 from .integrations import (
     accelerate,
     attention_maps,
@@ -17,7 +18,6 @@ from .integrations import (
     attention_weights,
     restore,
 )
-from .models.loading import load, save
 from .ops.attention import scaled_dot_product_attention
 from .ops.attention_varlen import attention_varlen
 from .ops.cross_entropy import cross_entropy

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core.dropout import DeviceSeed
 from fastlm.errors import BackendError
-from fastlm.ops._dropout import DeviceSeed
 
 INTERPRETING = triton.knobs.runtime.interpret
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm._native import heads_like
+from fastlm.backends.cpu import heads_like
 
 from ._common import architecture, dropout_arguments, on_device_of
 from .attention_backward import backward
@@ -232,7 +232,7 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True):
-    """As fastlm._native.attention_fwd."""
+    """As fastlm.backends.cpu.attention_fwd."""
     out, sums = _forward(q, k, v, mask, None, None, q.shape[0], options, lse)
     return out.transpose(1, 2), sums
 
@@ -250,7 +250,7 @@ def attention_bwd(
     inputs: bool = True,
     mask_grad: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As fastlm._native.attention_bwd."""
+    """As fastlm.backends.cpu.attention_bwd."""
     size = geometry(q, k, v, q.shape[0], *options[4:6])
     grads = (heads_like(q), heads_like(k), heads_like(v)) if inputs else None
     dmask = backward(dout, dlse, q, k, v, mask, None, None, out, lse, size, options, grads, mask_grad)
@@ -260,7 +260,7 @@ def attention_bwd(
 def attention_varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options, lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """As fastlm._native.attention_varlen_fwd."""
+    """As fastlm.backends.cpu.attention_varlen_fwd."""
     packed = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, sums = _forward(*packed, None, cu_q, cu_k, cu_q.shape[0] - 1, options, lse)
     return out[0], sums if sums is None else sums[0]
@@ -278,7 +278,7 @@ def attention_varlen_bwd(
     lse: Tensor,
     *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As fastlm._native.attention_varlen_bwd."""
+    """As fastlm.backends.cpu.attention_varlen_bwd."""
     grads = heads_like(q), heads_like(k), heads_like(v)
     dout, q, k, v, out, *packed = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out, *grads))
     size = geometry(q, k, v, cu_q.shape[0] - 1, *options[4:6])

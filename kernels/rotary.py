@@ -67,7 +67,7 @@ def _rotary_kernel(
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """As fastlm._native.rotary."""
+    """As fastlm.backends.cpu.rotary."""
     B, H, L, D = x.shape
     R = cos.shape[-1]
     y = torch.empty_like(x)

@@ -15,7 +15,8 @@ if not torch.cuda.is_available():  # read when triton is first imported: its ker
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastlm
-from fastlm import _dispatch, _native_cuda
+from fastlm._core import dispatch as _dispatch
+from fastlm.backends import cuda as _native_cuda
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tolerances`; importlib mode adds nothing itself
 

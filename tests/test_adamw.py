@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastlm import _native
+from fastlm.backends import cpu as _native
 from fastlm.ops._products import attach_copy, copy_of
 from fastlm.training import AdamW
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
-from fastlm.ops import _dropout
+from fastlm._core import dropout as _dropout
 from fastlm.ops._attention_reference import attention_ref
 from tolerances import assert_as_close_as_torch
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from fastlm import _dispatch, _native
+from fastlm._core import dispatch as _dispatch
+from fastlm.backends import cpu as _native
 from fastlm.benchmarks import compare, goals, harness, kernel, memory, plots, registry, report, roof, runner, worker
 from fastlm.benchmarks.case import Case, Counts, Unavailable
 from fastlm.benchmarks.engine import SIZES, build, weights

@@ -7,8 +7,8 @@ import torch
 
 import fastlm
 from fastlm.errors import CheckpointError, ConfigError
+from fastlm.formats.hf.bert import BERT_FOLDER, ROBERTA_FOLDER
 from fastlm.models import BERT, BERTConfig
-from fastlm.models.folder_bert import BERT_FOLDER, ROBERTA_FOLDER
 from hf import CLOSE, check_gradients, perturbed, reload_as_theirs, transformers
 
 SIZES = {

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 import fastlm
 from conftest import CUDA
 from emulation import build
-from fastlm import _native_cuda
-from fastlm._native import TYPE_CODE
-from fastlm.ops import _dropout
+from fastlm._core import dropout as _dropout
+from fastlm.backends import cuda as _native_cuda
+from fastlm.backends.cpu import TYPE_CODE
 from fastlm.ops._attention_reference import Options, attention_ref
 from test_attention import (
     test_any_strides,

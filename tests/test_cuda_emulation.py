@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import CUDA
-from fastlm import _dispatch, _native_cuda
-from fastlm.ops import _dropout
+from fastlm._core import dispatch as _dispatch
+from fastlm._core import dropout as _dropout
+from fastlm.backends import cuda as _native_cuda
 from fastlm.ops.layer_norm import add_layer_norm_ref
 from tolerances import assert_as_close_as_torch
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import _dispatch, _native
+from fastlm._core import dispatch as _dispatch
+from fastlm.backends import cpu as _native
 
 
 def _python(code, **env):

@@ -6,7 +6,10 @@ import types
 import torch
 
 import fastlm
-from fastlm import _dispatch, _native, _native_cuda
+from fastlm import runtime
+from fastlm._core import dispatch as _dispatch
+from fastlm.backends import cpu as _native
+from fastlm.backends import cuda as _native_cuda
 from fastlm.cli import doctor, main
 from fastlm.ops import _products
 
@@ -34,7 +37,7 @@ def test_text_names_every_op_and_every_missing_peer_is_left_out(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert all(op in out for op in _dispatch.ops())
-    assert doctor.cpu_model() in out
+    assert runtime.cpu_model() in out
     assert "memory     " in out
 
 
@@ -78,4 +81,4 @@ def test_advice_to_build_the_cuda_kernels():
 
 def test_no_driver_without_its_command(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert doctor.driver_version() is None
+    assert runtime.driver_version() is None

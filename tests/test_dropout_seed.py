@@ -5,8 +5,8 @@ import torch
 
 import fastlm
 from conftest import CUDA, TRITON
+from fastlm._core import dropout as _dropout
 from fastlm.errors import BackendError
-from fastlm.ops import _dropout
 
 on_cuda = pytest.mark.parametrize("kernels", [CUDA], indirect=True)
 SEEDS = 0x1234567890ABCDEF, -7

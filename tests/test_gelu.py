@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
-from fastlm.ops import _dropout
+from fastlm._core import dropout as _dropout
 from tolerances import assert_as_close_as_torch
 
 # Scalars, tails of every vector width, empty, a multiple of the flat row, more rows than chunks.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import _native_cuda
+from fastlm.backends import cuda as _native_cuda
 from fastlm.errors import BackendError
 
 if not torch.cuda.is_available():

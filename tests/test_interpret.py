@@ -12,7 +12,7 @@ from torch import nn
 
 import fastlm
 from fastlm.integrations import register_sdpa
-from fastlm.integrations.interpret import ROWS
+from fastlm.interpret.maps import ROWS
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.ops.attention import OBSERVERS
 

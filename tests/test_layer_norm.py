@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
-from fastlm.ops import _dropout
+from fastlm._core import dropout as _dropout
 from tolerances import assert_as_close_as_torch
 
 # (leading shape, N): odd and prime tails, N below and above every vector width and unroll, an empty batch, more

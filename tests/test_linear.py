@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
-from fastlm import _native
+from fastlm.backends import cpu as _native
 from fastlm.ops import _products
 from tolerances import assert_as_close_as_torch
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
-from fastlm import _native
+from fastlm.backends import cpu as _native
 from tolerances import assert_as_close_as_torch
 
 # (rows, width, classes, memory): one class, less than a window, several windows with a short first one, all of the

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import fastlm
 from fastlm.errors import CheckpointError, ConfigError, DataError
+from fastlm.formats.gguf.tokenizer import load_tokenizer
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
-from fastlm.models.gguf_tokenizer import load_tokenizer
 from fastlm.models.llama import rotary_frequencies
 from fastlm.training.checkpoint import save_checkpoint
 from hf import CLOSE, perturbed, transformers

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.compression import quantization as quantize
+from fastlm.compression.quantization import QuantizedLinear, dequantize, quantize_int4
 from fastlm.errors import CheckpointError, ConfigError
-from fastlm.inference import generate, load_quantized, quantize, save_quantized
-from fastlm.inference.quantize import QuantizedLinear, dequantize, quantize_int4
+from fastlm.inference import generate, load_quantized, save_quantized
 from fastlm.models import GPT, GPTConfig
 
 FORMATS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import fastlm
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import beam_search, greedy_search
-from fastlm.inference.decoder_cache import DecoderCache
 from fastlm.models import Seq2Seq, Seq2SeqConfig
+from fastlm.models.common.decoder_cache import DecoderCache
 from fastlm.models.seq2seq import sinusoids
 from hf import CLOSE, perturbed, reload_as_theirs, transformers
 

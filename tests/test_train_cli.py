@@ -143,7 +143,7 @@ class TestDemo:
         summary = json.loads((corpus / "summary.json").read_text(encoding="utf-8"))
         assert (summary["corpus"], summary["steps"], summary["device"]) == ("a play", 3, "cpu")
         assert summary["isa"] == fastlm.cpu_isa()
-        assert summary["backend"] in fastlm._dispatch.NAMES
+        assert summary["backend"] in fastlm._core.dispatch.NAMES
         assert summary["parameters"] == load_model(corpus)[0].num_parameters()
         assert 0 < summary["train_seconds"] < 240
         assert summary["tokens_per_second"] > 0
@@ -202,7 +202,7 @@ def page_faults(before, **environment):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the policy is glibc's")
 def test_kept_memory_is_not_faulted_in_again():
-    call = "from fastlm.training.memory import keep_freed_memory; keep_freed_memory()"
+    call = "from fastlm.runtime import keep_freed_memory; keep_freed_memory()"
     pages = 5 * 2**26 // os.sysconf("SC_PAGE_SIZE")
     if page_faults("") < pages // 2:
         pytest.skip("this system does not fault each new page in (huge pages, or not glibc)")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fastlm.data import PrepareConfig, load_manifest, load_tokens, prepare
 from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.runtime import choose_device, choose_dtype, choose_threads, cpu_bfloat16_feature
 from fastlm.training import DivergenceError, TrainConfig, train
 from fastlm.training.checkpoint import load_checkpoint
 from fastlm.training.evaluation import evaluate
@@ -24,7 +25,6 @@ from fastlm.training.loader import WindowLoader, evaluation_batches
 from fastlm.training.metrics import read_metrics
 from fastlm.training.optimizer import build_optimizer
 from fastlm.training.progress import ConsoleReporter, Reporter, clock
-from fastlm.training.system import choose_device, choose_dtype, choose_threads, cpu_bfloat16_feature
 
 SMALL = {
     "n_layer": 2,
@@ -494,8 +494,8 @@ class TestRun:
 
 def resume_with(checkpoint, settings):
     """Resume from tensors that were changed in memory."""
+    from fastlm.runtime import Interrupt
     from fastlm.training.loop import Trainer
-    from fastlm.training.system import Interrupt
 
     trainer = Trainer(settings, Recorder())
     trainer._resume(checkpoint)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import TRITON
-from fastlm import _dispatch
-from fastlm.ops import _dropout
+from fastlm._core import dispatch as _dispatch
+from fastlm._core import dropout as _dropout
 from fastlm.ops.layer_norm import add_layer_norm_ref
 from tolerances import assert_as_close_as_torch
 

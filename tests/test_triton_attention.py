@@ -10,8 +10,8 @@ import torch
 
 import fastlm
 from conftest import TRITON
-from fastlm import _dispatch
-from fastlm.ops import _dropout
+from fastlm._core import dispatch as _dispatch
+from fastlm._core import dropout as _dropout
 from fastlm.ops._attention_reference import attention_ref
 from tolerances import assert_as_close_as_torch
 

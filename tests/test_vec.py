@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm import _native
-from fastlm.ops import _dropout
+from fastlm._core import dropout as _dropout
+from fastlm.backends import cpu as _native
 
 # name -> (true function in fp64, interval, bound in units in the last place as csrc/cpu/vec.h states it)
 BOUNDS = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import _dispatch, _native
+from fastlm._core import dispatch as _dispatch
+from fastlm.backends import cpu as _native
 from fastlm.cli import main
 from fastlm.ops import gelu as gelu_module
 from fastlm.ops import layer_norm as layer_norm_module

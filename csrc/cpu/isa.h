@@ -34,7 +34,7 @@ bool isa_chosen();  // whether by set_isa
 
 int64_t last_cache();  // bytes of the cache nearest to memory, or of a fair share of it
 
-// The same numbers as in fastlm/_native.py.
+// The same numbers as in fastlm/backends/cpu.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 struct bf16_t {

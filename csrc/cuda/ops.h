@@ -1,5 +1,5 @@
 // The kernels' launchers: plain C++, for bindings_cuda.cpp. Pointers are to device memory, sizes are in elements,
-// types are the codes of fastlm/_native.py, and a null pointer stands for an absent tensor. A launcher returns as soon
+// types are the codes of fastlm/backends/cpu, and a null pointer stands for an absent tensor. A launcher returns as soon
 // as its kernels are queued on the stream, and throws std::runtime_error where CUDA refuses one.
 #pragma once
 

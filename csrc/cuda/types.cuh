@@ -18,7 +18,7 @@ struct fp16 {
   uint16_t bits;
 };
 
-// The codes that fastlm/_native.py passes.
+// The codes that fastlm/backends/cpu passes.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // Calls f with a value of the type that `type` names.

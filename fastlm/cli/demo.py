@@ -19,12 +19,11 @@ from ..data.corpora import demo_corpus
 from ..errors import ConfigError
 from ..inference import generate
 from ..models.gpt import GPT
+from ..runtime import DTYPES, keep_freed_memory
 from ..training import TrainConfig, TrainResult, train
 from ..training.checkpoint import load_model
-from ..training.memory import keep_freed_memory
 from ..training.progress import ConsoleReporter, Reporter
 from ..training.storage import replace_text
-from ..training.system import DTYPES
 from .train import describe, resume_command
 
 PRODUCTS = ("loss.png", "metrics.jsonl", "sample.txt", "summary.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,61 +14,12 @@ from pathlib import Path
 import torch
 
 import fastlm
-from fastlm import _dispatch, _native, _native_cuda
+from fastlm._core import dispatch as _dispatch
+from fastlm.backends import cpu as _native
+from fastlm.backends import cuda as _native_cuda
 from fastlm.ops._products import leads
+from fastlm.runtime import PACKAGES, PEERS, cpu_model, driver_version, settings, version
 from fastlm.verify.fuzz import SPECS
-
-PEERS = (
-    "transformers",
-    "onnxruntime",
-    "ctranslate2",
-    "liger-kernel",
-    "flash-attn",
-    "quack-kernels",
-    "cut-cross-entropy",
-)
-SETTINGS = (
-    "FASTLM_", "OMP_", "KMP_", "GOMP_", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD", "TRITON_",
-    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
-)  # fmt: skip
-PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "rich", "matplotlib", "tyro", "psutil")
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def driver_version() -> str | None:
-    """The NVIDIA driver's version, or None where there is no driver."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return lines[0].strip() if lines else None
-
-
-def settings() -> dict[str, str]:
-    """Environment variables that change which kernels run, on how many threads and in what memory."""
-    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SETTINGS)}
 
 
 def _allocator() -> dict[str, str | None]:

@@ -13,9 +13,10 @@ import torch
 import tyro
 from tyro.conf import arg
 
+from ..compression import quantization as quantize
+from ..compression.quantization import check_scheme
 from ..errors import CheckpointError, ConfigError, DataError
-from ..inference import generate, quantize
-from ..inference.quantize import check_scheme
+from ..inference import generate
 from ..inference.sampling import check_sampling
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def load(source: str) -> tuple[GPT | Llama, Tokenizer]:
             tokenizer does not fit.
         DataError: for a missing or damaged tokenizer.
     """
-    from ..models import GPT, Llama, loading
+    from ..formats import load as loading
+    from ..models import GPT, Llama
     from ..training.checkpoint import check_tokenizer, load_checkpoint
 
     path = loading.resolve(source)
@@ -122,7 +124,7 @@ def _tokenizer(path: Path) -> Tokenizer:
 
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".gguf" and not (folder / "tokenizer.json").is_file():
-        from ..models.gguf_tokenizer import load_tokenizer
+        from ..formats.gguf.tokenizer import load_tokenizer
 
         return load_tokenizer(path)
     tokenizer = Tokenizer.load(folder if path.is_dir() else folder / "tokenizer.json")

@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 
 from ..errors import CheckpointError, ConfigError
+from ..runtime import keep_freed_memory
 from ..training.config import TrainConfig
 from ..training.loop import train
-from ..training.memory import keep_freed_memory
 from ..training.progress import ConsoleReporter, clock
 from ..training.state import TrainResult
 

@@ -1,9 +1,9 @@
 """Generating text: the key/value cache, sampling, the loop over them, beam search, and quantized weights."""
 
+from ..compression.quantization import QuantizedLinear, load_quantized, quantize, save_quantized
+from ..models.common.cache import KVCache
 from .beam import Beams, beam_search, greedy_search
 from .generate import generate
-from .kv_cache import KVCache
-from .quantize import QuantizedLinear, load_quantized, quantize, save_quantized
 from .sampling import sample
 
 __all__ = [

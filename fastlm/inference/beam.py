@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .decoder_cache import DecoderCache
+from ..models.common.decoder_cache import DecoderCache
 
 if TYPE_CHECKING:
     from ..models.seq2seq import Memory, Seq2Seq

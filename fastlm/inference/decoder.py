@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
-from .. import _native
-from .._dispatch import forced_backend
-from .kv_cache import KVCache
-from .quantize import QuantizedLinear
+from .._core.dispatch import forced_backend
+from ..backends import cpu as _native
+from ..compression.quantization import QuantizedLinear
+from ..models.common.cache import KVCache
 
 if TYPE_CHECKING:
     from ..models.gpt import GPT

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..models.common.cache import KVCache
 from . import decoder
-from .kv_cache import KVCache
 from .sampling import check_sampling, sample
 
 if TYPE_CHECKING:

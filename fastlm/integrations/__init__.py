@@ -1,7 +1,6 @@
 """fastlm in models that others wrote: `accelerate`, `restore`, Hugging Face transformers and PyTorch's SDPA."""
 
-from .accelerate import Report, Row, accelerate, restore
-from .interpret import (
+from ..interpret.maps import (
     AttentionMaps,
     AttentionStatistics,
     attention_maps,
@@ -9,6 +8,7 @@ from .interpret import (
     attention_telemetry,
     attention_weights,
 )
+from .accelerate import Report, Row, accelerate, restore
 from .sdpa import register_sdpa
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import nn as ours
-from .._dispatch import needs_grad
+from .._core.dispatch import needs_grad
 from ..nn._plain import plain
 from ..nn.linear import linear
 from ..ops import _products

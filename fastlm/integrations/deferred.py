@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._dispatch import must_trace
+from .._core.dispatch import must_trace
 from ..nn._plain import plain
 from ..ops.linear_cross_entropy import linear_cross_entropy
 

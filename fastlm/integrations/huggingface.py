@@ -84,7 +84,7 @@ def attention_forward(
         mask, causal = _biased_mask(_of_keys(position_bias, S), mask, causal), False
     weights = None
     if kwargs.get("output_attentions"):
-        from .interpret import attention_weights
+        from ..interpret.maps import attention_weights
 
         weights = attention_weights(
             query, key, mask, is_causal=causal, scale=scaling, window=window, softcap=softcap, sinks=s_aux

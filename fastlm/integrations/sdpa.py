@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from ..backends import cpu as _native
 from ..errors import BackendError
 from ..ops.attention import scaled_dot_product_attention
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import must_trace
+from .._core.dispatch import must_trace
 from ..ops.attention import OBSERVERS
 
 

@@ -20,9 +20,9 @@ from ..nn.linear import Linear, linear
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .checks import check_ids, check_same_shape, check_tokens
-from .config import ModelConfig
-from .packing import Packing
+from .common.checks import check_ids, check_same_shape, check_tokens
+from .common.config import ModelConfig
+from .common.unpad import Packing
 
 IGNORED_TARGET = -100
 HEADS = ("none", "masked-lm", "pretraining", "classification")

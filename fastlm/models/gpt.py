@@ -25,11 +25,11 @@ from ..ops.attention import scaled_dot_product_attention
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .checks import check_ids, check_same_shape, check_tokens
-from .config import ModelConfig
+from .common.checks import check_ids, check_same_shape, check_tokens
+from .common.config import ModelConfig
 
 if TYPE_CHECKING:
-    from ..inference.kv_cache import KVCache
+    from .common.cache import KVCache
 
 IGNORED_TARGET = -100
 
@@ -267,7 +267,7 @@ class GPT(nn.Module):
             CheckpointError: for missing or damaged files, a setting that this architecture does not have,
                 and missing, extra or misshapen tensors, by name.
         """
-        from .huggingface import load
+        from ..formats.hf.layout import load
 
         return load(folder, dropout, model=cls)  # type: ignore[return-value]
 
@@ -281,6 +281,6 @@ class GPT(nn.Module):
         Raises:
             CheckpointError: if the files cannot be written; older ones are then untouched.
         """
-        from .huggingface import save
+        from ..formats.hf.layout import save
 
         save(self, folder, bos_token_id=eot_id, eos_token_id=eot_id)

@@ -23,11 +23,11 @@ from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rms_norm import add_rms_norm, rms_norm
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
-from .checks import check_ids, check_same_shape, check_tokens
-from .config import ModelConfig
+from .common.checks import check_ids, check_same_shape, check_tokens
+from .common.config import ModelConfig
 
 if TYPE_CHECKING:
-    from ..inference.kv_cache import KVCache
+    from .common.cache import KVCache
 
 
 @dataclass(frozen=True)

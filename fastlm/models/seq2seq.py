@@ -21,12 +21,12 @@ from ..ops.attention import scaled_dot_product_attention
 from ..ops.gelu import bias_gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .checks import check_ids, check_same_shape, check_tokens
-from .config import ModelConfig
-from .packing import Packing
+from .common.checks import check_ids, check_same_shape, check_tokens
+from .common.config import ModelConfig
+from .common.unpad import Packing
 
 if TYPE_CHECKING:
-    from ..inference.decoder_cache import DecoderCache
+    from .common.decoder_cache import DecoderCache
 
 IGNORED_TARGET = -100
 

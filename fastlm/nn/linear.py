@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import must_trace, needs_grad
+from .._core.dispatch import must_trace, needs_grad
 from ..ops import _products
 from ..ops.linear import FASTER_ROWS
 from ..ops.linear import linear as few_rows_linear

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
-from . import _dropout
+from .._core import dropout as _dropout
+from ..backends import cpu as _native
 
 
 class Options(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._dispatch import transforms_active
+from .._core.dispatch import transforms_active
 
 _is_batch = torch._C._functorch.is_legacy_batchedtensor
 

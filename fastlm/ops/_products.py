@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import must_trace, needs_grad
+from .._core.dispatch import must_trace, needs_grad
+from ..backends import cpu as _native
 from ._autograd import by_reference
 
 # oneDNN 3.12 gives one of two threads nothing to do where the product has about 1024 rows and at most 1024 columns:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
+from ..backends import cpu as _native
 from ._products import add_product, leads, multiply
 from .cross_entropy import Options, Scalar
 

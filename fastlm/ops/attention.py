@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import (
+from .._core import dropout as _dropout
+from .._core.dispatch import (
     Backend,
     LazyModule,
     Request,
@@ -28,7 +28,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
-from . import _dropout
+from ..backends import cpu as _native
 from ._attention_inputs import (
     Window,
     as_4d,
@@ -46,7 +46,7 @@ from ._autograd import by_reference, reference_gradients
 KERNELS: dict[str, Any] = {
     "cpu": _native,
     "triton": LazyModule("fastlm.kernels.attention"),
-    "cuda": LazyModule("fastlm._native_cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda"),
 }
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 PROVED_CUDA: frozenset[int] = frozenset()  # the same of the CUDA kernels

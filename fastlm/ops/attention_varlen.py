@@ -9,9 +9,19 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import Backend, LazyModule, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
-from . import _dropout
+from .._core import dropout as _dropout
+from .._core.dispatch import (
+    Backend,
+    LazyModule,
+    Request,
+    always,
+    choose,
+    cpu_unsupported,
+    must_trace,
+    needs_grad,
+    register,
+)
+from ..backends import cpu as _native
 from ._attention_inputs import (
     Window,
     autocast,
@@ -35,7 +45,7 @@ from .attention import (
 KERNELS: dict[str, Any] = {
     "cpu": _native,
     "triton": LazyModule("fastlm.kernels.attention"),
-    "cuda": LazyModule("fastlm._native_cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda"),
 }
 _NAME = "attention_varlen"
 

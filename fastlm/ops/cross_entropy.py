@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import (
+from .._core.dispatch import (
     Backend,
     LazyModule,
     Request,
@@ -27,6 +26,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
+from ..backends import cpu as _native
 from ._autograd import by_reference, reference_gradients
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.cross_entropy")}

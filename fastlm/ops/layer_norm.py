@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import (
+from .._core import dropout as _dropout
+from .._core.dispatch import (
     Backend,
     LazyModule,
     always,
@@ -26,13 +26,13 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
-from . import _dropout
+from ..backends import cpu as _native
 from ._autograd import by_reference, reference_gradients, stored
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
     "triton": LazyModule("fastlm.kernels.layer_norm"),
-    "cuda": LazyModule("fastlm._native_cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda"),
 }
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 PROVED_CUDA: frozenset[int] = frozenset()

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._core.dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from ..backends import cpu as _native
 from . import _products
 
 

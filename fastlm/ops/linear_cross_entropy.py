@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
+from ..backends import cpu as _native
 from ._autograd import by_reference, reference_gradients
 from ._projection import Grads, Projection
 from .cross_entropy import (

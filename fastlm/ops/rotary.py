@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import (
+from .._core.dispatch import (
     Backend,
     LazyModule,
     always,
@@ -22,6 +21,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
+from ..backends import cpu as _native
 from ._autograd import is_batch
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.rotary")}

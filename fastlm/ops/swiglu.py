@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._dispatch import (
+from .._core.dispatch import (
     Backend,
     LazyModule,
     always,
@@ -20,6 +19,7 @@ from .._dispatch import (
     register,
     triton_unsupported,
 )
+from ..backends import cpu as _native
 from ._autograd import by_reference, reference_gradients
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.swiglu")}

@@ -16,6 +16,7 @@ from ..data import load_manifest, load_tokens
 from ..errors import CheckpointError, ConfigError, DataError, FastlmError
 from ..models.gpt import GPT, GPTConfig
 from ..ops._products import prepare_weights
+from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads
 from . import checkpoint as ckpt
 from . import rng
 from .config import TrainConfig
@@ -27,7 +28,6 @@ from .progress import Reporter, StepReport
 from .schedules import SCHEDULES
 from .state import State, TrainResult
 from .storage import replacing
-from .system import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads
 
 
 class DivergenceError(FastlmError, ArithmeticError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 import fastlm
-from fastlm import _dispatch
+from fastlm._core import dispatch as _dispatch
 
 from ..errors import BackendError, ConfigError
 from .attention import ATTENTION

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastlm
 
-from ..ops import _dropout
+from .._core import dropout as _dropout
 from .op import Rounding, Sample, Spec, Tensors, integers, largest, normal, size
 
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _native
-from .errors import BackendError
+from ..backends import cpu as _native
+from ..errors import BackendError
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
 
@@ -256,7 +256,7 @@ def triton_unsupported(request: Request) -> str | None:
 
 def cuda_unsupported(request: Request) -> str | None:
     """The CUDA backend's conditions that every op shares."""
-    cuda = importlib.import_module("fastlm._native_cuda")
+    cuda = importlib.import_module("fastlm.backends.cuda")
     if request.device != ("cpu" if cuda.emulated else "cuda"):
         return f"the tensors are on {request.device}"
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from .bert import BERT, BERTConfig
-from .folders import CONFIG, PICKLES
-from .gpt import GPT, GPTConfig
-from .huggingface import SHARD_BYTES
-from .huggingface import load as load_folder
-from .huggingface import save as save_folder
-from .llama import Llama, LlamaConfig
-from .seq2seq import Seq2Seq, Seq2SeqConfig
+from ..models.bert import BERT, BERTConfig
+from ..models.gpt import GPT, GPTConfig
+from ..models.llama import Llama, LlamaConfig
+from ..models.seq2seq import Seq2Seq, Seq2SeqConfig
+from .hf.files import CONFIG, PICKLES
+from .hf.layout import SHARD_BYTES
+from .hf.layout import load as load_folder
+from .hf.layout import save as save_folder
 
 if TYPE_CHECKING:
     from ..training.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def load(
     if path.is_dir():
         model = load_folder(path, dropout, dtype)
     elif path.suffix == ".gguf":
-        from .gguf import load_gguf
+        from .gguf.model import load_gguf
 
         model = load_gguf(path, dropout, dtype)
     elif path.suffix in PICKLE_SUFFIXES:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import OBSERVERS, scaled_dot_product_attention
-from ..ops.attention_varlen import attention_varlen
+from ...ops.attention import OBSERVERS, scaled_dot_product_attention
+from ...ops.attention_varlen import attention_varlen
 
 
 @dataclass

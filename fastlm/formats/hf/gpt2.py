@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .gpt import GPT, GPTConfig
-from .huggingface import TANH_GELUS, Architecture, Settings
+from ...models.gpt import GPT, GPTConfig
+from .layout import TANH_GELUS, Architecture, Settings
 
 GPT2_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels behind torch tensors: the counterpart of _native.py for fastlm._cuda.
+"""The CUDA kernels behind torch tensors: the counterpart of backends.cpu for fastlm._cuda.
 
 Callers pass contiguous tensors of one device; this module allocates outputs and workspaces and queues the kernels on
 that device's current stream. Imported when the cuda backend is first asked about.
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
-from ._native import _BOOL, TYPE_CODE, _weight_type, heads_like
-from .ops._dropout import DeviceSeed
+from ..._core.dropout import DeviceSeed
+from .. import cpu as _native
+from ..cpu import _BOOL, TYPE_CODE, _weight_type, heads_like
 
 _cuda: Any = None
 missing_reason: str | None = None
@@ -111,7 +111,7 @@ def layer_norm_fwd(
     out_dtype: torch.dtype | None = None,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As fastlm._native.layer_norm_fwd."""
+    """As fastlm.backends.cpu.layer_norm_fwd."""
     M = x.numel() // N
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
@@ -140,7 +140,7 @@ def layer_norm_bwd(
     x_dtype: torch.dtype | None = None,
     weight_grads: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As fastlm._native.layer_norm_bwd."""
+    """As fastlm.backends.cpu.layer_norm_bwd."""
     M = z.numel() // N
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)
@@ -165,7 +165,7 @@ def rms_norm_fwd(
     out_dtype: torch.dtype | None = None,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As fastlm._native.rms_norm_fwd."""
+    """As fastlm.backends.cpu.rms_norm_fwd."""
     M = x.numel() // N
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
@@ -189,7 +189,7 @@ def rms_norm_bwd(
     x_dtype: torch.dtype | None = None,
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As fastlm._native.rms_norm_bwd."""
+    """As fastlm.backends.cpu.rms_norm_bwd."""
     M = z.numel() // N
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)
@@ -211,7 +211,7 @@ def _gelu_rows(x: Tensor) -> tuple[int, int]:
 
 
 def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
-    """As fastlm._native.gelu_fwd."""
+    """As fastlm.backends.cpu.gelu_fwd."""
     y = torch.empty_like(x)
     _call(
         _cuda.gelu_fwd, x,
@@ -224,7 +224,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0,
 def gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """As fastlm._native.gelu_bwd."""
+    """As fastlm.backends.cpu.gelu_bwd."""
     dx = torch.empty_like(x)
     M, N = _gelu_rows(x)
     partial = db = None
@@ -325,7 +325,7 @@ def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, gra
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """As fastlm._native.attention_fwd."""
+    """As fastlm.backends.cpu.attention_fwd."""
     return _attention_fwd(q, k, v, mask, None, None, options, lse)
 
 
@@ -342,7 +342,7 @@ def attention_bwd(
     inputs: bool = True,
     mask_grad: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As fastlm._native.attention_bwd."""
+    """As fastlm.backends.cpu.attention_bwd."""
     grads = (heads_like(q), heads_like(k), heads_like(v)) if inputs else (None, None, None)
     dmask = _attention_bwd(dout, dlse, q, k, v, mask, None, None, out, lse, options, grads, mask_grad)
     return *grads, dmask
@@ -351,7 +351,7 @@ def attention_bwd(
 def attention_varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options, lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """As fastlm._native.attention_varlen_fwd."""
+    """As fastlm.backends.cpu.attention_varlen_fwd."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, sums = _attention_fwd(q, k, v, None, cu_q, cu_k, options, lse)
     return out[0].transpose(0, 1), None if sums is None else sums[0]
@@ -369,7 +369,7 @@ def attention_varlen_bwd(
     lse: Tensor,
     *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As fastlm._native.attention_varlen_bwd."""
+    """As fastlm.backends.cpu.attention_varlen_bwd."""
     grads = heads_like(q), heads_like(k), heads_like(v)
     dout, q, k, v, out, *packed = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out, *grads))
     _attention_bwd(dout, dlse, q, k, v, None, cu_q, cu_k, out, lse, options, packed, False)

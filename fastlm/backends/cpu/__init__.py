@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import BackendError
+from ...errors import BackendError
 
 _cpu: Any = None
 missing_reason: str | None = None
@@ -642,7 +642,7 @@ def quantized_linear_fwd(
 ) -> Tensor:
     """x (..., K) of 1 to 8 rows; int8 and scale (N,) fp32 where group_size is 0, else int4 -> y (..., N), like x.
 
-    `fastlm.inference.quantize` has the layouts; bias (N,) is fp32.
+    `fastlm.compression.quantization` has the layouts; bias (N,) is fp32.
     """
     N, K = weight.shape[0], x.shape[-1]
     y = x.new_empty(*x.shape[:-1], N)

@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import ConfigError
-from .bert import BERT, BERTConfig
-from .huggingface import TANH_GELUS, Architecture, Settings
+from ...errors import ConfigError
+from ...models.bert import BERT, BERTConfig
+from .layout import TANH_GELUS, Architecture, Settings
 
 BERT_HEADS = {"Model": "none", "ForMaskedLM": "masked-lm", "ForSequenceClassification": "classification"}
 BERT_LAYER = {

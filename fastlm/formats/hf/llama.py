@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import ConfigError
-from .huggingface import Architecture, Settings
-from .llama import Llama, LlamaConfig
+from ...errors import ConfigError
+from ...models.llama import Llama, LlamaConfig
+from .layout import Architecture, Settings
 
 LLAMA_NAMES = {
     "wte": ("embed_tokens",),

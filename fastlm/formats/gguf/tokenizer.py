@@ -8,9 +8,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from ..data import Tokenizer
-from ..errors import CheckpointError, DataError
-from .gguf import read_fields
+from ...data import Tokenizer
+from ...errors import CheckpointError, DataError
+from .model import read_fields
 
 SPECIAL_TYPES = (3, 4)  # control tokens, and those that a user added
 _WORDS = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import ConfigError
-from .huggingface import Architecture, Settings
-from .seq2seq import Seq2Seq, Seq2SeqConfig
+from ...errors import ConfigError
+from ...models.seq2seq import Seq2Seq, Seq2SeqConfig
+from .layout import Architecture, Settings
 
 MARIAN_NAMES = {
     "wte": ("shared",),

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .kv_cache import KVCache
+from .cache import KVCache
 
 if TYPE_CHECKING:
-    from ..models.seq2seq import Memory, Seq2Seq
+    from ..seq2seq import Memory, Seq2Seq
 
 
 class DecoderCache(KVCache):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..models import GPTConfig, LlamaConfig, Seq2SeqConfig
+    from .. import GPTConfig, LlamaConfig, Seq2SeqConfig
 
 
 class KVCache:

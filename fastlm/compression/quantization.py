@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _native
-from .._dispatch import must_trace, needs_grad
+from .._core.dispatch import must_trace, needs_grad
+from ..backends import cpu as _native
 from ..errors import CheckpointError, ConfigError
 from ..ops import _products
 

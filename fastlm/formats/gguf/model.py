@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from .folder_llama import LLAMA_FOLDER
-from .folders import listed
-from .huggingface import Settings, assemble
-from .llama import rotary_frequencies
+from ...errors import CheckpointError
+from ...models.llama import rotary_frequencies
+from ..hf.files import listed
+from ..hf.layout import Settings, assemble
+from ..hf.llama import LLAMA_FOLDER
 
 KINDS = ("llama", "qwen2")
 BLOCK_NAMES = {

@@ -2,7 +2,7 @@
 
 An `Architecture` says how settings become a configuration and back, and under which names a folder keeps the
 tensors: a tensor of ours may be several of theirs, stacked along the first dimension (the fused query, key and
-value projection), or transposed (`Conv1D`). Each family has a `folder_*.py`; `architectures.py` lists them.
+value projection), or transposed (`Conv1D`). Each family has a module beside this; `architectures.py` lists them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError
-from .folders import CONFIG, listed, read_json, read_tensors, write_folder
+from ...errors import CheckpointError, ConfigError
+from .files import CONFIG, listed, read_json, read_tensors, write_folder
 
 NOTHING = re.compile(r"(?!)")
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")

@@ -1,20 +1,43 @@
-"""Which device and number type a run uses, and how it is interrupted."""
+"""The machine a process runs on: its devices and dtypes, threads, memory, signals and what is installed."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib.metadata
 import os
+import platform
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError
+from .errors import ConfigError
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+KEEP_ALL = -1  # read as the largest size_t
+TOP_PAD_BYTES = 64 * 1024 * 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PEERS = (
+    "transformers",
+    "onnxruntime",
+    "ctranslate2",
+    "liger-kernel",
+    "flash-attn",
+    "quack-kernels",
+    "cut-cross-entropy",
+)
+SETTINGS = (
+    "FASTLM_", "OMP_", "KMP_", "GOMP_", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD", "TRITON_",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "rich", "matplotlib", "tyro", "psutil")
 
 
 def choose_device(name: str) -> torch.device:
@@ -123,3 +146,61 @@ def catch_interrupts() -> Iterator[Interrupt]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to serve large blocks from the heap and never to shrink it; True where that took hold.
+
+    By default glibc maps each tensor above 32 MB anew and unmaps it when it is freed, so every step touches
+    fresh pages, each a page fault. The price is that freed memory is never returned to the system.
+    FASTLM_KEEP_FREED_MEMORY=0 turns it off. Elsewhere than on glibc nothing is done.
+
+    Measured with PyTorch's operators on one thread of a Xeon with AMX (4 layers of 384, 8 x 256 tokens,
+    bfloat16, median CPU time of a step, two interleaved rounds): with a vocabulary of 32768, whose logits
+    are large, 1.48 and 1.45 s became 1.03 and 1.04 s, 366,000 page faults a step became fewer than 10,000,
+    and the peak rose from 2.1 to 2.6-2.9 GB; with one of 2048 the difference was within the noise (5 %).
+    """
+    if os.environ.get("FASTLM_KEEP_FREED_MEMORY") == "0" or not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, KEEP_ALL), (M_TOP_PAD, TOP_PAD_BYTES))
+    return all(libc.mallopt(name, value) == 1 for name, value in settings)
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, or None where there is no driver."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() if lines else None
+
+
+def settings() -> dict[str, str]:
+    """Environment variables that change which kernels run, on how many threads and in what memory."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SETTINGS)}

@@ -1,0 +1,1 @@
+"""What runs an op: the native modules of each device, loaded and called here."""

@@ -1,0 +1,1 @@
+"""What models are stored in: checkpoints, Hugging Face folders and GGUF files."""

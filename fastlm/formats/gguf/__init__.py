@@ -1,0 +1,1 @@
+"""GGUF files: a model and its tokenizer."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: one adapter a family."""
