@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The tests compile the CUDA kernels themselves; FASTLM_CUDA=1 installs them too, which takes longer.
 export FASTLM_CUDA ?= 0
 
-.PHONY: demo test lint bench bench-cpu gpu-check clean
+.PHONY: demo test test-gpu-code lint bench bench-cpu gpu-check clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -21,7 +21,11 @@ demo: $(VENV)/.train
 # Whole files to a process: some share a fixture that takes long to make. One thread each: the tests' arrays are small,
 # and those about threads set their own number.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m "not gpu_code"
+
+# Every Triton and CUDA kernel in every configuration for every architecture, of which `make test` compiles one each.
+test-gpu-code: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m gpu_code
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

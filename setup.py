@@ -123,11 +123,12 @@ def compile_cuda(folder: Path) -> list[str]:
         made = folder / f"{Path(source).stem}-{'-'.join(archs)}.o"
         if made.exists() and made.stat().st_mtime > newest:
             return str(made)
-        command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(made)]
+        partial = made.with_suffix(".partial.o")  # an interrupted compilation leaves no object that looks made
+        command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(partial)]
         print(" ".join(command))
         if subprocess.run(command).returncode != 0:
-            made.unlink(missing_ok=True)
             raise CompileError(f"nvcc failed on {source}")
+        partial.replace(made)
         return str(made)
 
     with ThreadPoolExecutor(int(os.environ.get("FASTLM_JOBS") or os.cpu_count() or 1)) as pool:

@@ -2,7 +2,7 @@
 
 The launchers run on meta tensors with the launch itself recorded, so types, alignment, constants and options are a
 real launch's own. Run as a script by test_aot_compile.py, outside the interpreter, once per share of the work:
-    python tests/aot.py compile SHARE SHARES | keys
+    python tests/aot.py one SHARE SHARES | all SHARE SHARES | keys
 """
 
 from __future__ import annotations
@@ -272,23 +272,33 @@ def resources(cubin: bytes) -> dict[str, int]:
 
         def output(tool: str, *options: str) -> str:
             command = [NVIDIA / tool, *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         sizes = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output("cuobjdump", "--dump-resource-usage"))
         used = {key: int(value) for key, value in sizes}
         return used | {"spills": accesses_in_loops(output("nvdisasm", "-c")) if used["STACK"] else 0}
 
 
-def compile_share(share: int, shares: int) -> None:
-    """Compile this share of the kernels for every target; a JSON line each."""
-    for arch in TARGETS:
-        for i, (name, (kernel, options, signature, constants, attributes)) in enumerate(distinct(arch).items()):
-            if i % shares == share:
-                source = ASTSource(kernel, signature, constants, attributes)
-                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
-                used = resources(compiled.asm["cubin"]) | {"dynamic": compiled.metadata.shared}
-                used["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
-                print(json.dumps({"name": name, "arch": arch, "warps": options.num_warps, **used}), flush=True)
+def chosen(every: bool) -> Iterator[tuple[int, str, tuple]]:
+    """(architecture, name, compilation): all of them, or for one architecture the first of each kernel."""
+    seen = set()
+    for arch in TARGETS if every else (90,):
+        for name, compilation in distinct(arch).items():
+            if every or compilation[0].__name__ not in seen:
+                seen.add(compilation[0].__name__)
+                yield arch, name, compilation
+
+
+def compile_share(every: bool, share: int, shares: int) -> None:
+    """Compile this share of the chosen kernels; a JSON line each."""
+    for i, (arch, name, (kernel, options, signature, constants, attributes)) in enumerate(chosen(every)):
+        if i % shares == share:
+            _common.ASSUMED_ARCHITECTURE = arch
+            source = ASTSource(kernel, signature, constants, attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
+            used = resources(compiled.asm["cubin"]) | {"dynamic": compiled.metadata.shared}
+            used["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
+            print(json.dumps({"name": name, "arch": arch, "warps": options.num_warps, **used}), flush=True)
 
 
 def compile_keys() -> None:
@@ -318,4 +328,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "keys":
         compile_keys()
     else:
-        compile_share(int(sys.argv[2]), int(sys.argv[3]))
+        compile_share(sys.argv[1] == "all", int(sys.argv[2]), int(sys.argv[3]))

@@ -1,6 +1,7 @@
 """Every Triton kernel in every shipped configuration compiles for the GPUs it claims, within their limits.
 
-No GPU is needed: tests/aot.py compiles what the launchers would launch, in two processes outside the interpreter.
+No GPU is needed: tests/aot.py compiles what the launchers would launch, in two processes outside the interpreter. The
+ordinary run compiles each kernel once, `make test-gpu-code` all of them.
 """
 
 import json
@@ -13,6 +14,9 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
+
+from emulation import build
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 attention = pytest.importorskip("fastlm.kernels.attention")
@@ -21,40 +25,52 @@ mask_pass = pytest.importorskip("fastlm.kernels.attention_mask")
 decoding = pytest.importorskip("fastlm.kernels.attention_decode")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-SECONDS = 1500  # two processes of about 200 beside whatever else runs
 REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
-
-pytestmark = pytest.mark.timeout(SECONDS)
+AOT = Path(__file__).with_name("aot.py")
 
 
 def _aot(cache, *arguments):
     """The lines that tests/aot.py prints, compiling from scratch into the folder `cache`."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("aot.py"), *map(str, arguments)],
+        [sys.executable, AOT, *map(str, arguments)],
         env={
             **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1",
             "TRITON_DISABLE_LINE_INFO": "1",  # nobody reads it, and it takes time
         },
-        capture_output=True, text=True, timeout=SECONDS,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Resources of every kernel, configuration and architecture."""
-    cache = tmp_path_factory.mktemp("triton")
-    with ThreadPoolExecutor(2) as pool:
-        return list(chain(*pool.map(lambda share: _aot(cache, "compile", share, 2), range(2))))
+ALL = pytest.param("all", marks=pytest.mark.gpu_code)
 
 
+@pytest.fixture(scope="module", params=["one", ALL])
+def compiled(request, tmp_path_factory):
+    """Resources of what was compiled, kept by the hash of the kernels and of the compiler."""
+    sources = [AOT, *sorted(Path(attention.__file__).parent.rglob("*.py"))]
+    versions = (sys.version, triton.__version__, torch.__version__)
+    with build.locked(folder := build.cache_folder()):
+        kept = folder / f"triton-{request.param}-{build.digest(*versions, *(p.read_bytes() for p in sources))}.json"
+        if not kept.exists():
+            cache = tmp_path_factory.mktemp("triton")
+            with ThreadPoolExecutor(2) as pool:
+                lines = "".join(pool.map(lambda share: _aot(cache, request.param, share, 2), range(2)))
+            made = kept.with_suffix(f".{os.getpid()}")
+            made.write_text(lines)
+            made.rename(kept)
+    return [json.loads(line) for line in kept.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("compiled", [ALL], indirect=True)
 def test_every_architecture_got_the_same_kernels(compiled):
     kernels = {arch: {line["name"].split()[1] for line in compiled if line["arch"] == arch} for arch in SHARED_LIMIT}
     assert kernels[80] == kernels[90] == kernels[100]
     assert len(kernels[80]) > 5
 
 
+@pytest.mark.parametrize("compiled", [ALL], indirect=True)
 def test_every_row_of_attentions_tables_was_compiled(compiled):
     tables = {
         "_attention_fwd_kernel": [attention.FORWARD],
@@ -112,7 +128,7 @@ def test_attention_multiplies_on_hoppers_tensor_cores(compiled):
 def test_no_recompilation_for_another_row_count(tmp_path):
     """One compiled kernel serves every number of rows, seed and probability, or training would stall on batches."""
     keys = {}
-    for line in _aot(tmp_path, "keys"):
+    for line in map(json.loads, _aot(tmp_path, "keys").splitlines()):
         keys.setdefault(line["op"], {})[line["M"]] = line["keys"]
     for op, by_rows in keys.items():
         assert len(by_rows) == 5
