@@ -12,14 +12,12 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from ..backends import cpu as _native
 from ..errors import BackendError
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
@@ -216,52 +214,11 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def cpu_unsupported(request: Request) -> str | None:
-    """The CPU backend's conditions that every op shares."""
-    if _native.missing_reason:
-        return _native.missing_reason
-    if request.device != "cpu":
-        return f"the tensors are on {request.device}"
-    if request.dtype not in _native.TYPE_CODE:
-        return f"its kernels take float32, float64, bfloat16 and float16, not {str(request.dtype)[6:]}"
-    return None
-
-
 @functools.cache
 def oldest_architecture() -> int:
     """80 for sm_80: the oldest among the visible GPUs, so that one answer serves them all."""
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     return min(major * 10 + minor for major, minor in capabilities)
-
-
-def _has_triton() -> bool:
-    if "triton" in sys.modules:
-        return sys.modules["triton"] is not None
-    return importlib.util.find_spec("triton") is not None
-
-
-def triton_unsupported(request: Request) -> str | None:
-    """The Triton backend's conditions that every op shares."""
-    if not _has_triton():
-        return "triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and request.device == "cpu"
-    if request.device != "cuda" and not interpreted:
-        return f"the tensors are on {request.device}"
-    if not interpreted and oldest_architecture() < 80:
-        return f"its kernels need sm_80 or newer, this GPU is sm_{oldest_architecture()}"
-    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
-    return None
-
-
-def cuda_unsupported(request: Request) -> str | None:
-    """The CUDA backend's conditions that every op shares."""
-    cuda = importlib.import_module("fastlm.backends.cuda")
-    if request.device != ("cpu" if cuda.emulated else "cuda"):
-        return f"the tensors are on {request.device}"
-    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
-    return cuda.unusable() or (None if cuda.emulated else cuda.unserved(oldest_architecture()))
 
 
 class LazyModule:

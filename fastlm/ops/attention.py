@@ -15,20 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import (
-    Backend,
-    LazyModule,
-    Request,
-    always,
-    choose,
-    cpu_unsupported,
-    cuda_unsupported,
-    must_trace,
-    needs_grad,
-    register,
-    triton_unsupported,
-)
+from .._core.dispatch import Backend, LazyModule, Request, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
+from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
 from ._attention_inputs import (
     Window,
     as_4d,

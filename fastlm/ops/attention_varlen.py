@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import (
-    Backend,
-    LazyModule,
-    Request,
-    always,
-    choose,
-    cpu_unsupported,
-    must_trace,
-    needs_grad,
-    register,
-)
+from .._core.dispatch import Backend, LazyModule, Request, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
+from ..backends.conditions import cpu_unsupported
 from ._attention_inputs import (
     Window,
     autocast,

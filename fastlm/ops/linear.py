@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, Request, always, choose, cpu_unsupported, must_trace, needs_grad, register
+from .._core.dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
+from ..backends.conditions import cpu_unsupported
 from . import _products
 
 

@@ -10,18 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.dispatch import (
-    Backend,
-    LazyModule,
-    always,
-    choose,
-    cpu_unsupported,
-    must_trace,
-    needs_grad,
-    register,
-    triton_unsupported,
-)
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
+from ..backends.conditions import cpu_unsupported, triton_unsupported
 from ._autograd import is_batch
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.rotary")}

@@ -8,18 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import (
-    Backend,
-    LazyModule,
-    always,
-    choose,
-    cpu_unsupported,
-    must_trace,
-    needs_grad,
-    register,
-    triton_unsupported,
-)
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
+from ..backends.conditions import cpu_unsupported, triton_unsupported
 from ._autograd import by_reference, reference_gradients
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.swiglu")}

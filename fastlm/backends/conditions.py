@@ -1,0 +1,54 @@
+"""What the ops of a backend share: why it serves a request, or does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+
+from .._core.dispatch import Request, oldest_architecture
+from . import cpu as _native
+
+
+def cpu_unsupported(request: Request) -> str | None:
+    """The CPU backend's conditions that every op shares."""
+    if _native.missing_reason:
+        return _native.missing_reason
+    if request.device != "cpu":
+        return f"the tensors are on {request.device}"
+    if request.dtype not in _native.TYPE_CODE:
+        return f"its kernels take float32, float64, bfloat16 and float16, not {str(request.dtype)[6:]}"
+    return None
+
+
+def _has_triton() -> bool:
+    if "triton" in sys.modules:
+        return sys.modules["triton"] is not None
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_unsupported(request: Request) -> str | None:
+    """The Triton backend's conditions that every op shares."""
+    if not _has_triton():
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and request.device == "cpu"
+    if request.device != "cuda" and not interpreted:
+        return f"the tensors are on {request.device}"
+    if not interpreted and oldest_architecture() < 80:
+        return f"its kernels need sm_80 or newer, this GPU is sm_{oldest_architecture()}"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
+    return None
+
+
+def cuda_unsupported(request: Request) -> str | None:
+    """The CUDA backend's conditions that every op shares."""
+    from . import cuda  # loaded when first asked about
+
+    if request.device != ("cpu" if cuda.emulated else "cuda"):
+        return f"the tensors are on {request.device}"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
+    return cuda.unusable() or (None if cuda.emulated else cuda.unserved(oldest_architecture()))
