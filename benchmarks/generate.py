@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastlm.compression import quantization as quantize
-from fastlm.compression.quantization import QuantizedLinear, Scheme
+from fastlm.compression.quantization import QuantizedLinear, Scheme, quantize
 from fastlm.inference import generate
 
 from . import providers

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastlm
-from fastlm.compression import quantization as quantize
+from fastlm.compression.quantization import quantize
 from fastlm.inference import KVCache, generate
 from fastlm.inference.decoder import Decoder, unsupported
 from fastlm.models import GPT, GPTConfig

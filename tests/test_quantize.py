@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.compression import quantization as quantize
-from fastlm.compression.quantization import QuantizedLinear, dequantize, quantize_int4
+from fastlm.compression.quantization import QuantizedLinear, dequantize, quantize, quantize_int4
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import generate, load_quantized, save_quantized
 from fastlm.models import GPT, GPTConfig
