@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import tyro
 from tyro.conf import Positional, arg
 
 from ..benchmarks import providers, registry, report
@@ -20,6 +19,7 @@ from ..benchmarks.case import Case
 from ..benchmarks.results import Results, Row, environment, load
 from ..benchmarks.runner import ALLOCATORS, Plan, run
 from ..errors import ConfigError
+from .flags import parse
 from .tables import print_table
 
 ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.2, 0.1
@@ -96,8 +96,8 @@ def main(argv: list[str]) -> int:
     }
     if argv and argv[0] in verbs:
         kind, action = verbs[argv[0]]
-        return action(tyro.cli(kind, prog=f"fastlm bench {argv[0]}", args=argv[1:]))
-    return _bench(tyro.cli(Options, prog="fastlm bench", args=argv))
+        return action(parse(kind, f"fastlm bench {argv[0]}", argv[1:]))
+    return _bench(parse(Options, "fastlm bench", argv))
 
 
 def _bench(options: Options) -> int:

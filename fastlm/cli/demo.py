@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 import fastlm
 
@@ -24,6 +23,7 @@ from ..training import TrainConfig, TrainResult, train
 from ..training.checkpoint import load_model
 from ..training.progress import ConsoleReporter, Reporter
 from ..training.storage import replace_text
+from .flags import parse
 from .train import describe, resume_command
 
 PRODUCTS = ("loss.png", "metrics.jsonl", "sample.txt", "summary.json")
@@ -47,7 +47,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Run the verb. Returns 0, or 130 after Ctrl-C in training, when the run was saved."""
-    arguments = tyro.cli(Arguments, prog="fastlm demo", args=argv)
+    arguments = parse(Arguments, "fastlm demo", argv)
     if not 0 < arguments.minutes < math.inf:
         raise ConfigError(f"minutes is {arguments.minutes}, expected more than 0")
     reporter = ConsoleReporter()

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..data import Manifest, PrepareConfig, prepare
 from ..data.scan import Progress as Report
+from .flags import parse
 
 _STAGES = {"scan": "reading", "tokenizer": "training the tokenizer", "tokens": "encoding"}
 
@@ -29,7 +30,7 @@ class Arguments(PrepareConfig):
 
 def main(argv: list[str]) -> int | None:
     """Run `fastlm prepare` with these arguments and print what was made."""
-    config = tyro.cli(Arguments, args=argv, prog="fastlm prepare", config=(tyro.conf.FlagCreatePairsOff,))
+    config = parse(Arguments, "fastlm prepare", argv, config=(tyro.conf.FlagCreatePairsOff,))
     with _progress() as report:
         manifest = prepare(config, report)
     _summarise(manifest, config.out)

@@ -15,6 +15,7 @@ from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.progress import ConsoleReporter, clock
 from ..training.state import TrainResult
+from . import flags
 
 
 @dataclass
@@ -60,10 +61,10 @@ def parse(argv: list[str]) -> Arguments:
         if not Path(path).is_file():
             raise CheckpointError(f"{Path(path).parent}: no run to resume, config.toml is missing")
     defaults = TrainConfig.load(path) if path else TrainConfig()
-    return tyro.cli(
+    return flags.parse(
         Arguments,
-        prog="fastlm train",
-        args=argv,
+        "fastlm train",
+        argv,
         default=Arguments(**defaults.to_dict()),
         config=(tyro.conf.FlagCreatePairsOff,),
     )

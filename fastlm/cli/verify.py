@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
 from tyro.conf import arg
 
 from ..errors import ConfigError
 from ..verify import fuzz
+from .flags import parse
 from .tables import print_table
 
 SHOWN = 3  # failures of one kind on one op and backend that are printed; the others are counted
@@ -47,7 +47,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="fastlm verify", args=argv)
+    options = parse(Options, "fastlm verify", argv)
     if options.seconds <= 0:
         raise ConfigError(f"seconds is {options.seconds}, expected a number above 0")
     if options.samples is not None and options.samples < 1:
