@@ -1,8 +1,10 @@
 """`fastlm generate`: shows what the model draws, in whole characters, and refuses bad input in one line."""
 
 import io
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +232,78 @@ def test_a_folder_says_which_token_ends_a_text(bytes_tokenizer, monkeypatch, cap
     successor_model(raw, "abcdef").save_huggingface(path, eot_id=end)
     assert "".join(run(monkeypatch, path, "--prompt", "a", "--temperature", 0)[1]) == "abc\n"
     assert capsys.readouterr().err.startswith("3 tokens in")
+
+
+def write_generation_config(path, **settings):
+    (path / "generation_config.json").write_text(json.dumps(settings))
+
+
+def test_any_of_several_ends_of_a_folder_ends_a_text(bytes_tokenizer, monkeypatch, capsys):
+    raw, path = bytes_tokenizer
+    ends = [byte_ids(raw, letter)[0] for letter in "ec"]
+    successor_model(raw, "abcdef").save_huggingface(path)
+    write_generation_config(path, eos_token_id=[raw.token_to_id("<|endoftext|>"), *ends])
+    assert "".join(run(monkeypatch, path, "--prompt", "a", "--temperature", 0)[1]) == "ab\n"
+    assert capsys.readouterr().err.startswith("2 tokens in")
+    assert "".join(run(monkeypatch, path, "--prompt", "d", "--temperature", 0)[1]) == "d\n"
+    fastlm.save(fastlm.load(path), path)
+    assert "".join(run(monkeypatch, path, "--prompt", "a", "--temperature", 0)[1]) == "ab\n"
+    config = json.loads((path / "config.json").read_text())
+    (path / "generation_config.json").unlink()
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    assert "".join(run(monkeypatch, path, "--prompt", "a", "--temperature", 0)[1]) == "ab\n"
+
+
+def test_the_ends_of_a_checkpoint_of_a_loaded_model_are_kept(bytes_tokenizer, monkeypatch):
+    raw, path = bytes_tokenizer
+    successor_model(raw, "abcdef").save_huggingface(path)
+    write_generation_config(path, eos_token_id=byte_ids(raw, "d") + byte_ids(raw, "e"))
+    model = fastlm.load(path)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (path / name).unlink()
+    fastlm.save(model, path, format="fastlm")
+    assert "".join(run(monkeypatch, path, "--prompt", "a", "--temperature", 0)[1]) == "abc\n"
+
+
+def test_the_tokenizers_own_end_counts_where_no_config_names_one(bytes_tokenizer, monkeypatch):
+    raw, path = bytes_tokenizer
+    raw.add_special_tokens(["<|im_end|>"])
+    raw.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(258, 64, 1, 1, 64, tie_embeddings=False))
+    with torch.no_grad():  # draws the last id always
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[257] = 10.0
+    model.save_huggingface(path)
+    assert "".join(run(monkeypatch, path, "--prompt", "a", "--temperature", 0)[1]) == "a\n"
+
+
+def test_the_folder_decides_where_no_flag_does(bytes_tokenizer, monkeypatch, capsys):
+    raw, path = bytes_tokenizer
+    successor_model(raw, "abcdef").save_huggingface(path)
+    write_generation_config(path, do_sample=False, max_length=9, suppress_tokens=byte_ids(raw, "z"), num_beams=3)
+    assert "".join(run(monkeypatch, path, "--prompt", "ab")[1]) == "abcdefabc\n"  # the likeliest, to a length of 9
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].endswith("generation_config.json says num_beams 3: not followed here")
+    assert "".join(run(monkeypatch, path, "--prompt", "ab", "--max-new-tokens", 3)[1]) == "abcde\n"
+    write_generation_config(path, do_sample=True, temperature=1e-4, max_new_tokens=2)
+    assert "".join(run(monkeypatch, path, "--prompt", "ab")[1]) == "abcd\n"
+    hot = run(monkeypatch, path, "--prompt", "ab", "--temperature", 100, "--max-new-tokens", 30, "--seed", 0)[1]
+    assert "".join(hot) != "ab" + "cdefab" * 5 + "\n"
+    write_generation_config(path, do_sample=False, forced_eos_token_id=byte_ids(raw, "x")[0], max_new_tokens=4)
+    assert "".join(run(monkeypatch, path, "--prompt", "ab")[1]) == "abcdex\n"
+
+
+def test_a_prompt_may_be_the_word_none(bytes_tokenizer, monkeypatch, tmp_path):
+    raw, path = bytes_tokenizer
+    successor_model(raw, "Noneabc").save_huggingface(path)
+    args = (path, "--temperature", 0, "--max-new-tokens", 3)
+    assert "".join(run(monkeypatch, *args, "--prompt", "None", stdin=b"ab")[1]) == "Noneabc\n"
+    monkeypatch.chdir(tmp_path)
+    Path("None").write_text("on")
+    assert "".join(run(monkeypatch, *args, "--prompt-file", "None", stdin=b"ab")[1]) == "oneab\n"
 
 
 def test_an_empty_prompt_starts_a_document(bytes_tokenizer, model_folder, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -188,6 +189,80 @@ def test_the_model_is_evaluated_and_then_as_it_was():
     assert model.training
 
 
+def test_open_iterators_share_evaluation_mode_and_the_last_restores_it():
+    model = random_model(GPTConfig(31, 16, 2, 2, 16, dropout=0.5)).train()
+    alone = torch.stack(list(generate(model, prompts(), 8, temperature=0)))
+    first, second = (generate(model, prompts(), 8, temperature=0) for _ in range(2))
+    tokens = [next(first), next(second)]
+    assert torch.equal(tokens[0], tokens[1])
+    first.close()
+    assert not model.training  # the other one still is under way
+    assert torch.equal(torch.stack([tokens[1], *second]), alone)
+    assert model.training
+
+
+@pytest.mark.parametrize("how", ["dropped", "thrown into", "model fails"])
+def test_an_iterator_that_ends_early_leaves_every_module_as_it_was(how):
+    model = random_model(GPTConfig(31, 16, 2, 2, 16, dropout=0.5)).train()
+    model.h[0].eval()  # a frozen block stays in evaluation mode
+    modes = [module.training for module in model.modules()]
+    steps = generate(model, prompts(), 8, temperature=0)
+    next(steps)
+    assert not any(module.training for module in model.modules())
+    if how == "dropped":
+        del steps
+    elif how == "thrown into":
+        with pytest.raises(KeyboardInterrupt):
+            steps.throw(KeyboardInterrupt)
+    else:
+        handle = model.h[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(generate(model, prompts(), 8, temperature=0))
+        handle.remove()
+        assert not any(module.training for module in model.modules())
+        steps.close()
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_training_between_two_tokens_does_not_bring_dropout_into_the_second():
+    model = random_model(GPTConfig(31, 16, 2, 2, 16, dropout=0.5))
+    expected = torch.stack(list(generate(model, prompts(), 8, temperature=0)))
+    steps = generate(model, prompts(), 8, temperature=0)
+    tokens = [next(steps)]
+    for _ in range(7):
+        model.train()
+        tokens.append(next(steps))
+        assert not model.training
+    assert torch.equal(torch.stack(tokens), expected)
+    assert next(steps, None) is None
+    assert model.training  # as it was put last
+
+
+def test_threads_that_generate_leave_a_training_model_in_training_mode():
+    model = random_model(GPTConfig(31, 16, 1, 2, 16, dropout=0.5)).train()
+    expected = torch.stack(list(generate(model, prompts(), 12, temperature=0)))
+    with ThreadPoolExecutor(4) as pool:
+        runs = [
+            pool.submit(lambda: torch.stack(list(generate(model, prompts(), 12, temperature=0)))) for _ in range(24)
+        ]
+        assert all(torch.equal(run.result(), expected) for run in runs)
+    assert all(module.training for module in model.modules())
+
+
+def test_any_of_several_stop_tokens_ends_a_row():
+    model, tokens = random_model(), prompts(batch=4)
+    free = collect(model, tokens, 60, seed=0)
+    stops = sorted({row[7] for row in free.tolist()})
+    ends = [next(i for i, token in enumerate(row) if token in stops) for row in free.tolist()]
+    got = collect(model, tokens, 60, seed=0, stop_token=stops)
+    until = min(ends) + 1  # rows draw in turn from one generator
+    assert torch.equal(got[:, :until], free[:, :until])
+    for row in got.tolist():
+        first = next(i for i, token in enumerate(row) if token in stops)
+        assert set(row[first:]) == {row[first]}
+    assert got.shape[1] == 1 + max(next(i for i, token in enumerate(row) if token in stops) for row in got.tolist())
+
+
 def test_tokens_are_ordinary_tensors():
     model = random_model()
     step = next(generate(model, prompts(), 1))
@@ -211,6 +286,7 @@ def test_no_tokens_asked_for_gives_none():
         ({"top_p": 1.1}, ConfigError, "top_p is 1.1"),
         ({"max_new_tokens": -1}, ConfigError, "max_new_tokens is -1"),
         ({"stop_token": 31}, ConfigError, "stop_token is 31, expected an id below the vocabulary of 31"),
+        ({"stop_token": [3, -1]}, ConfigError, "stop_token is -1, expected an id below the vocabulary of 31"),
         ({"tokens": torch.zeros(3, 0, dtype=torch.int64)}, ValueError, r"tokens has shape \(3, 0\)"),
         ({"tokens": torch.zeros(3, dtype=torch.int64)}, ValueError, r"tokens has shape \(3,\)"),
     ],

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
+from torch import Tensor
 from tyro.conf import arg
 
-from ..compression import quantization as quantize
-from ..compression.quantization import check_scheme
+from ..compression.quantization import check_scheme, quantize
 from ..errors import CheckpointError, ConfigError, DataError
 from ..inference import generate
 from ..inference.sampling import check_sampling
+from ..models.common.generation import generation_of
+from .flags import parse
 
 if TYPE_CHECKING:
     from ..data import Tokenizer
     from ..models import GPT, Llama
 
 SEPARATOR = "\n" + "-" * 40 + "\n"
+# Where neither a flag nor the model's folder says anything.
+MAX_NEW_TOKENS, TEMPERATURE = 256, 0.8
 
 
 @dataclass
@@ -33,6 +38,10 @@ class Options:
     The prompt and its continuation go to standard output, the rate to standard error. Without --prompt
     and --prompt-file the prompt is read from standard input; at a terminal it is then empty, and an empty
     prompt starts a new document. One newline at the end of a file or of standard input is dropped.
+
+    What the model's folder says about generation (generation_config.json, or else config.json) holds where no flag
+    says otherwise, with transformers' meaning: a folder that gives sampling settings without do_sample means the
+    likeliest token. Text ends at any of the folder's ends. A line names what is said and not followed.
     """
 
     model: Annotated[str, arg(metavar="RUN_OR_FOLDER")]
@@ -41,14 +50,14 @@ class Options:
     """text to continue"""
     prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None
     """UTF-8 file with the text to continue"""
-    max_new_tokens: int = 256
-    """stop after this many tokens, if no end of text comes first"""
-    temperature: float = 0.8
-    """below 1 sharpens the distribution, 0 always takes the likeliest token"""
+    max_new_tokens: Annotated[int | None, arg(metavar="N")] = None
+    """stop after this many tokens, if no end of text comes first; by default what the folder says, or 256"""
+    temperature: Annotated[float | None, arg(metavar="T")] = None
+    """below 1 sharpens the distribution, 0 always takes the likeliest token; by default what the folder says, or 0.8"""
     top_k: Annotated[int | None, arg(metavar="K")] = None
-    """draw from the k likeliest tokens only"""
+    """draw from the k likeliest tokens only; by default what the folder says, or all"""
     top_p: Annotated[float | None, arg(metavar="P")] = None
-    """draw from the likeliest tokens that together reach this probability"""
+    """draw from the likeliest tokens that together reach this probability; by default what the folder says, or all"""
     seed: Annotated[int | None, arg(metavar="N")] = None
     """the same seed gives the same text"""
     num_samples: int = 1
@@ -66,10 +75,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int | None:
-    options = tyro.cli(
-        tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Options), prog="fastlm generate", args=argv
-    )
-    return run(options)
+    return run(parse(Options, "fastlm generate", argv, config=(tyro.conf.PositionalRequiredArgs,)))
 
 
 def run(options: Options) -> int:
@@ -84,7 +90,7 @@ def run(options: Options) -> int:
     device = _device(options.device)
     model, tokenizer = load(options.model)
     model = _held(model.eval().to(device, _dtype(options, device)), options)
-    ids = _prompt_ids(prompt, tokenizer, model.config.context_length)
+    ids = _prompt_ids(prompt, tokenizer, model)
     _emit(options, model, tokenizer, prompt, ids)
     return 0
 
@@ -128,18 +134,34 @@ def _tokenizer(path: Path) -> Tokenizer:
 
         return load_tokenizer(path)
     tokenizer = Tokenizer.load(folder if path.is_dir() else folder / "tokenizer.json")
-    if path.is_dir():  # a vocabulary may hold several names for an end; the model was trained to give one
-        end = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        if isinstance(end, int) and 0 <= end < tokenizer.vocab_size:
-            tokenizer.eot_id = end
+    if path.is_dir() and (named := _named_end(path)) is not None:
+        found = tokenizer.encode(named, special_tokens=True)
+        tokenizer.eot_id = found[0] if len(found) == 1 else tokenizer.eot_id
     return tokenizer
 
 
+def _named_end(folder: Path) -> str | None:
+    """The end of text of tokenizer_config.json; a vocabulary may hold several names for one."""
+    from ..formats.hf.files import read_json
+
+    file = folder / "tokenizer_config.json"
+    end = read_json(file).get("eos_token") if file.is_file() else None
+    end = end.get("content") if isinstance(end, dict) else end
+    return end if isinstance(end, str) and end else None
+
+
+def _ends(model: GPT | Llama, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text: those that the model's folder names, or else the tokenizer's."""
+    ends = list(generation_of(model).ends(model.config.vocab_size))
+    return ends or ([] if tokenizer.eot_id is None else [tokenizer.eot_id])
+
+
 def _check(options: Options) -> None:
-    check_sampling(options.temperature, options.top_k, options.top_p)
+    check_sampling(1.0 if options.temperature is None else options.temperature, options.top_k, options.top_p)
     for name in ("max_new_tokens", "num_samples"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name} is {getattr(options, name)}, expected at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, expected at least 1")
     check_scheme(options.weights if options.weights == "int4" else "int8", options.group_size)
     if options.weights == "bf16" and options.dtype not in ("auto", "bfloat16"):
         raise ConfigError(f"weights is 'bf16', but dtype is {options.dtype!r}; choose one")
@@ -189,12 +211,15 @@ def _held(model: GPT | Llama, options: Options) -> GPT | Llama:
     return model
 
 
-def _prompt_ids(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[int]:
+def _prompt_ids(prompt: str, tokenizer: Tokenizer, model: GPT | Llama) -> list[int]:
+    context_length = model.config.context_length
     ids = tokenizer.start_ids + tokenizer.encode(prompt)
     if not ids:
-        if tokenizer.eot_id is None:
+        begin = generation_of(model).token("bos_token_id")
+        begin = begin if begin is not None and begin < model.config.vocab_size else tokenizer.eot_id
+        if begin is None:
             raise ConfigError("the prompt is empty, and this tokenizer has no end-of-text token to start from")
-        return [tokenizer.eot_id]
+        return [begin]
     if len(ids) > context_length:
         print(
             f"the prompt has {len(ids)} tokens, the model's context holds {context_length}: "
@@ -207,8 +232,8 @@ def _prompt_ids(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[
 class _Text:
     """One sample's text, in whole characters; the prompt's ids go in first: spacing may hang on them."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
-        self.stop, self.vocab_size, self.stream = tokenizer.eot_id, tokenizer.vocab_size, tokenizer.stream()
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], ends: list[int]):
+        self.ends, self.vocab_size, self.stream = ends, tokenizer.vocab_size, tokenizer.stream()
         for token in prompt_ids:
             self.stream.push(token)
         self.tokens, self.finished = 0, False
@@ -217,7 +242,7 @@ class _Text:
         if self.finished:
             return ""
         self.tokens += 1
-        self.finished = token == self.stop
+        self.finished = token in self.ends
         if self.finished:
             return self.stream.flush()
         # A model's vocabulary may be padded to a round size; such an id stands for no text.
@@ -229,18 +254,10 @@ class _Text:
 
 def _emit(options: Options, model: GPT | Llama, tokenizer: Tokenizer, prompt: str, ids: list[int]) -> None:
     """Generate and print; the first sample goes out piece by piece, the others when all are done."""
-    texts = [_Text(tokenizer, ids) for _ in range(options.num_samples)]
+    ends = _ends(model, tokenizer)
+    texts = [_Text(tokenizer, ids, ends) for _ in range(options.num_samples)]
     pieces: list[list[str]] = [[prompt] for _ in texts]
-    steps = generate(
-        model,
-        torch.tensor([ids] * len(texts)),
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop_token=tokenizer.eot_id,
-    )
+    steps = _steps(options, model, torch.tensor([ids] * len(texts)), ends)
     start = time.perf_counter()
     for new in steps:
         for text, parts, token in zip(texts, pieces, new.tolist(), strict=True):
@@ -254,6 +271,25 @@ def _emit(options: Options, model: GPT | Llama, tokenizer: Tokenizer, prompt: st
     _write(SEPARATOR.join("".join(parts) for parts in pieces) + "\n")
     tokens = sum(text.tokens for text in texts)
     print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def _steps(options: Options, model: GPT | Llama, tokens: Tensor, ends: list[int]) -> Iterator[Tensor]:
+    """The tokens as they are drawn, after a line on standard error for what the folder says and is not followed."""
+    said = generation_of(model)
+    count, temperature = options.max_new_tokens, options.temperature
+    if count is None and said.settings.new_tokens(0) is None:
+        count = MAX_NEW_TOKENS
+    if temperature is None and not said.speaks_of_sampling:
+        temperature = TEMPERATURE
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps = generate(
+            model, tokens, count, temperature=temperature, top_k=options.top_k, top_p=options.top_p,
+            seed=options.seed, stop_token=ends,
+        )  # fmt: skip
+    for warning in caught:
+        print(warning.message, file=sys.stderr)
+    return steps
 
 
 def _write(text: str) -> None:

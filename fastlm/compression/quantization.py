@@ -240,6 +240,7 @@ def save_quantized(model: GPT, path: str | PathLike[str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from ..models.common.generation import generation_of
     from ..training.storage import replacing
 
     head = model.lm_head if not model.config.tie_embeddings else None
@@ -247,6 +248,7 @@ def save_quantized(model: GPT, path: str | PathLike[str]) -> None:
         raise ConfigError("save_quantized: the model is not quantized; call fastlm.quantize first")
     about = {"format": FORMAT, "config": json.dumps(model.config.to_dict()), "scheme": head.scheme}
     about["group_size"] = str(head.group_size)
+    about["generation"] = json.dumps(generation_of(model).to_dict())
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     try:
         with replacing(path) as temporary:
@@ -263,6 +265,7 @@ def load_quantized(path: str | PathLike[str]) -> GPT:
     """
     from safetensors import SafetensorError, safe_open
 
+    from ..models.common.generation import Generation, carry
     from ..models.gpt import GPT, GPTConfig
 
     try:
@@ -287,6 +290,8 @@ def load_quantized(path: str | PathLike[str]) -> GPT:
                     empty.dtype = state["wte.weight"].dtype
                     setattr(parent, name, empty)
         model.load_state_dict(state, assign=True)
+        if "generation" in about:
+            carry(model, Generation.from_dict(json.loads(about["generation"]), str(path)))
     except (KeyError, ValueError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{path}: its tensors are not those of a quantized model: {error}") from error
     return model.eval()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..models.bert import BERT, BERTConfig
+from ..models.common.generation import NOTHING_SAID, Generation, carry
 from ..models.gpt import GPT, GPTConfig
 from ..models.llama import Llama, LlamaConfig
 from ..models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -50,7 +51,8 @@ def load(
         device: where they go.
 
     Returns:
-        GPT, BERT, Llama or Seq2Seq, by what the file says.
+        GPT, BERT, Llama or Seq2Seq, by what the file says. Its `generation` keeps what the file says about generating
+        (ids, lengths, sampling, beams), which the functions of `fastlm.inference` follow and `save` writes again.
 
     Raises:
         CheckpointError: for nothing or nothing known at `path`; an architecture that is not known, with those that
@@ -113,7 +115,25 @@ def restore(checkpoint: Checkpoint) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: its model configuration is not one of a {name}: {error}") from None
     restore_model(checkpoint, model)
+    if checkpoint.generation is not None:
+        carry(model, Generation.from_dict(checkpoint.generation, str(checkpoint.path)))
+    elif (token := _end_beside(checkpoint)) is not None:
+        carry(model, NOTHING_SAID.with_end(token))
     return model
+
+
+def _end_beside(checkpoint: Checkpoint) -> int | None:
+    """The end of text of the tokenizer that lies beside a training run's checkpoint."""
+    from ..data import Tokenizer
+
+    file = checkpoint.path.parent / "tokenizer.json"
+    if not checkpoint.tokenizer_fingerprint or not file.is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.load(file)
+    except DataError:  # whoever needs the tokenizer will say so
+        return None
+    return tokenizer.eot_id if tokenizer.fingerprint == checkpoint.tokenizer_fingerprint else None
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", shard_bytes: int = SHARD_BYTES) -> None:

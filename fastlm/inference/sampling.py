@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,22 @@ from ..errors import ConfigError
 HEAD = 1024
 
 
+class Cuts(NamedTuple):
+    """Rarer ways to leave out unlikely ids, applied in this order after top_k and top_p; see transformers' warpers."""
+
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon: float = 0.0
+    eta: float = 0.0
+
+
 def sample(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    cuts: Cuts | None = None,
 ) -> Tensor:
     """Draw one id a row.
 
@@ -31,6 +42,7 @@ def sample(
             (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). Probabilities are
             those after `temperature` and `top_k`.
         generator: source of the draws, on the device of `logits`; None means torch's default one.
+        cuts: further ids to leave out.
 
     Returns:
         (B,) int64.
@@ -42,6 +54,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    if cuts is not None and cuts != Cuts():
+        probabilities = cut(probabilities, cuts)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
 
@@ -62,6 +76,37 @@ def candidates(
         ahead = probabilities.cumsum(-1) - probabilities  # exactly 0 for the first, which thus stays
         probabilities = probabilities.masked_fill(ahead >= top_p, 0)
     return probabilities, ids
+
+
+def cut(probabilities: Tensor, cuts: Cuts) -> Tensor:
+    """Weights (B, V) with those at 0 that `cuts` leave out; the likeliest id stays.
+
+    min_p: Nguyen et al. 2024. Typical: Meister et al. 2022. Epsilon and eta: Hewitt et al. 2022.
+    """
+    p = probabilities / probabilities.sum(-1, keepdim=True)
+    if cuts.min_p:
+        p = _keep(p, p >= cuts.min_p * p.amax(-1, keepdim=True))
+    if cuts.typical_p < 1:
+        surprise = -p.log()
+        distance = (surprise - _entropy(p)).abs()
+        ordered, order = distance.sort(-1)
+        last = (p.gather(-1, order).cumsum(-1) < cuts.typical_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+        p = _keep(p, distance <= ordered.gather(-1, last))
+    likeliest = p == p.amax(-1, keepdim=True)
+    if cuts.epsilon:
+        p = _keep(p, (p >= cuts.epsilon) | likeliest)
+    if cuts.eta:
+        p = _keep(p, (p >= torch.exp(-_entropy(p)).mul(cuts.eta**0.5).clamp(max=cuts.eta)) | likeliest)
+    return p
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1, keepdim=True)
+
+
+def _keep(p: Tensor, kept: Tensor) -> Tensor:
+    p = p.masked_fill(~kept, 0)
+    return p / p.sum(-1, keepdim=True)
 
 
 def _likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:

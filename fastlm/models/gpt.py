@@ -276,11 +276,11 @@ class GPT(nn.Module):
 
         Args:
             folder: made if it is not there. Both files are complete before either replaces an older one.
-            eot_id: the end-of-text id to name in config.json, if there is one.
+            eot_id: the id that begins and ends a text; None leaves what the model's own folder named.
 
         Raises:
             CheckpointError: if the files cannot be written; older ones are then untouched.
         """
         from ..formats.hf.layout import save
 
-        save(self, folder, bos_token_id=eot_id, eos_token_id=eot_id)
+        save(self, folder, **({} if eot_id is None else {"bos_token_id": eot_id, "eos_token_id": eot_id}))

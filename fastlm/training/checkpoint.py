@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file each, replaced whole or not at all.
 
 Tensors are named `model.<parameter>`, `optimizer.<parameter>.<state>` and `rng.<generator>`. The header's
-metadata holds, as JSON, the model's and the run's configuration, the step, the tokenizer's fingerprint and
-the loop's own state. Files hold nothing that runs code when it is read.
+metadata holds, as JSON, the model's and the run's configuration, the step, the tokenizer's fingerprint,
+the loop's own state and what the model carries along about generating. Files hold nothing that runs code
+when it is read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..models.common.generation import NOTHING_SAID, generation_of
 from .storage import replacing
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Checkpoint:
     tokenizer_fingerprint: str
     state: dict[str, Any]
     tensors: dict[str, Tensor]
+    generation: dict[str, Any] | None = None
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below `prefix.`, without it."""
@@ -86,6 +89,8 @@ def save_checkpoint(
         "tokenizer_fingerprint": json.dumps(tokenizer_fingerprint),
         "state": json.dumps(state or {}),
     }
+    if (generation := generation_of(model)) != NOTHING_SAID:
+        metadata["generation"] = json.dumps(generation.to_dict())
     try:
         with replacing(path) as temporary:
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata)
@@ -216,7 +221,8 @@ def _metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if metadata is None or found != FORMAT:
         raise CheckpointError(f"{path}: format is {found!r}, expected {FORMAT!r}: not a fastlm checkpoint")
     try:
-        return {key: json.loads(metadata[key]) for key in keys}
+        fields = {key: json.loads(metadata[key]) for key in keys}
+        return fields | {"generation": json.loads(metadata.get("generation", "null"))}
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged: {error!r}") from None
 

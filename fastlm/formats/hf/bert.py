@@ -130,6 +130,7 @@ BERT_FOLDER = Architecture(
     headless="BertModel",
     stray=_bert_stray,
     aliases=_bert_aliases,
+    generates=False,
     renamed=((".gamma", ".weight"), (".beta", ".bias")),
 )
 ROBERTA_FOLDER = Architecture(
@@ -143,4 +144,5 @@ ROBERTA_FOLDER = Architecture(
     headless="RobertaModel",
     stray=_bert_stray,
     aliases=_bert_aliases,
+    generates=False,
 )

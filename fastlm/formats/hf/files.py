@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -103,8 +104,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return value
 
 
-def write_folder(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], shard_bytes: int) -> None:
+def write_folder(
+    folder: Path,
+    settings: dict[str, Any],
+    tensors: dict[str, Tensor],
+    shard_bytes: int,
+    generation: dict[str, Any] | None = None,
+) -> None:
     """Write config.json and the tensors, in shards of at most `shard_bytes` if they are more than that.
+
+    generation_config.json is written too where there is something to write.
 
     All files are complete on the disk before any takes its place. A folder that does not exist appears with
     all of them at once; in one that does, files of a model saved there earlier go, and others stay.
@@ -120,6 +129,8 @@ def write_folder(folder: Path, settings: dict[str, Any], tensors: dict[str, Tens
     except OSError as error:
         raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
     try:
+        if generation:
+            _write_json(staging / GENERATION, generation)
         _write_files(staging, settings, tensors, shard_bytes)
         _move_in(staging, folder)
     except (SafetensorError, OSError) as error:
@@ -175,7 +186,7 @@ def _move_in(staging: Path, folder: Path) -> None:
     for name in sorted(fresh, key=lambda name: (name == CONFIG, name)):
         os.replace(staging / name, folder / name)
     for path in list(folder.iterdir()):
-        if path.name not in fresh and (path.name in (WHOLE, INDEX) or SHARD.fullmatch(path.name)):
+        if path.name not in fresh and (path.name in (WHOLE, INDEX, GENERATION) or SHARD.fullmatch(path.name)):
             path.unlink()
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ConfigError
-from .files import CONFIG, listed, read_json, read_tensors, write_folder
+from ...models.common.generation import FOLLOWED, IDS, UNFOLLOWED, Generation, carry, generation_of
+from .files import CONFIG, GENERATION, listed, read_json, read_tensors, write_folder
 
 NOTHING = re.compile(r"(?!)")
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
@@ -97,6 +98,7 @@ class Architecture:
         stray: our configuration -> which of their tensors are no parameters of this model.
         aliases: our configuration -> {their name: their name of the tensor that it has to equal}.
         renamed: {old ending of a name: today's}.
+        generates: whether theirs has a `generate`.
     """
 
     model_types: tuple[str, ...]
@@ -112,6 +114,7 @@ class Architecture:
     stray: Callable[[Any], re.Pattern[str]] = lambda config: NOTHING
     aliases: Callable[[Any], dict[str, str]] = lambda config: {}
     renamed: tuple[tuple[str, str], ...] = ()
+    generates: bool = True
 
     def parts(self, config: Any, shapes: dict[str, torch.Size]) -> dict[str, list[Part]]:
         """For each of our tensors those of theirs that it is stacked from."""
@@ -160,7 +163,25 @@ def load(
     folder = Path(folder)
     settings = Settings(read_json(folder / CONFIG), folder / CONFIG)
     architecture = _architecture(settings, model)
-    return assemble(architecture, settings, lambda: read_tensors(folder), folder, dropout, dtype)
+    generation = read_generation(folder, settings.values, architecture.generates)
+    settings = Settings(generation.fill(settings.values), settings.path)
+    loaded = assemble(architecture, settings, lambda: read_tensors(folder), folder, dropout, dtype)
+    carry(loaded, generation)
+    return loaded
+
+
+def read_generation(folder: Path, config: dict[str, Any], generates: bool) -> Generation:
+    """What the folder of a `config` says about generating; of a model that does not generate only what a file says.
+
+    Raises:
+        CheckpointError: for a damaged file, or a setting with a value that it cannot have.
+    """
+    ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
+    if (folder / GENERATION).is_file():
+        return Generation(read_json(folder / GENERATION), ids, str(folder / GENERATION))
+    names = (*FOLLOWED, *IDS, *UNFOLLOWED) if generates else ()
+    said = {name: config[name] for name in names if config.get(name) is not None}
+    return Generation(said, ids, str(folder / CONFIG))
 
 
 def assemble(
@@ -190,14 +211,18 @@ def assemble(
 def save(model: nn.Module, folder: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES, **settings: Any) -> None:
     """Write a folder that transformers loads: config.json and safetensors, see `write_folder`.
 
+    What the model carries along about generating is written as it was read.
+
     Args:
-        settings: added to config.json.
+        settings: added to config.json, and to generation_config.json where there is one.
 
     Raises:
         CheckpointError: for a model that has no architecture there, and if the files cannot be written.
     """
     written, tensors = export(model)
-    write_folder(Path(folder), written | settings, tensors, shard_bytes)
+    generation = generation_of(model)
+    said = generation.said | settings if generation.said else {}
+    write_folder(Path(folder), written | generation.ids | settings, tensors, shard_bytes, said)
 
 
 def export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -56,9 +56,19 @@ def _read_marian(settings: Settings, dropout: float | None) -> Seq2SeqConfig:
         scale_embeddings=settings.get("scale_embedding", False),
         output_bias=True,
         pad_id=settings.get("pad_token_id", 58100),
-        start_id=settings.get("decoder_start_token_id", 58100),
-        end_id=settings.get("eos_token_id", 0),
+        start_id=_start_id(settings),
+        end_id=_first(settings.get("eos_token_id", 0)),
     )
+
+
+def _start_id(settings: Settings) -> Any:
+    start = settings.get("decoder_start_token_id", 58100)
+    return settings.get("bos_token_id") if start is None else start
+
+
+def _first(ends: Any) -> Any:
+    """The search looks at all ends of a folder that names several."""
+    return ends[0] if isinstance(ends, list) and ends else ends
 
 
 def _write_marian(config: Seq2SeqConfig) -> dict[str, Any]:
