@@ -4,17 +4,14 @@ import json
 import os
 import pickle
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
 import fastlm
-from fastlm.errors import CheckpointError, ConfigError, DataError
-from fastlm.formats.gguf.tokenizer import load_tokenizer
+from fastlm.errors import CheckpointError, ConfigError
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
 from fastlm.models.llama import rotary_frequencies
 from fastlm.training.checkpoint import save_checkpoint
@@ -338,73 +335,6 @@ def test_gguf_llama3_wavelengths(tmp_path):
     write_gguf(model, tmp_path / "odd.gguf", extra={"rope_freqs.weight": factors + 1})
     with pytest.raises(CheckpointError, match=r"rope_freqs.weight is not the scaling of Llama 3.1"):
         fastlm.load(tmp_path / "odd.gguf")
-
-
-MERGES = ["Ġ t", "h e", "i s", "Ġ is", "1 2", "12 3", "3 4", "Ġ 1", "' l", "'l l", "Ċ Ċ", "l l"]
-
-
-def write_tokenizer(path, cut, kind="gpt2", **fields):
-    """A model's file with a byte-level BPE of a few merges in it; returns the tokens."""
-    gguf = pytest.importorskip("gguf")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|end|>", *alphabet, *(merge.replace(" ", "") for merge in MERGES)]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(cut)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(0)
-    writer.add_bos_token_id(0)
-    for name, value in fields.items():
-        getattr(writer, name)(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tokens
-
-
-def greedy_merges(word, merges, tokens):
-    """Byte-pair encoding of one word as its paper has it: the earliest merge first, wherever it is."""
-    parts = list(word)
-    while pairs := [pair for pair in pairwise(parts) if pair in merges]:
-        first = min(pairs, key=merges.index)
-        at = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == first)
-        parts[at : at + 2] = ["".join(first)]
-    return [tokens.index(part) for part in parts]
-
-
-WORDS = {  # of "The is 1234 it'll\n\n is", as the patterns cut it that llama.cpp knows under these names
-    "gpt-2": ["The", "Ġis", "Ġ1234", "Ġit", "'ll", "ĊĊ", "Ġis"],
-    "smollm": ["The", "Ġis", "Ġ", "1", "2", "3", "4", "Ġit", "'ll", "ĊĊ", "Ġis"],
-    "llama-bpe": ["The", "Ġis", "Ġ", "123", "4", "Ġit", "'ll", "ĊĊ", "Ġis"],
-    "qwen2": ["The", "Ġis", "Ġ", "1", "2", "3", "4", "Ġit", "'ll", "ĊĊ", "Ġis"],
-}
-
-
-@pytest.mark.parametrize("cut", WORDS)
-def test_gguf_tokenizer(cut, tmp_path):
-    tokens = write_tokenizer(tmp_path / "model.gguf", cut, add_add_bos_token=cut == "llama-bpe")
-    tokenizer = load_tokenizer(tmp_path / "model.gguf")
-    merges = [tuple(merge.split(" ")) for merge in MERGES]
-    expected = [index for word in WORDS[cut] for index in greedy_merges(word, merges, tokens)]
-    text = "The is 1234 it'll\n\n is"
-    assert tokenizer.encode(text) == expected
-    assert tokenizer.decode(expected) == text
-    assert tokenizer.eot_id == 0
-    assert tokenizer.start_ids == ([0] if cut == "llama-bpe" else [])
-    assert tokenizer.encode("<|end|>", special_tokens=True) == [0]
-    assert tokenizer.decode(tokenizer.encode("été 世🙂 <|end|>")) == "été 世🙂 <|end|>"
-
-
-def test_gguf_tokenizers_that_are_not_known(tmp_path):
-    for kind, cut in (("llama", "default"), ("gpt2", "falcon")):
-        write_tokenizer(tmp_path / "model.gguf", cut, kind)
-        with pytest.raises(
-            DataError, match=f"its tokenizer is {kind} {cut}, expected gpt2 .* put the model's tokenizer"
-        ):
-            load_tokenizer(tmp_path / "model.gguf")
 
 
 def test_gguf_that_cannot_be_loaded(tmp_path, monkeypatch):

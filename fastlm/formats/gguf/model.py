@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ...models.common.generation import Generation, carry
 from ...models.llama import rotary_frequencies
 from ..hf.files import listed
 from ..hf.layout import Settings, assemble
@@ -30,6 +31,17 @@ BLOCK_NAMES = {
 }
 NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 FACTORS = "rope_freqs.weight"
+
+CONTROL, USER_DEFINED = 3, 4  # types of tokens
+# Names of tokens that end a text in llama.cpp, whatever else the file says: llama-vocab.cpp, `special_eog_ids`.
+END_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+)  # fmt: skip
+END_IDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
 
 def load_gguf(path: Path, dropout: float | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -51,7 +63,9 @@ def load_gguf(path: Path, dropout: float | None = None, dtype: torch.dtype | Non
     def read() -> dict[str, Tensor]:
         return _named(path, gguf, tensors, settings, permuted=kind == "llama")
 
-    return assemble(LLAMA_FOLDER, settings, read, path, dropout, dtype)
+    model = assemble(LLAMA_FOLDER, settings, read, path, dropout, dtype)
+    carry(model, _generation(reader, path))
+    return model
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -61,6 +75,37 @@ def read_fields(path: Path) -> dict[str, Any]:
         CheckpointError: if the `gguf` package is missing or the file is damaged.
     """
     return _fields(_open(path))
+
+
+def _generation(reader: Any, path: Path) -> Generation:
+    """What llama.cpp makes of a file: where texts end, and how it would be sampled."""
+
+    def field(name: str) -> Any:
+        return reader.fields[name].contents() if name in reader.fields else None
+
+    tokens = field("tokenizer.ggml.tokens") or []
+    named = {name: field(f"tokenizer.ggml.{name}_token_id") for name in (*END_IDS, "bos", "padding")}
+    known = {name: token for name, token in named.items() if isinstance(token, int) and 0 <= token < len(tokens)}
+    ends = {known[name] for name in END_IDS if name in known}
+    ends |= {index for index, token in enumerate(tokens) if token in END_NAMES}
+    said: dict[str, Any] = {name: known[short] for name, short in (("bos_token_id", "bos"), ("pad_token_id", "padding"))
+                            if short in known}  # fmt: skip
+    texts = {tokens[token]: token for token in ends}
+    if {"<|call|>", "<|calls|>"} & texts.keys() and {"<|return|>", "<|flush|>"} & texts.keys():
+        ends.discard(texts.get("<|end|>", -1))  # there it ends one message of several
+    if "<|tool_response>" in texts:
+        ends.discard(texts.get("</s>", -1))
+    if ends:
+        first = known.get("eos", min(ends))
+        said["eos_token_id"] = [first, *sorted(ends - {first})] if len(ends) > 1 else first
+    ids = dict(said)
+    sampling = {theirs: field(f"general.sampling.{name}") for name, theirs in SAMPLING.items()}
+    said |= {name: value for name, value in sampling.items() if value is not None}
+    if any(value is not None for value in sampling.values()):
+        said["do_sample"] = said.get("temperature", 1.0) > 0
+    if forbidden := field("tokenizer.ggml.suppress_tokens"):
+        said["suppress_tokens"] = list(forbidden)
+    return Generation(said, ids, str(path))
 
 
 def _open(path: Path) -> Any:
