@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..models.common.decoder_cache import DecoderCache
-from ..models.common.generation import Generation, generation_of
+from ..models.common.generation import FEW_TOKENS, Generation, generation_of
 from .logits import Processor, Span, apply, processors
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 EarlyStopping = bool | Literal["never"]
 
-FEW_TOKENS = 20  # transformers' number where nobody says one
 FEW_BEAMS = 4
 # transformers takes it for minus infinity: a sum that holds it is behind every other, and still ordered.
 FAR_BEHIND = -1.0e9

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..models.common.cache import KVCache
-from ..models.common.generation import Generation, generation_of
+from ..models.common.generation import FEW_TOKENS, Generation, generation_of
 from . import decoder
 from .logits import Span, apply, processors
 from .modes import evaluate_again, evaluating
@@ -18,8 +18,6 @@ from .sampling import Cuts, check_sampling, sample
 
 if TYPE_CHECKING:
     from ..models import GPT, Llama
-
-FEW_TOKENS = 20  # transformers' number where nobody says one
 
 
 def generate(

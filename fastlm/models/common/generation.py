@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import CheckpointError
 
+FEW_TOKENS = 20  # transformers' number of new ones where nobody says any
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
 # What transformers would do something about and fastlm does not, with the values that ask for nothing.
