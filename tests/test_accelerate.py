@@ -292,3 +292,8 @@ def test_the_report_groups_its_lines():
 
 def test_derived_classes_are_made_once():
     assert rules.derived(NamedNorm, "LayerNorm") is rules.derived(NamedNorm, "LayerNorm")
+
+
+def test_a_copy_with_a_forward_of_an_earlier_version_keeps_its_class():
+    layer = rules._rebuild(fastlm.nn.Linear, "deferred")  # what the pickle of a model holds
+    assert type(layer) is fastlm.nn.Linear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastlm.nn
 from fastlm.nn.linear import MANY_ROWS
-from fastlm.ops._products import LONE_COLUMNS, LONE_ROWS
+from fastlm.ops._products import LONE_COLUMNS, LONE_ROWS, MANY_CLASSES, SMALL_IN_TRAINING
 from tolerances import assert_as_close_as_torch
 
 K, N = 70, 45
@@ -91,3 +92,74 @@ def test_a_weight_that_is_computed_counts(rows):
         ours, theirs, _ = twins(True, torch.float32)
         with torch.no_grad():
             torch.testing.assert_close(change(ours)(x), change(theirs)(x))
+
+
+CLASSES, DEPTH, EXAMPLES = MANY_CLASSES + 1, 256, (4, 17)
+assert CLASSES * DEPTH * EXAMPLES[0] * EXAMPLES[1] > SMALL_IN_TRAINING
+
+
+def training_step(dtype, low, dy, nan_row=None, frozen=()):
+    """Results and gradients of a layer of many classes: ours, torch's, and torch's in fp64."""
+    theirs = torch.nn.Linear(DEPTH, CLASSES, dtype=dtype)
+    x = torch.randn(*EXAMPLES, DEPTH, dtype=dtype)
+    if nan_row is not None:
+        x[nan_row] = torch.nan
+    ours = fastlm.nn.Linear(DEPTH, CLASSES, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    results = []
+    for layer in (ours, theirs, copy.deepcopy(theirs).double()):
+        leaf = x.to(layer.weight.dtype, copy=True).requires_grad_("x" not in frozen)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low and layer.weight.dtype != torch.float64):
+            y = layer(leaf)
+        y.backward(dy.to(y.dtype))
+        found = {"y": y.detach(), "x": leaf.grad} | {name: p.grad for name, p in layer.named_parameters()}
+        results.append({name: value for name, value in found.items() if value is not None})
+    return results
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.85, 1.0])
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("bias",)])
+def test_rows_without_gradient_change_nothing(dtype, low, share, frozen):
+    """As of the tokens that a loss ignores; a zero among the first class's alone is not such a row."""
+    dy = torch.randn(*EXAMPLES, CLASSES)
+    dy[torch.rand(EXAMPLES) < share] = 0
+    dy[0, :6] = 0
+    dy[0, 0, -1] = dy[0, 1, 7] = -3.0
+    dy[1, 3:5, 0] = 0
+    ours, theirs, exact = training_step(dtype, low, dy, frozen=frozen)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert_as_close_as_torch(value, exact[name], theirs[name], CLASSES)
+
+
+def test_nan_in_a_row_without_gradient_reaches_the_weights_gradient():
+    dy = torch.randn(*EXAMPLES, CLASSES)
+    dy[1:] = 0
+    ours, theirs, _ = training_step(torch.float32, False, dy, nan_row=(2, 5))
+    assert theirs["weight"].isnan().all()
+    assert ours["weight"].isnan().all()
+    assert torch.equal(ours["x"].isnan(), theirs["x"].isnan())
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("shape", [EXAMPLES, (68,), (2, 2, 17)], ids=str)
+def test_a_large_result_may_be_edited_in_place(low, shape):
+    layer = fastlm.nn.Linear(DEPTH, CLASSES)
+    x = torch.randn(*shape, DEPTH)
+    for edit in (
+        lambda y: y.mul_(2), lambda y: y[..., 5:].zero_(), lambda y: y.view(-1).neg_(), lambda y: y[0].relu_(),
+    ):  # fmt: skip
+        results = []
+        for call in (layer, functools.partial(torch.nn.Linear.forward, layer)):
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                y = call(x)
+            edit(y)
+            y.float().square().sum().backward()
+            results.append((y.detach().float(), layer.weight.grad, layer.bias.grad))
+        for actual, expected in zip(*results, strict=True):
+            assert (actual - expected).norm() <= (0.02 if low else 1e-5) * expected.norm()

@@ -64,8 +64,9 @@ def accelerate(model: nn.Module, *, attention: bool = True, loss: bool = True, u
     Args:
         model: any module; calling this again is harmless.
         attention: Hugging Face models: also switch their attention to "fastlm".
-        loss: Hugging Face models: in training, compute cross-entropy with the output layer in one pass, so that
-            the logits are only made if something else reads them.
+        loss: Hugging Face models: in 16 bits, also switch their loss, if it is transformers' own of language
+            models, to `fastlm.cross_entropy`. The logits are the ordinary tensor that they are without; what never
+            holds them is `fastlm.linear_cross_entropy` on the base model's states.
         unpad: BERT-type encoders of Hugging Face: leave padded tokens out of everything. Their results, which
             nothing should read, are then 0 instead of what padding makes of them.
 
@@ -103,7 +104,7 @@ def swap_class(module: nn.Module, cls: type) -> None:
 
 
 def restore(model: nn.Module) -> int:
-    """Undo `accelerate`: every module of `model` gets its own class and attention back.
+    """Undo `accelerate`: every module of `model` gets its own class, attention and loss back.
 
     Returns:
         The number of modules that were restored.
@@ -120,5 +121,5 @@ def restore(model: nn.Module) -> int:
     if "transformers" in sys.modules:
         from . import huggingface
 
-        huggingface.restore_attention(model)
+        huggingface.restore_models(model)
     return len(swapped)

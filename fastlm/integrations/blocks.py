@@ -179,12 +179,6 @@ def _unpadded(original: Any) -> Forward:
     return unpadded_forward(original)
 
 
-def _deferred(original: Any) -> Forward:
-    from .deferred import deferred_forward
-
-    return deferred_forward(original)
-
-
 FORWARDS: dict[str, Callable[[Any], Forward]] = {
     "rms_norm": _rms_norm,
     "rms_norm_offset": _rms_norm_offset,
@@ -198,7 +192,6 @@ FORWARDS: dict[str, Callable[[Any], Forward]] = {
     "conv1d_mlp": _conv1d_mlp,
     "gated": _gated,
     "unpadded": _unpadded,
-    "deferred": _deferred,
 }
 
 # Encoders that hand (hidden_states, attention_mask) and keyword arguments on to their layers.

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
-from .. import nn as ours
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.attention_varlen import attention_varlen
-from . import rules
+from . import losses
 
 NAME = "fastlm"
 _PREVIOUS = "_fastlm_attention"  # of a model: the attention implementation that it had
@@ -187,16 +186,15 @@ def _models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def accelerate_models(model: nn.Module, attention: bool, loss: bool) -> Iterator[tuple[str, str, str, str]]:
-    """Switch attention and output layers of the transformers models in `model`; yields the report's rows."""
+    """Switch attention and losses of the transformers models in `model`; yields the report's rows."""
     models = list(_models(model))
     before = [module.config._attn_implementation for _, module in models]  # a switch reaches the models inside too
     for (name, module), previous in zip(models, before, strict=True):
         kind = type(module).__name__
         if attention and _PREVIOUS not in module.__dict__:
             yield name, f"{kind} attention", *_switch_attention(module, previous)
-        head = module.get_output_embeddings() if loss else None
-        if isinstance(head, nn.Module) and "deferred" not in vars(type(head)).get("_fastlm_kind", ""):
-            yield name, f"{kind} output layer", *_defer(head)
+        if loss and losses.switch(module):
+            yield name, f"{kind} loss", "fastlm.cross_entropy in 16 bits", ""
 
 
 def _switch_attention(model: PreTrainedModel, previous: str) -> tuple[str, str]:
@@ -218,22 +216,10 @@ def _is_supported(model: PreTrainedModel) -> bool:
     return any(getattr(model, flag, False) for flag in flags)
 
 
-def _defer(head: Any) -> tuple[str, str]:
-    from .accelerate import swap_class
-    from .deferred import SMALLEST
-
-    kind: Any = type(head)
-    if kind not in (nn.Linear, ours.Linear):
-        return "", f"it is a {kind.__name__}"
-    if head.weight.shape[0] < SMALLEST:
-        return "", f"its {head.weight.shape[0]} classes are few"
-    swap_class(head, rules.derived(kind, "deferred"))
-    return "fastlm.linear_cross_entropy in training", ""
-
-
-def restore_attention(model: nn.Module) -> None:
-    """Undo what `accelerate_models` did to attention."""
+def restore_models(model: nn.Module) -> None:
+    """Undo what `accelerate_models` did."""
     for _, module in list(_models(model)):
+        losses.restore(module)
         before = module.__dict__.pop(_PREVIOUS, None)
         if before is not None:
             module.set_attn_implementation(before)

@@ -35,7 +35,9 @@ class Linear(torch.nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on a CPU by the product that suits its dtype and number of rows."""
     if not _has_choice(x) or must_trace(x, weight, bias):
-        return F.linear(x, weight, bias)
+        if weight.shape[0] < _products.MANY_CLASSES or torch.compiler.is_compiling():
+            return F.linear(x, weight, bias)
+        return _products.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         small = x.numel() * weight.shape[0] <= _products.SMALL_IN_TRAINING
         if small or weight.dtype is not torch.float32 or not _products.serves(x, weight, bias):
@@ -43,8 +45,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _products.linear(x.to(torch.bfloat16), weight, bias)
     if _products.leads(x.dtype) and x.shape[:-1].numel() not in FASTER_ROWS[x.dtype]:
         return _products.linear(x, weight, bias)
-    if needs_grad(x, weight, bias) or not _is_layer(x, weight, bias):
+    if not _is_layer(x, weight, bias):
         return F.linear(x, weight, bias)
+    if needs_grad(x, weight, bias):
+        return _products.linear(x, weight, bias)
     return _inference(x, weight, bias)
 
 
