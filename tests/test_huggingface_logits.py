@@ -425,9 +425,9 @@ def test_distributed_data_parallel_with_the_loss_outside(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [ForCausalLMLoss, ForMaskedLMLoss])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(9)}, {"ignore_index": 5}], ids=str)
-def test_the_loss_on_a_copy_is_as_close_as_stocks(loss, dtype, options):
+def test_the_loss_of_a_copy_is_as_close_as_stocks(loss, dtype, options):
     logits = 3 * torch.randn(B, T, V, dtype=torch.float64)
     labels = IDS.masked_fill(IDS % 7 == 0, options.get("ignore_index", -100))
     results = []

@@ -64,9 +64,9 @@ def accelerate(model: nn.Module, *, attention: bool = True, loss: bool = True, u
     Args:
         model: any module; calling this again is harmless.
         attention: Hugging Face models: also switch their attention to "fastlm".
-        loss: Hugging Face models: in 16 bits, also switch their loss, if it is transformers' own of language
-            models, to `fastlm.cross_entropy`. The logits are the ordinary tensor that they are without; what never
-            holds them is `fastlm.linear_cross_entropy` on the base model's states.
+        loss: Hugging Face models: also switch transformers' own loss of language models to `fastlm.cross_entropy`.
+            The logits stay the ordinary tensor that they are without; what never holds them is
+            `fastlm.linear_cross_entropy` on the base model's states.
         unpad: BERT-type encoders of Hugging Face: leave padded tokens out of everything. Their results, which
             nothing should read, are then 0 instead of what padding makes of them.
 

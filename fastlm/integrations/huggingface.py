@@ -194,7 +194,7 @@ def accelerate_models(model: nn.Module, attention: bool, loss: bool) -> Iterator
         if attention and _PREVIOUS not in module.__dict__:
             yield name, f"{kind} attention", *_switch_attention(module, previous)
         if loss and losses.switch(module):
-            yield name, f"{kind} loss", "fastlm.cross_entropy in 16 bits", ""
+            yield name, f"{kind} loss", "fastlm.cross_entropy", ""
 
 
 def _switch_attention(model: PreTrainedModel, previous: str) -> tuple[str, str]:

@@ -1,8 +1,8 @@
-"""transformers' losses of language models on `fastlm.cross_entropy`, where nothing else can see what it works on.
+"""transformers' losses of language models on `fastlm.cross_entropy`, of a copy of the logits.
 
-In 16 bits these losses copy the logits to fp32 first. The copy is theirs alone: whatever a script does to the logits
-afterwards, in place or by hooks, meets the logits and not what the backward pass reads. In fp32 there is no copy, and
-PyTorch's own operator, which keeps its softmax instead of the logits, stays.
+PyTorch's operator keeps the softmax for its backward pass, and a script may edit the logits once it has the loss. Ours
+keeps what it is given, so that must be a tensor that nothing else can see: in 16 bits the copy in fp32 that these
+losses make anyway. With the copy, 512 rows of 30522 classes and the output layer took 0.95 times as long in fp32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ARGUMENTS = {"ignore_index", "reduction", "label_smoothing", "weight"}
 
 
 class _OnCopies(TorchFunctionMode):
-    """Serves F.cross_entropy of anything that does not share the logits' memory by `fastlm.cross_entropy`."""
+    """Serves F.cross_entropy by `fastlm.cross_entropy`, of a copy where the input shares the logits' memory."""
 
     def __init__(self, logits: Tensor):
         super().__init__()
@@ -40,12 +40,11 @@ class _OnCopies(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.cross_entropy and len(args) == 2 and kwargs.keys() <= _ARGUMENTS and self._is_copy(args[0]):
-            return cross_entropy(*args, **kwargs)
+        if func is F.cross_entropy and len(args) == 2 and kwargs.keys() <= _ARGUMENTS:
+            input, target = args
+            shared = input.untyped_storage().data_ptr() == self.logits.untyped_storage().data_ptr()
+            return cross_entropy(input.clone() if shared else input, target, **kwargs)
         return func(*args, **kwargs)
-
-    def _is_copy(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() != self.logits.untyped_storage().data_ptr()
 
 
 def language_model_loss(original: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
