@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from .. import nn as ours
 from .._core.dispatch import needs_grad
+from ..nn._fused import add_norm, linear_gelu
 from ..nn._plain import plain
-from ..nn.linear import linear
 from ..ops import _products
 from ..ops.gelu import bias_gelu, gelu
-from ..ops.layer_norm import add_layer_norm
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from . import templates
@@ -41,8 +40,8 @@ def _rms_norm(original: Any) -> Forward:
     """weight * x / rms(x), as in Llama, Qwen and T5."""
 
     def forward(self, hidden_states):
-        weight = self.weight
-        if hidden_states.dtype is not weight.dtype:  # the result's dtype is then the library's affair
+        weight = self._parameters.get("weight")  # not there if it is parametrized, and to be computed once
+        if weight is None or hidden_states.dtype is not weight.dtype:  # the result's dtype is the library's affair
             return original.forward(self, hidden_states)
         return rms_norm(hidden_states, hidden_states.shape[-1], weight, eps_of(self))
 
@@ -68,35 +67,28 @@ def _gelu(form: str) -> Callable[[Any], Forward]:
     return make
 
 
-def gelu_form(activation: object) -> str | None:
-    """GELU's `approximate` for an activation module that no hook watches; None for another."""
-    kind = getattr(type(activation), "_fastlm_kind", "")
-    if not isinstance(activation, nn.Module) or not plain(activation, type(activation)):
-        return None
-    if isinstance(activation, ours.GELU):
+def gelu_form(activation: Any) -> str | None:
+    """GELU's `approximate` for an activation module that may be read instead of called; None for another."""
+    if plain(activation, ours.GELU):
         return activation.approximate
-    return kind.removeprefix("gelu_") if kind in ("gelu_none", "gelu_tanh") else None
+    kind = _kind(activation)
+    if kind not in ("gelu_none", "gelu_tanh") or not plain(activation, type(activation)):
+        return None
+    return kind.removeprefix("gelu_")
 
 
-def _fusible(layer: nn.Module, form: str | None) -> bool:
-    """Whether `bias_gelu` may follow the layer's product without its bias."""
-    return form is not None and plain(layer, nn.Linear, ours.Linear) and layer.bias is not None
+def _kind(module: Any) -> str:
+    """What `accelerate` made of the module's very class, "" for what it did not."""
+    return vars(type(module)).get("_fastlm_kind", "")
 
 
 def _residual_norm(original: Any) -> Forward:
     """LayerNorm(dropout(dense(x)) + residual): the end of BERT's sublayers."""
 
     def forward(self, hidden_states, input_tensor):
-        norm, dropout = self.LayerNorm, self.dropout
-        if (
-            not (plain(norm, ours.LayerNorm) and plain(dropout, nn.Dropout))
-            or hidden_states.dtype != input_tensor.dtype
-        ):
+        if hidden_states.dtype != input_tensor.dtype:
             return original.forward(self, hidden_states, input_tensor)
-        dropout_p = dropout.p if dropout.training else 0.0
-        return add_layer_norm(
-            self.dense(hidden_states), input_tensor, norm.weight, norm.bias, norm.eps, dropout_p
-        )[0]  # fmt: skip
+        return add_norm(self.dense(hidden_states), input_tensor, self.LayerNorm, self.dropout)[0]
 
     return forward
 
@@ -106,9 +98,9 @@ def _linear_gelu(original: Any) -> Forward:
 
     def forward(self, hidden_states):
         form = gelu_form(self.intermediate_act_fn)
-        if not _fusible(self.dense, form):
+        if form is None:
             return original.forward(self, hidden_states)
-        return bias_gelu(linear(hidden_states, self.dense.weight), self.dense.bias, form or "none")
+        return linear_gelu(hidden_states, self.dense, form)
 
     return forward
 
@@ -118,9 +110,9 @@ def _feed_forward(original: Any) -> Forward:
 
     def forward(self, hidden_states):
         form = gelu_form(self.activation_fn)
-        if not _fusible(self.fc1, form):
+        if form is None:
             return original.forward(self, hidden_states)
-        return self.fc2(bias_gelu(linear(hidden_states, self.fc1.weight), self.fc1.bias, form or "none"))
+        return self.fc2(linear_gelu(hidden_states, self.fc1, form))
 
     return forward
 
@@ -130,9 +122,9 @@ def _timm_mlp(original: Any) -> Forward:
 
     def forward(self, x):
         form, drop = gelu_form(self.act), self.drop1
-        if not (_fusible(self.fc1, form) and plain(drop, nn.Dropout)):
+        if form is None or not plain(drop, nn.Dropout):
             return original.forward(self, x)
-        hidden = bias_gelu(linear(x, self.fc1.weight), self.fc1.bias, form or "none", drop.p if drop.training else 0.0)
+        hidden = linear_gelu(x, self.fc1, form, drop.p if drop.training else 0.0)
         return self.drop2(self.fc2(self.norm(hidden)))
 
     return forward
@@ -143,7 +135,7 @@ def _conv1d_mlp(original: Any) -> Forward:
 
     def forward(self, hidden_states):
         form, c_fc = gelu_form(self.act), self.c_fc
-        if form is None or type(c_fc).__name__ != "Conv1D" or not plain(c_fc, type(c_fc)):
+        if form is None or _kind(c_fc) != "conv1d" or not plain(c_fc, type(c_fc)):
             return original.forward(self, hidden_states)
         hidden = bias_gelu(_products.linear(hidden_states, c_fc.weight.t()), c_fc.bias, form)
         return self.dropout(self.c_proj(hidden))
@@ -166,7 +158,7 @@ def _gated(original: Any) -> Forward:
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
         short = gate.numel() < SMALL_GATE and not needs_grad(gate, up)
-        if short or not plain(self.act_fn, type(self.act_fn)) or gate.dtype != up.dtype:
+        if short or not _is_silu(self) or not plain(self.act_fn, type(self.act_fn)) or gate.dtype != up.dtype:
             return self.down_proj(self.act_fn(gate) * up)
         return self.down_proj(swiglu(gate, up))
 

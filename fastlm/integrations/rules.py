@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as ours
+from ..nn._drop_in import stand_in
+from ..nn._plain import redirected
 from . import blocks
 
 CLASSES: dict[type, type] = {
@@ -49,7 +51,7 @@ def replacement(module: nn.Module, unpad: bool) -> Found | str | None:
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    if "forward" in module.__dict__:
+    if redirected(module):
         return "its forward was replaced on the instance"
     if hasattr(module, "parametrizations"):
         return "it is parametrized; its class is the parametrization's"
@@ -138,23 +140,32 @@ def _same_code(function: Any, template: Callable) -> bool:
     return hasattr(function, "__code__") and _instructions(function) == _instructions(template)
 
 
-@functools.cache
+_DERIVED: dict[tuple[int, str], Any] = {}  # by identity: a drop-in and the class it stands in for are equal
+
+
 def derived(original: Any, kind: str) -> Any:
     """The subclass of `original` with the forward `kind`; it looks like `original`, and pickles through it."""
+    key = id(original), kind
+    if key not in _DERIVED:
+        _DERIVED[key] = _derive(original, kind)
+    return _DERIVED[key]
+
+
+def _derive(original: Any, kind: str) -> Any:
     known: Any = CLASSES_BY_NAME.get(kind)
     forward = blocks.FORWARDS[kind](original) if known is None else known.forward
     names = {
         "forward": forward, "__reduce_ex__": _reduce, "_fastlm_kind": kind,
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
     }  # fmt: skip
-    return type(original.__name__, (original,), names)
+    return stand_in(original, names)
 
 
 CLASSES_BY_NAME = {known.__name__: fast for known, fast in CLASSES.items()}
 
 
 def is_replacement(cls: type) -> bool:
-    return "_fastlm_kind" in cls.__dict__ or cls in CLASSES.values() or cls is ours.Linear
+    return "_fastlm_kind" in cls.__dict__ or any(cls is fast for fast in (*CLASSES.values(), ours.Linear))
 
 
 def _reduce(self: Any, protocol: int) -> tuple:

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._fused import add_norm, apply_norm, linear_gelu
+from ..nn._plain import plain
 from ..nn.linear import Linear, linear
-from ..ops.gelu import bias_gelu
-from ..ops.layer_norm import add_layer_norm, layer_norm
+from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .common.checks import check_ids, check_same_shape, check_tokens
 from .common.config import ModelConfig
@@ -113,12 +114,10 @@ class BERTLayer(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         x = self.add_norm(self.attention(x, packing), x, self.attention_norm)
-        hidden = linear(x, self.up.weight)  # the bias is added inside the GELU
-        return self.add_norm(self.down(bias_gelu(hidden, self.up.bias, self.activation)), x, self.mlp_norm)
+        return self.add_norm(self.down(linear_gelu(x, self.up, self.activation)), x, self.mlp_norm)
 
-    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout)[0]
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
+        return add_norm(branch, x, norm, self.dropout if self.training else 0.0)[0]
 
 
 class MaskedLMHead(nn.Module):
@@ -131,10 +130,10 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What the vocabulary's weight is applied to, (..., C)."""
-        x = bias_gelu(linear(hidden, self.dense.weight), self.dense.bias, self.activation)
-        return layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+    def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
+        """Logits (..., V) by the vocabulary's weight `table`; without it what it is applied to, (..., C)."""
+        states = apply_norm(linear_gelu(hidden, self.dense, self.activation), self.norm)
+        return states if table is None else linear(states, table, self.bias)
 
 
 class BERT(nn.Module):
@@ -194,7 +193,7 @@ class BERT(nn.Module):
             return packing.unpack(hidden)
         if self.config.head == "classification":
             return self.class_logits(self.pooled(hidden, packing))
-        return packing.unpack(linear(self.masked_lm(hidden), self.wte.weight, self.masked_lm.bias))
+        return packing.unpack(self.masked_lm(hidden, self.wte.weight))
 
     def loss(
         self,
@@ -228,8 +227,11 @@ class BERT(nn.Module):
         if packing.mask is not None:
             flat = flat.masked_fill(~packing.mask.flatten(), IGNORED_TARGET)
         counted = (flat != IGNORED_TARGET).nonzero().squeeze(1)
-        states = self.masked_lm(hidden[counted])
-        loss = linear_cross_entropy(states, self.wte.weight, flat[counted], self.masked_lm.bias)
+        if plain(self.masked_lm, MaskedLMHead):
+            states = self.masked_lm(hidden[counted])
+            loss = linear_cross_entropy(states, self.wte.weight, flat[counted], self.masked_lm.bias)
+        else:
+            loss = cross_entropy(self.masked_lm(hidden[counted], self.wte.weight), flat[counted])
         if next_sentence is not None:
             logits = self.next_sentence_logits(self.pooled(hidden, packing))
             loss = loss + F.cross_entropy(logits, next_sentence)
@@ -242,10 +244,11 @@ class BERT(nn.Module):
         self._check(tokens, attention_mask, token_types)
         packing = Packing.of(attention_mask, (tokens.shape[0], tokens.shape[1]))
         x = self.wte(packing.pack(tokens)) + self.positions(tokens, attention_mask, packing)
-        x = x + (self.wse.weight[0] if token_types is None else self.wse(packing.pack(token_types)))
-        norm = self.embedding_norm
-        x = layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        x = F.dropout(x, self.config.dropout, self.training)
+        if token_types is None and plain(self.wse, nn.Embedding):
+            x = x + self.wse.weight[0]
+        else:
+            x = x + self.wse(packing.pack(torch.zeros_like(tokens) if token_types is None else token_types))
+        x = F.dropout(apply_norm(x, self.embedding_norm), self.config.dropout, self.training)
         for layer in self.layers:
             x = layer(x, packing)
         return x, packing
@@ -256,7 +259,7 @@ class BERT(nn.Module):
         offset = self.config.position_offset
         if attention_mask is not None and offset:
             columns = (attention_mask != 0).long().cumsum(1) - 1
-        elif packing.rows is None:
+        elif packing.rows is None and plain(self.wpe, nn.Embedding):
             return self.wpe.weight[offset : offset + T].repeat(tokens.shape[0], 1)
         else:
             columns = torch.arange(T, device=tokens.device).expand_as(tokens)

@@ -5,7 +5,7 @@ OpenAI's release, so a state dict lines up with Hugging Face's. Shapes: B batch,
 S tokens attended to, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
 The residual additions run inside the LayerNorm that follows them, so a block takes the normed stream and
-the raw one, and is told which LayerNorm comes next.
+the raw one, and is told which LayerNorm comes next, unless that is a block's whose call somebody may see.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._fused import add, add_norm, apply_linear, apply_norm, head_loss, linear_gelu, norms_within_reach
 from ..nn._plain import plain
 from ..ops._products import linear, tied_embedding
 from ..ops.attention import scaled_dot_product_attention
-from ..ops.gelu import bias_gelu
-from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .common.checks import check_ids, check_same_shape, check_tokens
 from .common.config import ModelConfig
@@ -80,11 +79,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def project(x: Tensor, layer: nn.Module) -> Tensor:
-    """`layer(x)`, by `linear` where nobody could tell."""
-    return linear(x, layer.weight, layer.bias) if plain(layer, nn.Linear) else layer(x)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -95,7 +89,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = project(x, self.c_attn).view(B, T, 3, self.n_head, self.head_size)
+        qkv = apply_linear(x, self.c_attn, linear).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D), views of the projection
         mask, is_causal = None, T > 1
         if cache is not None and cache.length:
@@ -104,7 +98,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
         y = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal)
-        return project(y.transpose(1, 2).reshape(B, T, C), self.c_proj)
+        return apply_linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj, linear)
 
 
 class MLP(nn.Module):
@@ -115,8 +109,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = linear(x, self.c_fc.weight)  # the bias is added inside the GELU
-        return project(bias_gelu(hidden, self.c_fc.bias, "tanh"), self.c_proj)
+        return apply_linear(linear_gelu(x, self.c_fc, "tanh", product=linear), self.c_proj, linear)
 
 
 class Block(nn.Module):
@@ -129,15 +122,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, normed: Tensor, x: Tensor, next_norm: nn.LayerNorm, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Take ln_1(x) and x, both (B, T, C); return next_norm(y) and y for the block's output y."""
-        normed, x = self.add(self.attn(normed, cache), x, self.ln_2)
-        return self.add(self.mlp(normed), x, next_norm)
-
-    def add(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        dropout = self.dropout if self.training else 0.0
-        return add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout, out_dtype=product_dtype(x))
+        self, normed: Tensor | None, x: Tensor, next_norm: nn.Module | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Take ln_1(x), if it is there, and x, both (B, T, C); return next_norm(y), if it is given, and y."""
+        dtype, dropout = product_dtype(x), self.dropout if self.training else 0.0
+        normed = apply_norm(x, self.ln_1, dtype) if normed is None else normed
+        normed, x = add_norm(self.attn(normed, cache), x, self.ln_2, dropout, dtype)
+        branch = self.mlp(normed)
+        return (None, add(branch, x, dropout)) if next_norm is None else add_norm(branch, x, next_norm, dropout, dtype)
 
 
 class GPT(nn.Module):
@@ -196,12 +188,14 @@ class GPT(nn.Module):
             return self.logits(self.hidden(tokens, cache))
         start = 0 if cache is None else cache.length
         check_tokens("GPT", tokens, self.config, start)
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and plain(self.wte, nn.Embedding):
             rows, head = tied_embedding(self.wte.weight, tokens)
         else:
-            rows, head = self.wte(tokens), self.head_weight
-        hidden = self._blocks(rows, start, cache)
-        return linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten())
+            rows, head = self.wte(tokens), self.wte.weight
+        hidden = self._blocks(rows, start, cache).flatten(0, 1)
+        if self.config.tie_embeddings:
+            return linear_cross_entropy(hidden, head, targets.flatten())
+        return head_loss(hidden, self.lm_head, targets.flatten())
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Output of the last LayerNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
@@ -212,17 +206,17 @@ class GPT(nn.Module):
     def _blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
         """From the tokens' embeddings (B, T, C), the first at position `start`, to the last LayerNorm's output."""
         T = rows.shape[1]
-        x = rows + self.wpe.weight[start : start + T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        norms: list[Any] = [block.ln_1 for block in self.h] + [self.ln_f]
-        first = norms[0]
-        shape, dtype = first.normalized_shape, product_dtype(x)
-        normed = layer_norm(x, shape, first.weight, first.bias, first.eps, out_dtype=dtype)
-        for block, next_norm in zip(self.h, norms[1:], strict=True):
+        if plain(self.wpe, nn.Embedding):
+            positions = self.wpe.weight[start : start + T]
+        else:
+            positions = self.wpe(torch.arange(start, start + T, device=rows.device))
+        x = F.dropout(rows + positions, self.config.dropout, self.training)  # (B, T, C)
+        normed = None
+        for block, next_norm in zip(self.h, norms_within_reach(self.h, Block, "ln_1", self.ln_f), strict=True):
             normed, x = block(normed, x, next_norm, cache)
         if cache is not None:
             cache.advance(T)
-        return normed
+        return apply_norm(x, self.ln_f, product_dtype(x)) if normed is None else normed
 
     def product_weights(self) -> list[Tensor]:
         """The matrices of all products, each once."""

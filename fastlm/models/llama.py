@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..nn._fused import add, add_norm, apply_linear, apply_norm, head_loss, norms_within_reach
 from ..nn.linear import linear
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from ..ops.rms_norm import add_rms_norm, rms_norm
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
 from .common.checks import check_ids, check_same_shape, check_tokens
@@ -178,16 +178,19 @@ class LlamaBlock(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(
-        self, normed: Tensor, x: Tensor, next_norm: nn.RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Take attention_norm(x) and x, both (B, T, C); return next_norm(y) and y for the block's output y."""
+        self,
+        normed: Tensor | None,
+        x: Tensor,
+        next_norm: nn.Module | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """As `Block` of gpt.py, with attention_norm for ln_1."""
+        normed = apply_norm(x, self.attention_norm) if normed is None else normed
         normed, x = add_norm(self.attention(normed, cos, sin, cache), x, self.mlp_norm)
-        return add_norm(self.mlp(normed), x, next_norm)
-
-
-def add_norm(branch: Tensor, x: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
-    """(norm(z), z) with z = x + branch."""
-    return add_rms_norm(branch, x, norm.weight, norm.eps)
+        branch = self.mlp(normed)
+        return (None, add(branch, x)) if next_norm is None else add_norm(branch, x, next_norm)
 
 
 class Llama(nn.Module):
@@ -244,7 +247,9 @@ class Llama(nn.Module):
         hidden = self.hidden(tokens, cache)
         if targets is None:
             return self.logits(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        if self.config.tie_embeddings:
+            return linear_cross_entropy(hidden.flatten(0, 1), self.wte.weight, targets.flatten())
+        return head_loss(hidden.flatten(0, 1), self.lm_head, targets.flatten())
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Output of the last RMSNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
@@ -253,13 +258,13 @@ class Llama(nn.Module):
         T = tokens.shape[1]
         x = self.wte(tokens)  # (B, T, C)
         cos, sin = self.rotations(start, T, x.device)
-        norms: list[Any] = [block.attention_norm for block in self.layers] + [self.norm]
-        normed = rms_norm(x, self.config.n_embd, norms[0].weight, norms[0].eps)
-        for block, next_norm in zip(self.layers, norms[1:], strict=True):
+        normed = None
+        norms = norms_within_reach(self.layers, LlamaBlock, "attention_norm", self.norm)
+        for block, next_norm in zip(self.layers, norms, strict=True):
             normed, x = block(normed, x, next_norm, cos, sin, cache)
         if cache is not None:
             cache.advance(T)
-        return normed
+        return apply_norm(x, self.norm) if normed is None else normed
 
     def rotations(self, start: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (T, D / 2) fp32, of the angles at positions `start` to `start + T`."""
@@ -269,7 +274,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return linear(hidden, self.head_weight)
+        return linear(hidden, self.wte.weight) if self.config.tie_embeddings else apply_linear(hidden, self.lm_head)
 
     def num_parameters(self) -> int:
         """Number of trained values; a tied output head counts once."""

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._fused import add, add_norm, apply_norm, linear_gelu
+from ..nn._plain import plain
 from ..nn.linear import Linear, linear
 from ..ops.attention import scaled_dot_product_attention
-from ..ops.gelu import bias_gelu
-from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .common.checks import check_ids, check_same_shape, check_tokens
 from .common.config import ModelConfig
@@ -164,12 +164,19 @@ class CrossAttention(nn.Module):
         k, v = self.kv(memory.states).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """(R, T, C) -> (R, T, C). The beams of a source row are queries side by side, so they share its keys."""
-        k, v = keys_values
+    def forward(self, x: Tensor, memory: Memory, held: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """(R, T, C) -> (R, T, C). The beams of a source row are queries side by side, so they share its keys.
+
+        Args:
+            held: a cache's place for the keys and values, which are computed where it is empty.
+        """
+        held = [] if held is None else held
+        if not held:
+            held.append(self.keys_values(memory))
+        k, v = held[0]
         B = k.shape[0]
         q = self.q(x).view(B, -1, self.n_head, k.shape[3]).transpose(1, 2)  # (B, H, R / B T, D)
-        y = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = scaled_dot_product_attention(q, k, v, memory.mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -185,18 +192,14 @@ class Layer(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.activation == "gelu":
-            return self.down(bias_gelu(linear(x, self.up.weight), self.up.bias))
+            return self.down(linear_gelu(x, self.up))
         return self.down((F.relu if self.activation == "relu" else F.silu)(self.up(x)))
 
-    def residual(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: nn.LayerNorm) -> Tensor:
-        if self.norm_first:
-            return x + F.dropout(sublayer(normed(x, norm)), self.dropout, self.training)
+    def residual(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: nn.Module) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return add_layer_norm(sublayer(x), x, norm.weight, norm.bias, norm.eps, dropout)[0]
-
-
-def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        if self.norm_first:
+            return add(sublayer(apply_norm(x, norm)), x, dropout)
+        return add_norm(sublayer(x), x, norm, dropout)[0]
 
 
 class EncoderLayer(Layer):
@@ -220,9 +223,9 @@ class DecoderLayer(Layer):
         self.cross_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def forward(self, x: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
-        keys_values = self.cross_attention.keys_values(memory) if cache is None else cache.memory[self.layer]
+        held = None if cache is None else cache.memory[self.layer]
         x = self.residual(x, lambda x: self.attention.decode(x, cache), self.attention_norm)
-        x = self.residual(x, lambda x: self.cross_attention(x, keys_values, memory.mask), self.cross_norm)
+        x = self.residual(x, lambda x: self.cross_attention(x, memory, held), self.cross_norm)
         return self.residual(x, self.mlp, self.mlp_norm)
 
 
@@ -318,7 +321,7 @@ class Seq2Seq(nn.Module):
         for layer in self.encoder:
             x = layer(x, packing)
         if c.norm_first:
-            x = normed(x, self.encoder_norm)
+            x = apply_norm(x, self.encoder_norm)
         mask = None if packing.rows is packing.mask is None else (source_mask != 0)[:, None, None, :]
         return Memory(packing.unpack(x), mask)
 
@@ -332,20 +335,17 @@ class Seq2Seq(nn.Module):
             x = layer(x, memory, cache)
         if cache is not None:
             cache.advance(target.shape[1])
-        return normed(x, self.decoder_norm) if c.norm_first else x
-
-    def cross_keys_values(self, memory: Memory) -> list[tuple[Tensor, Tensor]]:
-        """For each decoder layer the source's keys and values, for a cache."""
-        layers: list[Any] = list(self.decoder)
-        return [layer.cross_attention.keys_values(memory) for layer in layers]
+        return apply_norm(x, self.decoder_norm) if c.norm_first else x
 
     def _embed(self, tokens: Tensor, table: nn.Embedding, positions: nn.Embedding | None, start: int) -> Tensor:
         T, C = tokens.shape[1], self.config.n_embd
         x = table(tokens) * (math.sqrt(C) if self.config.scale_embeddings else 1.0)
         if positions is None:
             x = x + sinusoids(start, T, C, x.device).to(x.dtype)
-        else:
+        elif plain(positions, nn.Embedding):
             x = x + positions.weight[start : start + T]
+        else:
+            x = x + positions(torch.arange(start, start + T, device=x.device))
         return F.dropout(x, self.config.dropout, self.training)
 
     def logits(self, hidden: Tensor) -> Tensor:

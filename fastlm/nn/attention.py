@@ -9,13 +9,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.attention import scaled_dot_product_attention
+from ._drop_in import DropIn
 from .linear import linear
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(torch.nn.MultiheadAttention, metaclass=DropIn, stands_for=torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on `fastlm.scaled_dot_product_attention`.
 
     Constructor, parameters, state_dict, masks and results are torch's, with one difference: a query whose
@@ -55,6 +56,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError: if a dtype does not fit, or a tensor is nested.
             RuntimeError: if is_causal is set without attn_mask.
         """
+        if "parametrizations" in self._modules:  # their weights are computed at each look, and may change with it
+            arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return torch.nn.MultiheadAttention.forward(self, query, key, value, *arguments)
         _check_inputs(self, query, key, value)
         if is_causal and attn_mask is None:
             raise RuntimeError("MultiheadAttention: attn_mask is None, but the is_causal hint needs it")
@@ -73,14 +77,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if mask is not None and mask.dtype == torch.bool:
                 mask = ~mask  # the op's masks are True where a key is seen
             y = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, causal)
-        return linear(_join_heads(self, y, unbatched), self.out_proj.weight, self.out_proj.bias), weights
+        return _output(self.out_proj, _join_heads(self, y, unbatched)), weights
+
+
+def _output(out_proj: nn.Module, y: Tensor) -> Tensor:
+    """The output projection, whose weight torch reads without calling it; what it could not read is called."""
+    weight = out_proj.weight
+    if not isinstance(weight, Tensor) or weight.is_meta != y.is_meta:  # quantized, or offloaded
+        return out_proj(y)
+    return linear(y, weight, out_proj.bias)  # type: ignore[arg-type]
+
+
+def _in_weight(layer: MultiheadAttention) -> Tensor:
+    return layer.q_proj_weight if layer.in_proj_weight is None else layer.in_proj_weight
 
 
 def _project(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """q, k, v with features unflattened to (H, D); tensors that are one and the same share one product."""
     E, heads = layer.embed_dim, (layer.num_heads, layer.head_dim)
     w, bias = layer.in_proj_weight, layer.in_proj_bias
-    b = None if bias is None else bias.to(layer.out_proj.weight.dtype)  # torch's takes one of another dtype
+    b = None if bias is None else bias.to(_in_weight(layer).dtype)  # torch's takes one of another dtype
     if w is not None and query is key and key is value:
         return linear(query, w, b).unflatten(-1, (3, *heads)).unbind(-3)
     if w is not None and key is value:
@@ -172,7 +188,7 @@ def _check_mask(name: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...], de
 
 
 def _check_inputs(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
-    op, weight = "MultiheadAttention", layer.out_proj.weight
+    op, weight = "MultiheadAttention", _in_weight(layer)
     widths = (("query", query, layer.embed_dim), ("key", key, layer.kdim), ("value", value, layer.vdim))
     for name, x, width in widths:
         if x.is_nested:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.gelu import bias_gelu, gelu
+from ..ops.gelu import gelu
 from ..ops.swiglu import swiglu
+from ._fused import linear_gelu
 from ._plain import plain
 from .gelu import GELU
-from .linear import Linear, linear
+from .linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -65,15 +65,14 @@ class SwiGLU(nn.Module):
 
 
 def feed_forward(
-    x: Tensor, linear1: Any, activation: Callable[[Tensor], Tensor], dropout: Any, linear2: nn.Module
+    x: Tensor, linear1: nn.Module, activation: Callable[[Tensor], Tensor], dropout: nn.Module, linear2: nn.Module
 ) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), with linear1's bias, GELU and dropout in one pass."""
     form = gelu_form(activation)
-    if form is None or linear1.bias is None or not (plain(linear1, nn.Linear, Linear) and plain(dropout, nn.Dropout)):
-        hidden = linear1(x)
-        return linear2(dropout(activation(hidden) if form is None else gelu(hidden, form)))
-    hidden = linear(x, linear1.weight)
-    return linear2(bias_gelu(hidden, linear1.bias, form, dropout.p if dropout.training else 0.0))
+    if form is not None and plain(dropout, nn.Dropout):
+        return linear2(linear_gelu(x, linear1, form, dropout.p if dropout.training else 0.0))
+    hidden = linear1(x)
+    return linear2(dropout(activation(hidden) if form is None else gelu(hidden, form)))
 
 
 def gelu_form(activation: Callable[[Tensor], Tensor]) -> str | None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..ops.gelu import gelu
+from ._drop_in import DropIn
 
 
-class GELU(torch.nn.GELU):
+class GELU(torch.nn.GELU, metaclass=DropIn, stands_for=torch.nn.GELU):
     """`torch.nn.GELU` on `fastlm.gelu`: approximate is "none" (exact, by erf) or "tanh"."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..ops.layer_norm import layer_norm
+from ._drop_in import DropIn
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(torch.nn.LayerNorm, metaclass=DropIn, stands_for=torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on `fastlm.layer_norm`: same constructor, parameters and state_dict."""
 
     def forward(self, input: Tensor) -> Tensor:

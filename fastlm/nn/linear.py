@@ -12,12 +12,13 @@ from .._core.dispatch import must_trace, needs_grad
 from ..ops import _products
 from ..ops.linear import FASTER_ROWS
 from ..ops.linear import linear as few_rows_linear
+from ._drop_in import DropIn
 
 FEWEST_ROWS = FASTER_ROWS[torch.float32].start
 MANY_ROWS = 512  # from which on a bias inside oneDNN's product in bf16 pays: up to 1.2 times as fast, below 0.8 to 1.0
 
 
-class Linear(torch.nn.Linear):
+class Linear(torch.nn.Linear, metaclass=DropIn, stands_for=torch.nn.Linear):
     """`torch.nn.Linear`, on a CPU by the product that suits its shape: same constructor, parameters and state_dict."""
 
     def forward(self, input: Tensor) -> Tensor:

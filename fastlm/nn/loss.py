@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from ._drop_in import DropIn
 
 _IGNORED = -100  # torch's ignore_index where none is given
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class CrossEntropyLoss(nn.CrossEntropyLoss, metaclass=DropIn, stands_for=nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` on `fastlm.cross_entropy`: same constructor and results."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class _LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
 _Base: Any = getattr(nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)  # torch has it from 2.13 on
 
 
-class LinearCrossEntropyLoss(_Base):
+class LinearCrossEntropyLoss(_Base, metaclass=DropIn, stands_for=_Base):
     """`torch.nn.LinearCrossEntropyLoss` on `fastlm.linear_cross_entropy`: the full logits are never held.
 
     Constructor, parameters (linear.weight, linear.bias) and results are torch's, on an older torch too. `options`

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..ops.rms_norm import rms_norm
+from ._drop_in import DropIn
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(torch.nn.RMSNorm, metaclass=DropIn, stands_for=torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` on `fastlm.rms_norm`: same constructor, parameters and state_dict."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._drop_in import DropIn
 from .attention import MultiheadAttention
 from .layer_norm import LayerNorm
 from .linear import Linear
 from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 
-class TransformerEncoder(nn.TransformerEncoder):
+class TransformerEncoder(nn.TransformerEncoder, metaclass=DropIn, stands_for=nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder` on fastlm's ops: same constructor, parameters, masks and results.
 
     The padded positions of the result are as in torch: where it would run nested tensors in evaluation
@@ -44,7 +45,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return output if self.norm is None else self.norm(output)
 
 
-class TransformerDecoder(nn.TransformerDecoder):
+class TransformerDecoder(nn.TransformerDecoder, metaclass=DropIn, stands_for=nn.TransformerDecoder):
     """`torch.nn.TransformerDecoder` on fastlm's ops: same constructor, parameters, masks and results."""
 
     def forward(
@@ -74,7 +75,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         return output if self.norm is None else self.norm(output)
 
 
-class Transformer(nn.Transformer):
+class Transformer(nn.Transformer, metaclass=DropIn, stands_for=nn.Transformer):
     """`torch.nn.Transformer` on fastlm's ops: same constructor, parameters, masks and results."""
 
     def __init__(

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.layer_norm import add_layer_norm
-from ._plain import plain
+from ._drop_in import DropIn
+from ._fused import add, add_norm
 from .attention import MultiheadAttention
 from .feed_forward import feed_forward
 from .layer_norm import LayerNorm
@@ -31,7 +31,7 @@ from .linear import Linear
 Sublayer = tuple[Callable[[Tensor], Tensor], nn.Dropout | None, nn.LayerNorm]
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(nn.TransformerEncoderLayer, metaclass=DropIn, stands_for=nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on fastlm's ops: same constructor, parameters, masks and results.
 
     Nested input, which `torch.nn.TransformerEncoder` makes of padded batches in evaluation, is padded again.
@@ -77,7 +77,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return _chain(src, [(*attention, self.norm1), (*feed_forward, self.norm2)], self.norm_first)
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(nn.TransformerDecoderLayer, metaclass=DropIn, stands_for=nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` on fastlm's ops: same constructor, parameters, masks and results."""
 
     def __init__(
@@ -127,7 +127,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
 
 TransformerLayer = TransformerEncoderLayer | TransformerDecoderLayer
-FASTLM_CLASS = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm, nn.Linear: Linear}
+FASTLM_CLASS: dict[type, type] = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm, nn.Linear: Linear}
 
 
 def _adopt_children(layer: nn.Module) -> None:
@@ -165,23 +165,13 @@ def _chain(x: Tensor, sublayers: list[Sublayer], norm_first: bool) -> Tensor:
     """The residual stream x through every sublayer."""
     if not norm_first:
         for function, dropout, norm in sublayers:
-            x, _ = _add_norm(function(x), x, dropout, norm)
+            x, _ = add_norm(function(x), x, norm, dropout)
         return x
     normed = sublayers[0][2](x)
     for (function, dropout, _), (_, _, next_norm) in pairwise(sublayers):
-        normed, x = _add_norm(function(normed), x, dropout, next_norm)
+        normed, x = add_norm(function(normed), x, next_norm, dropout)
     function, dropout, _ = sublayers[-1]
-    y = function(normed)
-    return x + (y if dropout is None else dropout(y))
-
-
-def _add_norm(x: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """(norm(z), z) with z = residual + dropout(x)."""
-    if plain(norm, LayerNorm) and len(norm.normalized_shape) == 1 and (dropout is None or plain(dropout, nn.Dropout)):
-        dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
-        return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p)
-    z = residual + (x if dropout is None else dropout(x))
-    return norm(z), z
+    return add(function(normed), x, dropout)
 
 
 def _block(

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 class DecoderCache(KVCache):
     """Keys and values of the target tokens so far, (R, H, T, D) a layer, and of the source, (B, H, S, D).
 
+    Those of the source are computed by each layer in its first step.
+
     Args:
         model: whose decoder it serves.
-        memory: what the encoder left; its keys and values are computed here, once.
+        memory: what the encoder left.
         beams: target rows for each source row.
         max_length: target positions to hold.
     """
@@ -26,7 +28,7 @@ class DecoderCache(KVCache):
     def __init__(self, model: Seq2Seq, memory: Memory, beams: int, max_length: int):
         rows = memory.states.shape[0] * beams
         super().__init__(model.config, rows, memory.states.dtype, memory.states.device, max_length)
-        self.memory = model.cross_keys_values(memory)
+        self.memory: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(model.config.n_layer)]
 
     def reorder(self, rows: Tensor) -> None:
         """Row r continues what row `rows[r]` held, for (R,) int64 `rows`."""
