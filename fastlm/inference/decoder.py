@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _hooks
 
 from .._core.dispatch import forced_backend
 from ..backends import cpu as _native
 from ..compression.quantization import QuantizedLinear
 from ..models.common.cache import KVCache
+from ..nn._plain import plain, redirected
 
 if TYPE_CHECKING:
     from ..models.gpt import GPT
@@ -56,10 +56,10 @@ def _changed(model: GPT) -> str | None:
     own: tuple[type, ...] = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
     own = (*own, gpt.GPT, gpt.Block, gpt.CausalSelfAttention, gpt.MLP)
     for name, module in model.named_modules():
-        if type(module) not in own or "forward" in module.__dict__:
+        if type(module) not in own or redirected(module):
             return f"{name or 'the model'} is a {type(module).__name__} of its own"
-        if module._forward_hooks or module._forward_pre_hooks or _hooks._has_any_global_hook():
-            return f"{name or 'the model'} has a hook"
+        if not plain(module, type(module)):
+            return f"{name or 'the model'} has a hook or a parameter of a tensor subclass"
         if module.training:
             return f"{name or 'the model'} is in training mode"
         if isinstance(module, nn.LayerNorm) and module.eps != model.ln_f.eps:

@@ -23,6 +23,7 @@ from . import losses
 NAME = "fastlm"
 _PREVIOUS = "_fastlm_attention"  # of a model: the attention implementation that it had
 _WINDOW = "_fastlm_window"  # of a mask: the window of the kernel that it stands for
+_PACKED = "_fastlm_packed"  # of a mask: (cu_seqlens, window) of the packed sequences that it keeps apart
 
 
 def attention_forward(
@@ -53,28 +54,34 @@ def attention_forward(
         position_bias: (1 or B, H, T, S), added to the scores (T5).
         s_aux: (H,) attention sinks: the score of one more key, whose value is 0.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,) int32, for B = 1: the sequences are packed one after the
-            other, and each attends to itself.
+            other, and each attends to itself alone, whatever the mask lets through.
 
     Returns:
         (output (B, T, H, D), the weights (B, H, T, S) where output_attentions asks for them, else None).
 
     Raises:
-        NotImplementedError: for a paged cache, or packed sequences with what they do not combine with.
+        NotImplementedError: for a paged cache, or packed sequences of other lengths of queries than of keys with
+            a mask, a position bias, sinks or output_attentions.
     """
     if kwargs.get("cache") is not None:
         raise NotImplementedError("fastlm attention: it does not read a paged cache; use attn_implementation='sdpa'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "softcap": softcap}
-    if cu_seq_lens_q is not None:
-        if position_bias is not None or s_aux is not None or attention_mask is not None:
-            raise NotImplementedError("fastlm attention: packed sequences take no mask, position bias or sinks")
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
-        out = attention_varlen(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_k, is_causal=causal, window=_window(kwargs), **options
-        )
-        return out.unsqueeze(0), None
     T, S = query.shape[2], key.shape[2]
-    window = None if attention_mask is None else getattr(attention_mask, _WINDOW, None)
+    by_kernel = position_bias is None and s_aux is None and not kwargs.get("output_attentions")
+    packed, window = getattr(attention_mask, _PACKED, None), getattr(attention_mask, _WINDOW, None)
+    lengths_k = None
+    if packed is None and cu_seq_lens_q is not None:
+        size = _window(kwargs)
+        if by_kernel and (attention_mask is None or window is not None):
+            packed, lengths_k = (cu_seq_lens_q, size), cu_seq_lens_k
+        else:
+            apart = _packed_mask(cu_seq_lens_q, cu_seq_lens_k, T, S, causal, size)
+            attention_mask, window = apart if attention_mask is None else _both(attention_mask, apart), None
+    if packed is not None and by_kernel:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
+        out = attention_varlen(q, k, v, packed[0], lengths_k, is_causal=causal, window=packed[1], **options)
+        return out.unsqueeze(0), None
     if window is not None:
         attention_mask, causal = None, True
     causal = bool(causal) and T > 1 and attention_mask is None
@@ -101,6 +108,31 @@ def _window(kwargs: dict[str, Any]) -> tuple[int, int] | None:
     """The window of packed sequences, whose mask is not there to hold it, as transformers' flash attention has it."""
     size = kwargs.get("sliding_window")
     return None if size is None else (size - 1, size - 1)
+
+
+def _packed_mask(
+    cu_q: Tensor, cu_k: Tensor | None, T: int, S: int, causal: bool, window: tuple[int, int] | None
+) -> Tensor:
+    """(1, 1, T, T), True where a query of packed sequences sees a key."""
+    if cu_k is not None and not (T == S and torch.equal(cu_q, cu_k)):
+        raise NotImplementedError(
+            "fastlm attention: packed sequences with a mask, position bias, sinks or output_attentions need "
+            "cu_seq_lens_k to equal cu_seq_lens_q"
+        )
+    places = torch.arange(T, device=cu_q.device)
+    sequence = torch.searchsorted(cu_q, places.to(cu_q.dtype), right=True)
+    distance = places[:, None] - places
+    seen = sequence[:, None] == sequence
+    if causal:
+        seen = seen & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance <= window[0]) & (distance >= -window[1])
+    return seen[None, None]
+
+
+def _both(mask: Tensor, seen: Tensor) -> Tensor:
+    """The mask with what is not `seen` left out too."""
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
 
 
 def _of_keys(mask: Tensor, S: int) -> Tensor:
@@ -141,6 +173,10 @@ def boolean_mask(
     if mask is not None and _is_sliding(mask_function, kwargs) and make(local_size=None) is None:
         setattr(mask, _WINDOW, (kwargs["local_size"] - 1, None))
         return mask
+    packed = None if mask is None or attention_mask is not None else _packed(mask_function, kwargs)
+    if packed is not None:
+        setattr(mask, _PACKED, packed)
+        return mask
     both_ways = getattr(masking_utils, "bidirectional_mask_function", None)  # transformers before 5.0 has none
     only_keys = mask_function is not None and mask_function is both_ways
     if mask is None or not only_keys or mask.dim() != 4:
@@ -156,6 +192,33 @@ def _is_sliding(mask_function: Callable | None, kwargs: dict[str, Any]) -> bool:
     if not (isinstance(kwargs.get("q_offset"), int) and kwargs["q_offset"] == kwargs.get("kv_offset")):
         return False
     return _contents(mask_function) == _contents(masking_utils.sliding_window_causal_mask_function(size))
+
+
+def _packed(mask_function: Callable | None, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[int, int] | None] | None:
+    """(cu_seqlens, window) of a mask that is causal, perhaps with a window, within the packed sequences of one row."""
+    keep_apart: Any = getattr(masking_utils, "packed_sequence_compatibility_function", None)
+    if keep_apart is None or torch.compiler.is_compiling():  # older transformers: the mask does without
+        return None
+    parts = _enclosed(mask_function, "mask_functions")
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    sequence, positions = _enclosed(parts[0], "packed_sequence_mask"), _enclosed(parts[1], "position_ids")
+    if not isinstance(sequence, Tensor) or positions is None or len(sequence) != 1:
+        return None
+    size = kwargs.get("local_size")
+    base = masking_utils.causal_mask_function
+    base = base if size is None else masking_utils.sliding_window_causal_mask_function(size)
+    if _contents(mask_function) != _contents(keep_apart(base, positions, sequence)):
+        return None
+    lengths = sequence[0].unique_consecutive(return_counts=True)[1]
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return cu_seqlens, None if size is None else (size - 1, size - 1)
+
+
+def _enclosed(function: Any, name: str) -> Any:
+    """What a function made within another has from there under this name."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[names.index(name)].cell_contents if name in names else None
 
 
 def _contents(value: Any) -> Any:
