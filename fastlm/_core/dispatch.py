@@ -170,7 +170,7 @@ def _choose(op: str, request: Request, forced: str | None) -> str:
     raise BackendError(f"{op}: no backend serves {request}")
 
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 _is_compiling = torch.compiler.is_compiling
 transforms_active = torch._C._are_functorch_transforms_active
 
@@ -201,7 +201,7 @@ def must_trace(*tensors: torch.Tensor | None) -> bool:
     if _is_compiling() or transforms_active():
         return True
     for t in tensors:
-        if type(t) not in _PLAIN_TENSORS:
+        if type(t) not in PLAIN_TENSORS:
             return True
     return False
 

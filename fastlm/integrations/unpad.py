@@ -59,7 +59,7 @@ def _packs(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _is_known(cls: type) -> bool:
+def _is_known(cls: Any) -> bool:
     """Whether a class is of the libraries whose layers take each token by itself, or attend as `cu_seq_lens_q` says."""
     return cls.__module__.partition(".")[0] in ("torch", "transformers", "fastlm")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard, TypeVar
 
-import torch
 from torch import nn
 
+from .._dispatch import PLAIN_TENSORS
+
 Module = TypeVar("Module", bound=nn.Module)
-# A tensor of a subclass (quantized, sharded, fake) may be anything but the numbers that a kernel reads.
-_TENSORS = (nn.Parameter, torch.Tensor, nn.Buffer, type(None))
 _hooks = nn.modules.module
 
 
@@ -23,7 +22,7 @@ def plain(module: Any, *types: type[Module]) -> TypeGuard[Module]:
     - hooks of any kind, the module's own or global;
     - a call that was redirected on the instance, as Accelerate's offloading, kernels of Hugging Face's hub and
       `module.compile()` do;
-    - parameters of a tensor subclass.
+    - parameters of a tensor subclass: quantized, sharded, fake.
 
     A call takes 0.5 us.
     """
@@ -49,7 +48,7 @@ def plain(module: Any, *types: type[Module]) -> TypeGuard[Module]:
     ):
         return False
     for parameter in own["_parameters"].values():
-        if type(parameter) not in _TENSORS:
+        if type(parameter) not in PLAIN_TENSORS:
             return False
     return True
 

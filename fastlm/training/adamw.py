@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._core.dispatch import PLAIN_TENSORS
 from ..backends import cpu as _native
 from ..ops._products import copy_of
 
@@ -21,18 +22,20 @@ class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` whose step clips, updates and rounds to bf16 in one pass over the parameters.
 
     Arguments, parameter groups and state dicts are those of `torch.optim.AdamW`. On a CPU, parameters in float32
-    (with gradients in float32 or bfloat16) or in bfloat16 take one kernel for all of them; anything else takes
-    PyTorch's step. A bf16 copy that a parameter carries (`fastlm.ops._products.attach_copy`) is refreshed as it goes.
+    (with gradients in float32 or bfloat16) or in bfloat16 take one kernel for all of them. Any other takes PyTorch's
+    step, as those of tensor subclasses do: shards of FSDP2, quantized tensors. A bf16 copy that a parameter carries
+    (`fastlm.ops._products.attach_copy`) is refreshed as it goes.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
 
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients together, the same bits for any number of threads; 0 without any."""
-        grads = [p.grad for _, p in self._with_gradients() if p.grad is not None]
-        if self._fused_serves():
-            return math.sqrt(_native.gradient_square_sum([g.contiguous() for g in grads]))
-        return float(nn.utils.get_total_norm(grads))
+        fused, others = self._split()
+        norms = [_total_norm([p.grad for p in parameters]) for parameters in others]
+        if fused:
+            norms.append(math.sqrt(_native.gradient_square_sum([p.grad.contiguous() for _, p in fused])))
+        return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
 
     @torch.no_grad()
     def step(
@@ -54,26 +57,50 @@ class AdamW(torch.optim.AdamW):
         if max_norm is not None:
             norm = self.gradient_norm() if norm is None else norm
             scale = min(1.0, max_norm / (norm + CLIP_EPS)) if not math.isnan(norm) else math.nan
-        if self._fused_serves():
-            self._fused_step(scale)
-        else:
+        fused, others = self._split()
+        if fused:
+            self._fused_step(fused, scale)
+        for parameters in others:
             if max_norm is not None and norm is not None:
-                parameters = [p for _, p in self._with_gradients()]
                 nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
-            super().step()
+            self._torch_step(parameters)
         return loss
 
-    def _with_gradients(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """(group, parameter) of every parameter that has a gradient."""
-        return ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
+    def _split(self) -> tuple[list[tuple[dict[str, Any], Any]], list[list[Any]]]:
+        """((group, parameter) of the kernel, other parameters in lists of one kind); all of them with gradients."""
+        kernel = _native.missing_reason is None and getattr(self, "found_inf", None) is None
+        fused: list[tuple[dict[str, Any], Any]] = []
+        others: dict[Any, list[Any]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if kernel and _fused_takes(group, p):
+                    fused.append((group, p))
+                else:
+                    others.setdefault(_kind(p), []).append(p)
+        return fused, list(others.values())
 
-    def _fused_serves(self) -> bool:
-        if _native.missing_reason is not None or getattr(self, "found_inf", None) is not None:
-            return False
-        return all(_fused_takes(group, p) for group, p in self._with_gradients())
+    def _torch_step(self, parameters: list[Tensor]) -> None:
+        """PyTorch's step of these parameters alone, without the hooks of a step, which are called around ours."""
+        step: Any = torch.optim.AdamW.step
+        while getattr(step, "hooked", False):
+            step = step.__wrapped__
+        self._served = {id(p) for p in parameters}
+        try:
+            step(self)
+        finally:
+            self._served = None
 
-    def _fused_step(self, scale: float) -> None:
-        rows = [self._row(group, p, scale) for group, p in self._with_gradients()]
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        if self._served is not None:
+            group = {**group, "params": [p for p in group["params"] if id(p) in self._served]}
+        return super()._init_group(group, *lists)
+
+    _served: set[int] | None = None  # ids of the parameters that PyTorch's step is called for
+
+    def _fused_step(self, parameters: list[tuple[dict[str, Any], Any]], scale: float) -> None:
+        rows = [self._row(group, p, scale) for group, p in parameters]
         _native.adamw_update(rows)
         for p, *_, copy, _ in rows:
             torch.autograd.graph.increment_version(p)
@@ -97,12 +124,26 @@ def _fused_takes(group: dict[str, Any], p: Tensor) -> bool:
     grad = p.grad
     return (
         grad is not None
+        and type(p) in PLAIN_TENSORS
+        and type(grad) in PLAIN_TENSORS
         and p.device.type == "cpu"
         and p.is_contiguous()
         and grad.layout == torch.strided
         and grad.dtype in GRAD_DTYPES.get(p.dtype, ())
         and not any(group[name] for name in PLAIN)
     )
+
+
+def _kind(p: Tensor) -> tuple[Any, ...]:
+    """Equal for parameters that one of PyTorch's operators over lists takes together."""
+    if type(p) in PLAIN_TENSORS and type(p.grad) in PLAIN_TENSORS:
+        return ()
+    return type(p), type(p.grad), getattr(p, "device_mesh", None)
+
+
+def _total_norm(grads: list[Tensor]) -> float:
+    norm = nn.utils.get_total_norm(grads)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of shards: of all of them
 
 
 def _scalars(group: dict[str, Any], step: float, scale: float) -> _native.AdamWScalars:
