@@ -162,7 +162,7 @@ def test_copies_are_whole(name, clone):
     module = perturbed(build(name))
     args, kwargs = inputs_of(name)
     copied = clone(module)
-    assert [type(m) for m in copied.modules()] == [type(m) for m in module.modules()]
+    assert all(type(m) is type(n) for m, n in zip(copied.modules(), module.modules(), strict=True))
     for mine, other in zip(module.parameters(), copied.parameters(), strict=True):
         assert mine.data_ptr() != other.data_ptr()
     torch.testing.assert_close(copied(*args, **kwargs), module(*args, **kwargs), rtol=0, atol=0)

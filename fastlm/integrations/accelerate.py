@@ -1,7 +1,8 @@
 """`accelerate(model)`: every module that fastlm knows gets fastlm's forward, in place; `restore(model)` undoes it.
 
 A module is swapped by giving it another class, a subclass of its own: parameters, buffers, hooks, dtype, device,
-training flag, state dict and identity stay what they are, and isinstance still holds.
+training flag, state dict and identity stay what they are, and isinstance still holds. The new class equals the old one,
+so that what goes by a table of classes, as quantization does, finds it there.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _swap(name: str, module: nn.Module, unpad: bool) -> Row | None:
 
 def swap_class(module: nn.Module, cls: type) -> None:
     """Give `module` the class `cls`, a subclass of its own, remembering the one that it had at first."""
-    module.__dict__.setdefault(_ORIGINAL, type(module))
+    original = module.__dict__.setdefault(_ORIGINAL, type(module))
+    module.__dict__["__module__"] = original.__module__  # by which torch.fx knows torch's own, which it does not trace
     module.__class__ = cls
 
 
@@ -118,6 +120,7 @@ def restore(model: nn.Module) -> int:
             raise ValueError(f"restore: {name or 'model'} has become {type(module)!r}, expected what accelerate made")
     for _, module in swapped:
         module.__class__ = module.__dict__.pop(_ORIGINAL)
+        module.__dict__.pop("__module__", None)
     if "transformers" in sys.modules:
         from . import huggingface
 
