@@ -200,3 +200,43 @@ def test_schedulers_drive_it():
     before = parameter.detach().clone()
     optimizer.step()
     assert torch.equal(parameter, before)
+
+
+class Logged(torch.Tensor):
+    """Notes what is done to it, as a subclass may do anything else."""
+
+    calls: list
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("which", ["parameter", "gradient"])
+def test_subclasses_take_torchs_step_beside_what_the_kernel_takes(which):
+    torch.optim.AdamW(make(shapes=[(2,)]))  # from then on torch's own step calls the hooks, too
+    Logged.calls = []
+    parameters = make(shapes=[(6, 4), (9,)]) + make(torch.float64, [(5,)]) + make(shapes=[(3, 2)])
+    if which == "parameter":
+        parameters[-1] = torch.nn.Parameter(parameters[-1].detach().as_subclass(Logged))
+    truth = [torch.nn.Parameter(p.detach().as_subclass(torch.Tensor).double().clone()) for p in parameters]
+    optimizer, expected = AdamW(groups(parameters), lr=0.1), torch.optim.AdamW(groups(truth), lr=0.1)
+    hooks = []
+    optimizer.register_step_pre_hook(lambda *args: hooks.append("before"))
+    optimizer.register_step_post_hook(lambda *args: hooks.append("after"))
+    for step in range(3):
+        give_gradients(parameters, step)
+        if which == "gradient":
+            parameters[-1].grad = parameters[-1].grad.as_subclass(Logged)
+        for p, q in zip(parameters, truth, strict=True):
+            q.grad = p.grad.as_subclass(torch.Tensor).double().clone()
+        norm = torch.nn.utils.clip_grad_norm_(truth, 0.5).item()
+        assert optimizer.gradient_norm() == pytest.approx(norm, rel=1e-6)
+        Logged.calls = []
+        optimizer.step(max_norm=0.5, norm=norm)
+        assert any("mul" in func.__name__ for func in Logged.calls)
+        expected.step()
+    assert hooks == ["before", "after"] * 3
+    for p, q in zip(parameters, truth, strict=True):
+        torch.testing.assert_close(p.detach().as_subclass(torch.Tensor).double(), q, rtol=2e-6, atol=2e-6)

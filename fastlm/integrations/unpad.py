@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,15 +52,12 @@ def _servable(self: Any, hidden_states: Tensor, mask: Tensor | None, args: tuple
 
 
 def _packs(module: nn.Module) -> bool:
-    """Whether nobody sees that a part of the encoder is called with packed tokens, and it can be."""
+    """Whether nobody sees that a part of the encoder is called with packed tokens.
+
+    Its class has to be of a library whose layers take each token by itself, or attend as `cu_seq_lens_q` says.
+    """
     cls = type(module)
-    return _is_known(cls) and plain(module, cls)
-
-
-@functools.cache
-def _is_known(cls: Any) -> bool:
-    """Whether a class is of the libraries whose layers take each token by itself, or attend as `cu_seq_lens_q` says."""
-    return cls.__module__.partition(".")[0] in ("torch", "transformers", "fastlm")
+    return cls.__module__.partition(".")[0] in ("torch", "transformers", "fastlm") and plain(module, cls)
 
 
 _OTHERS = ("encoder_hidden_states", "past_key_values", "cu_seq_lens_q")
