@@ -6,7 +6,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 
-from .._dispatch import PLAIN_TENSORS
+from .._core.dispatch import PLAIN_TENSORS
 
 Module = TypeVar("Module", bound=nn.Module)
 _hooks = nn.modules.module
