@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 from tyro.conf import arg
 
-from ..compression.quantization import check_scheme, quantize
+from ..compression.quantization import check_scheme, is_quantized_file, quantize, quantized_layers
 from ..errors import CheckpointError, ConfigError, DataError
 from ..inference import generate
 from ..inference.sampling import check_sampling
@@ -70,6 +70,8 @@ class Options:
     """bf16, int8 or int4: hold the weights in fewer bits, which decodes faster on a CPU"""
     group_size: int = 32
     """weights that share a scale under --weights int4: 32, 64 or 128"""
+    check_tensors: bool = False
+    """refuse a model whose weights hold NaN or infinities"""
     stream: bool = True
     """show text as it is sampled, or whole at the end"""
 
@@ -88,14 +90,14 @@ def run(options: Options) -> int:
     _check(options)
     prompt = _read_prompt(options)
     device = _device(options.device)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, options.check_tensors)
     model = _held(model.eval().to(device, _dtype(options, device)), options)
     ids = _prompt_ids(prompt, tokenizer, model)
     _emit(options, model, tokenizer, prompt, ids)
     return 0
 
 
-def load(source: str) -> tuple[GPT | Llama, Tokenizer]:
+def load(source: str, check_tensors: bool = False) -> tuple[GPT | Llama, Tokenizer]:
     """Load a model that continues text, and its tokenizer, from whatever `fastlm.load` reads.
 
     The tokenizer is tokenizer.json in the folder or beside the file, or else what a GGUF file holds of it.
@@ -110,8 +112,13 @@ def load(source: str) -> tuple[GPT | Llama, Tokenizer]:
     from ..training.checkpoint import check_tokenizer, load_checkpoint
 
     path = loading.resolve(source)
-    checkpoint = load_checkpoint(path, model_only=True) if path.suffix == ".safetensors" else None
-    model = loading.load(path) if checkpoint is None else loading.restore(checkpoint).eval()
+    plain = path.suffix == ".safetensors" and not is_quantized_file(path)
+    checkpoint = load_checkpoint(path, model_only=True) if plain else None
+    model = (
+        loading.load(path, check_tensors=check_tensors) if checkpoint is None else loading.restore(checkpoint).eval()
+    )
+    if checkpoint is not None and check_tensors:
+        loading.check_finite(path, model)
     if not isinstance(model, (GPT, Llama)):
         raise CheckpointError(f"{path}: holds a {type(model).__name__}, expected one that continues text: GPT or Llama")
     tokenizer = _tokenizer(path)
@@ -206,6 +213,8 @@ def _dtype(options: Options, device: torch.device) -> torch.dtype:
 
 def _held(model: GPT | Llama, options: Options) -> GPT | Llama:
     """The model with its weights in the format asked for."""
+    if options.weights is not None and quantized_layers(model):
+        raise ConfigError(f"--weights is {options.weights}, but {options.model} is quantized already")
     if options.weights in ("int8", "int4"):
         quantize(model, options.weights, options.group_size)
     return model

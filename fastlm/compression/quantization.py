@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.dispatch import must_trace, needs_grad
+from .._core.tensor_file import open_safetensors, parse_json
 from ..backends import cpu as _native
 from ..errors import CheckpointError, ConfigError
+from ..formats.filling import blank, fill
+from ..formats.load import FORMS, MODELS, Form, described
+from ..formats.saving import misfits
+from ..models.common.generation import Generation, carry, generation_of
 from ..ops import _products
-
-if TYPE_CHECKING:
-    from ..models.gpt import GPT
 
 Scheme = Literal["int8", "int4"]
 FORMAT = "fastlm-quantized-1"
@@ -230,68 +233,103 @@ def quantize(model: nn.Module, scheme: Scheme = "int8", group_size: int = 32) ->
     return model
 
 
-def save_quantized(model: GPT, path: str | PathLike[str]) -> None:
-    """Write a quantized GPT to one safetensors file, with its sizes in the file's header.
+def quantized_layers(model: nn.Module) -> list[QuantizedLinear]:
+    return [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+
+
+def save_quantized(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write one of fastlm's models, quantized in part or whole, to one safetensors file that `fastlm.load` reads too.
 
     Raises:
-        CheckpointError: if the file cannot be written; an older one is then untouched.
-        ConfigError: if the model is not quantized.
+        CheckpointError: if the file cannot be written, or could not be read again; an older one is then untouched.
+        ConfigError: if the model is not quantized, or none of fastlm's.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from ..models.common.generation import generation_of
     from ..training.storage import replacing
 
-    head = model.lm_head if not model.config.tie_embeddings else None
-    if not isinstance(head, QuantizedLinear):
+    name = type(model).__name__
+    if type(model) not in [kind for kind, _ in MODELS.values()]:
+        raise ConfigError(f"save_quantized: the model is a {name}, expected one of {', '.join(MODELS)}")
+    layers = quantized_layers(model)
+    if not layers:
         raise ConfigError("save_quantized: the model is not quantized; call fastlm.quantize first")
-    about = {"format": FORMAT, "config": json.dumps(model.config.to_dict()), "scheme": head.scheme}
-    about["group_size"] = str(head.group_size)
+    config: Any = model.config
+    about = {"format": FORMAT, "model": name, "config": json.dumps(config.to_dict())}
+    about |= {"scheme": layers[-1].scheme, "group_size": str(layers[-1].group_size)}  # each layer's is in its shapes
     about["generation"] = json.dumps(generation_of(model).to_dict())
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    state = model.state_dict()
+    if problems := misfits(state, _blank(about, state, Path(path)).state_dict()):
+        raise CheckpointError(f"{path}: load could not read the model's tensors again: {problems}")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        with replacing(path) as temporary:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as temporary:
             save_file(state, temporary, about)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
 
 
-def load_quantized(path: str | PathLike[str]) -> GPT:
-    """Read what `save_quantized` wrote: a GPT in evaluation mode, on the CPU.
+def is_quantized_file(path: str | PathLike[str]) -> bool:
+    """Whether `save_quantized` wrote a safetensors file.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    return open_safetensors(Path(path)).metadata.get("format") == FORMAT
+
+
+def load_quantized(path: str | PathLike[str]) -> Any:
+    """Read what `save_quantized` wrote: a model in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or none of these.
     """
-    from safetensors import SafetensorError, safe_open
-
-    from ..models.common.generation import Generation, carry
-    from ..models.gpt import GPT, GPTConfig
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if about.get("format") != FORMAT:
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: cannot be read: no such file")
+    file = open_safetensors(Path(path))
+    if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a quantized model of fastlm")
-    try:
-        config = GPTConfig.from_dict(json.loads(about["config"]))
-        group_size = int(about["group_size"])
-        with torch.device("meta"):
-            model = GPT(config)
-        for parent in list(model.modules()):
-            for name, layer in list(parent.named_children()):
-                if type(layer) is nn.Linear:
-                    empty = QuantizedLinear(
-                        layer.in_features, layer.out_features, layer.bias is not None, about["scheme"], group_size
-                    )
-                    empty.dtype = state["wte.weight"].dtype
-                    setattr(parent, name, empty)
-        model.load_state_dict(state, assign=True)
-        if "generation" in about:
-            carry(model, Generation.from_dict(json.loads(about["generation"]), str(path)))
-    except (KeyError, ValueError, RuntimeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: its tensors are not those of a quantized model: {error}") from error
+    stored = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in file.tensors.items()}
+    model = _blank(file.metadata, stored, file.path)
+    if problems := misfits(stored, model.state_dict(), in_file=True):
+        raise CheckpointError(f"{path}: its tensors are not those of a quantized model: {problems}")
+    fill(model, {name: t.read(None) for name, t in file.tensors.items()})
+    if "generation" in file.metadata:
+        said = parse_json(file.metadata["generation"].encode(), lambda reason: CheckpointError(f"{path}: {reason}"))
+        carry(model, Generation.from_dict(said, str(path)))
     return model.eval()
+
+
+def _blank(about: dict[str, str], state: dict[str, Tensor], path: Path) -> nn.Module:
+    """The model on the meta device that a file's metadata names, quantized where `state` is."""
+
+    def refused(reason: str) -> CheckpointError:
+        return CheckpointError(f"{path}: its configuration is not JSON: {reason}")
+
+    settings = parse_json(about.get("config", "").encode(), refused)
+    kind, config = described(about.get("model", "GPT"), settings, path)
+    model = blank(kind, config, len(state), path)
+    for prefix, parent in list(model.named_modules()):
+        for name, layer in list(parent.named_children()):
+            stem = f"{prefix}.{name}".removeprefix(".")
+            if isinstance(layer, nn.Linear) and f"{stem}.qweight" in state:
+                quantized = _blank_layer(layer, state[f"{stem}.qweight"], state.get(f"{stem}.scale"))
+                quantized.dtype = state["wte.weight"].dtype if "wte.weight" in state else torch.float32
+                setattr(parent, name, quantized)
+    return model
+
+
+def _blank_layer(layer: nn.Linear, qweight: Tensor, scale: Tensor | None) -> QuantizedLinear:
+    """A layer's quantized form: int4 packs two weights a byte, and has a scale for each group of them."""
+    scheme: Scheme = "int4" if qweight.dtype == torch.uint8 else "int8"
+    group_size = GROUP_SIZES[0]
+    if scheme == "int4" and scale is not None and scale.dim() == 2 and scale.shape[1]:
+        fits = [size for size in GROUP_SIZES if _padded(layer.in_features, size) == size * scale.shape[1]]
+        group_size = fits[0] if fits else group_size
+    with torch.device("meta"):
+        return QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, scheme, group_size)
+
+
+FORMS[FORMAT] = Form(lambda model: bool(quantized_layers(model)), load_quantized, save_quantized)

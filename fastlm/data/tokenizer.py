@@ -39,11 +39,15 @@ class Tokenizer:
     def __init__(self, definition: str, source: str = "tokenizer") -> None:
         try:
             backend = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{source}: not a tokenizer.json that the tokenizers library reads ({error})") from None
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = True
+            backend.no_padding()
+            backend.no_truncation()
+            backend.encode_special_tokens = True
+            start_ids = _start_ids(backend)
+        except BaseException as error:  # the library raises bare Exception, and panics with something else
+            if not damages(error):
+                raise
+            reason = str(error).partition("\n")[0][:200]
+            raise DataError(f"{source}: not a tokenizer.json that the tokenizers library reads ({reason})") from None
         self._definition = definition.encode()
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -51,7 +55,7 @@ class Tokenizer:
             raise DataError(f"{source}: the tokenizer has an empty vocabulary")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eot_id: int | None = next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
-        self.start_ids: list[int] = _start_ids(backend)
+        self.start_ids: list[int] = start_ids
         self.fingerprint: str = hashlib.sha256(self._definition).hexdigest()
         self._alphabet = _alphabet(backend)
 
@@ -226,6 +230,11 @@ class TokenStream:
         self._context = len(self._ids)
         self._shown = self._tokenizer.decode(self._ids)
         return new
+
+
+def damages(error: BaseException) -> bool:
+    """Whether an error of the tokenizers library tells of what it was given: its panics are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _start_ids(backend: tokenizers.Tokenizer) -> list[int]:

@@ -47,6 +47,7 @@ class BERTConfig(ModelConfig):
         pooler: whether the first token's hidden state has a layer of its own (the next-sentence and
             classification heads of BERT need it; RoBERTa's classification head brings its own).
         position_offset: 0 for BERT. RoBERTa counts its positions from 2 on, those without padding only.
+        tie_decoder: whether the masked-lm head's output weight is the token embedding.
 
     Raises:
         ConfigError: naming the field that is out of range.
@@ -68,6 +69,7 @@ class BERTConfig(ModelConfig):
     n_class: int = 2
     pooler: bool = False
     position_offset: int = 0
+    tie_decoder: bool = True
 
     def __post_init__(self) -> None:
         if self.n_inner is None and isinstance(self.n_embd, int):
@@ -83,7 +85,8 @@ class BERTConfig(ModelConfig):
         self._check_positive("layer_norm_eps")
         self._check_choice("activation", ("none", "tanh"))
         self._check_choice("head", HEADS)
-        self._check_flags("pooler")
+        self._check_sizes("position_offset", low=0)
+        self._check_flags("pooler", "tie_decoder")
         if self.head in ("pretraining", "classification") and not self.pooler:
             self._refuse("pooler", f"true for the head {self.head}")
 
@@ -121,19 +124,24 @@ class BERTLayer(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """Dense layer, GELU, LayerNorm, then the vocabulary, whose weight is the token embedding."""
+    """Dense layer, GELU, LayerNorm, then the vocabulary, whose weight is the token embedding where that is tied."""
 
     def __init__(self, config: BERTConfig):
         super().__init__()
         self.activation = config.activation
         self.dense = Linear(config.n_embd, config.n_embd)
         self.norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.decoder = None if config.tie_decoder else Linear(config.n_embd, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
-        """Logits (..., V) by the vocabulary's weight `table`; without it what it is applied to, (..., C)."""
+        """Logits (..., V) by the token embedding `table`, if that is tied; else what makes them, (..., C)."""
         states = apply_norm(linear_gelu(hidden, self.dense, self.activation), self.norm)
-        return states if table is None else linear(states, table, self.bias)
+        if table is None:
+            return states
+        if self.decoder is None or plain(self.decoder, Linear):
+            return linear(states, table if self.decoder is None else self.decoder.weight, self.bias)
+        return self.decoder(states) + self.bias
 
 
 class BERT(nn.Module):
@@ -167,6 +175,12 @@ class BERT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the masked-lm head's output projection, (V, C)."""
+        decoder = self.masked_lm.decoder
+        return self.wte.weight if decoder is None else decoder.weight
 
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
@@ -227,9 +241,9 @@ class BERT(nn.Module):
         if packing.mask is not None:
             flat = flat.masked_fill(~packing.mask.flatten(), IGNORED_TARGET)
         counted = (flat != IGNORED_TARGET).nonzero().squeeze(1)
-        if plain(self.masked_lm, MaskedLMHead):
+        if plain(self.masked_lm, MaskedLMHead) and (self.config.tie_decoder or plain(self.masked_lm.decoder, Linear)):
             states = self.masked_lm(hidden[counted])
-            loss = linear_cross_entropy(states, self.wte.weight, flat[counted], self.masked_lm.bias)
+            loss = linear_cross_entropy(states, self.head_weight, flat[counted], self.masked_lm.bias)
         else:
             loss = cross_entropy(self.masked_lm(hidden[counted], self.wte.weight), flat[counted])
         if next_sentence is not None:
@@ -294,5 +308,5 @@ class BERT(nn.Module):
             check_ids("BERT", "token_types", token_types, self.config.n_token_type)
 
     def num_parameters(self) -> int:
-        """Number of trained values; the decoder is the embedding and counts once."""
+        """Number of trained values; a tied decoder is the embedding and counts once."""
         return sum(parameter.numel() for parameter in self.parameters())

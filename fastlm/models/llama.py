@@ -96,6 +96,7 @@ class LlamaConfig(ModelConfig):
             self._refuse("rope_scaling", "None, linear or llama3")
         if self.sliding_window is not None:
             self._check_sizes("sliding_window")
+        self._check_sizes("first_window_layer", low=0)
         self._check_rates("dropout")
         self._check_flags("qkv_bias", "output_bias", "mlp_bias", "tie_embeddings")
 

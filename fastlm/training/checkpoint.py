@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._core.tensor_file import open_safetensors
 from ..errors import CheckpointError
 from ..models.common.generation import NOTHING_SAID, generation_of
 from .storage import replacing
@@ -115,13 +116,10 @@ def load_checkpoint(path: str | Path, *, model_only: bool = False) -> Checkpoint
         path /= LAST
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        with safe_open(path, framework="pt") as file:
-            fields = _metadata(path, file.metadata())
-            names = [name for name in file.keys() if name.startswith("model.") or not model_only]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {_damage(path, error)}") from None
+    file = open_safetensors(path)
+    fields = _metadata(path, file.metadata or None)
+    names = [name for name in file.tensors if name.startswith("model.") or not model_only]
+    tensors = {name: file.tensors[name].read(None) for name in names}
     return Checkpoint(path=path, tensors=tensors, **fields)
 
 
@@ -221,29 +219,18 @@ def _metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if metadata is None or found != FORMAT:
         raise CheckpointError(f"{path}: format is {found!r}, expected {FORMAT!r}: not a fastlm checkpoint")
     try:
-        fields = {key: json.loads(metadata[key]) for key in keys}
-        return fields | {"generation": json.loads(metadata.get("generation", "null"))}
-    except (KeyError, ValueError) as error:
+        values = {key: json.loads(metadata[key]) for key in keys}
+        values["generation"] = json.loads(metadata.get("generation", "null"))
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged: {error!r}") from None
+    for key, kind in {"model_config": dict, "train_config": dict, "step": int, "state": dict}.items():
+        if type(values[key]) is not kind:
+            raise CheckpointError(f"{path}: its metadata is damaged: {key} is no {kind.__name__}")
+    return values
 
 
-def _damage(path: Path, error: SafetensorError) -> str:
-    """Say in bytes how a file that safetensors refuses falls short of what its header promises."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size >= 8 and length <= size - 8:
-            try:
-                header = json.loads(file.read(length))
-                tensors = (entry for name, entry in header.items() if name != "__metadata__")
-                promised = 8 + length + max(entry["data_offsets"][1] for entry in tensors)
-                return f"has {size} bytes, its header promises {promised}"
-            except (ValueError, KeyError, TypeError, AttributeError):
-                pass
-    return f"not a safetensors file, or cut short ({size} bytes): {error}"
-
-
-def _copy_all(checkpoint: Checkpoint, prefix: str, wanted: dict[str, Tensor]) -> None:
+def check_fit(checkpoint: Checkpoint, prefix: str, wanted: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless the checkpoint holds `wanted` tensors below `prefix.`, and no others."""
     stored = checkpoint.part(prefix)
     if missing := [name for name in wanted if name not in stored]:
         raise CheckpointError(f"{checkpoint.path}: lacks {_some(missing)} of the model's tensors")
@@ -255,6 +242,11 @@ def _copy_all(checkpoint: Checkpoint, prefix: str, wanted: dict[str, Tensor]) ->
                 f"{checkpoint.path}: {prefix}.{name} has shape {tuple(stored[name].shape)}, "
                 f"the model has {tuple(tensor.shape)}"
             )
+
+
+def _copy_all(checkpoint: Checkpoint, prefix: str, wanted: dict[str, Tensor]) -> None:
+    check_fit(checkpoint, prefix, wanted)
+    stored = checkpoint.part(prefix)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(stored[name])

@@ -6,16 +6,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError
+from ..._core.tensor_file import Stored
+from ...errors import CheckpointError, ConfigError
+from ...models.common.config import shown
 from ...models.common.generation import Generation, carry
 from ...models.llama import rotary_frequencies
-from ..hf.files import listed
 from ..hf.layout import Settings, assemble
 from ..hf.llama import LLAMA_FOLDER
+from .file import open_gguf
 
 KINDS = ("llama", "qwen2")
 BLOCK_NAMES = {
@@ -44,27 +45,26 @@ SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": 
             "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
 
-def load_gguf(path: Path, dropout: float | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a Llama, Mistral or Qwen2 from a GGUF file, its weights dequantized.
+def load_gguf(
+    path: Path, dropout: float | None = None, dtype: torch.dtype | None = None, check_tensors: bool = False
+) -> nn.Module:
+    """Load a Llama, Mistral or Qwen2 from a GGUF file, its weights dequantized; see `fastlm.load`.
 
     Raises:
         CheckpointError: if the `gguf` package is missing, the file is damaged or of another architecture, or its
             tensors do not fit its settings.
     """
-    gguf = _package()
-    reader = _open(path)
-    fields = _fields(reader, "tokenizer.")
+    fields, tensors = open_gguf(path, _package())
     kind = fields.get("general.architecture")
     if kind not in KINDS:
-        raise CheckpointError(f"{path}: general.architecture is {kind!r}, expected {' or '.join(KINDS)}")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+        raise CheckpointError(f"{path}: general.architecture is {shown(kind)}, expected {' or '.join(KINDS)}")
     settings = Settings(_settings(path, fields, kind, tensors), path)
 
-    def read() -> dict[str, Tensor]:
-        return _named(path, gguf, tensors, settings, permuted=kind == "llama")
+    def read() -> dict[str, Stored]:
+        return _named(tensors, settings, permuted=kind == "llama")
 
-    model = assemble(LLAMA_FOLDER, settings, read, path, dropout, dtype)
-    carry(model, _generation(reader, path))
+    model = assemble(LLAMA_FOLDER, settings, read, path, dropout, dtype, check_tensors)
+    carry(model, _generation(fields, path))
     return model
 
 
@@ -72,19 +72,17 @@ def read_fields(path: Path) -> dict[str, Any]:
     """All settings of a GGUF file.
 
     Raises:
-        CheckpointError: if the `gguf` package is missing or the file is damaged.
+        CheckpointError: if the file is damaged.
     """
-    return _fields(_open(path))
+    return open_gguf(path).fields
 
 
-def _generation(reader: Any, path: Path) -> Generation:
+def _generation(fields: dict[str, Any], path: Path) -> Generation:
     """What llama.cpp makes of a file: where texts end, and how it would be sampled."""
-
-    def field(name: str) -> Any:
-        return reader.fields[name].contents() if name in reader.fields else None
-
-    tokens = field("tokenizer.ggml.tokens") or []
-    named = {name: field(f"tokenizer.ggml.{name}_token_id") for name in (*END_IDS, "bos", "padding")}
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list):
+        raise CheckpointError(f"{path}: tokenizer.ggml.tokens is {shown(tokens)}, expected a list")
+    named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in (*END_IDS, "bos", "padding")}
     known = {name: token for name, token in named.items() if isinstance(token, int) and 0 <= token < len(tokens)}
     ends = {known[name] for name in END_IDS if name in known}
     ends |= {index for index, token in enumerate(tokens) if token in END_NAMES}
@@ -99,27 +97,13 @@ def _generation(reader: Any, path: Path) -> Generation:
         first = known.get("eos", min(ends))
         said["eos_token_id"] = [first, *sorted(ends - {first})] if len(ends) > 1 else first
     ids = dict(said)
-    sampling = {theirs: field(f"general.sampling.{name}") for name, theirs in SAMPLING.items()}
+    sampling = {theirs: fields.get(f"general.sampling.{name}") for name, theirs in SAMPLING.items()}
     said |= {name: value for name, value in sampling.items() if value is not None}
     if any(value is not None for value in sampling.values()):
-        said["do_sample"] = said.get("temperature", 1.0) > 0
-    if forbidden := field("tokenizer.ggml.suppress_tokens"):
-        said["suppress_tokens"] = list(forbidden)
+        said["do_sample"] = said.get("temperature", 1.0) != 0
+    if forbidden := fields.get("tokenizer.ggml.suppress_tokens"):
+        said["suppress_tokens"] = forbidden
     return Generation(said, ids, str(path))
-
-
-def _open(path: Path) -> Any:
-    try:
-        return _package().GGUFReader(path)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a cut file fails in numpy, in any way
-        raise CheckpointError(f"{path}: cut short or not a GGUF file: {error}") from error
-
-
-def _fields(reader: Any, but: str = "\0") -> dict[str, Any]:
-    """Without those that begin with `but`, which for a vocabulary would be long."""
-    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith(but)}
 
 
 def _package() -> ModuleType:
@@ -130,7 +114,7 @@ def _package() -> ModuleType:
     return gguf
 
 
-def _settings(path: Path, fields: dict[str, Any], kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
+def _settings(path: Path, fields: dict[str, Any], kind: str, tensors: dict[str, Stored]) -> dict[str, Any]:
     def field(name: str, *default: Any) -> Any:
         if f"{kind}.{name}" not in fields and not default:
             raise CheckpointError(f"{path}: missing {kind}.{name}")
@@ -142,7 +126,7 @@ def _settings(path: Path, fields: dict[str, Any], kind: str, tensors: dict[str, 
         raise CheckpointError(f"{path}: missing token_embd.weight")
     settings = {
         "model_type": kind,
-        "vocab_size": int(embedding.shape[1]),  # GGUF lists extents from the innermost on
+        "vocab_size": embedding.shape[0],
         "max_position_embeddings": field("context_length"),
         "hidden_size": field("embedding_length"),
         "num_hidden_layers": field("block_count"),
@@ -159,54 +143,58 @@ def _settings(path: Path, fields: dict[str, Any], kind: str, tensors: dict[str, 
     if scaling == "linear":
         settings["rope_scaling"] = {"rope_type": "linear", "factor": field("rope.scaling.factor")}
     elif scaling != "none":
-        raise CheckpointError(f"{path}: rope.scaling.type is {scaling!r}, expected none or linear")
+        raise CheckpointError(f"{path}: rope.scaling.type is {shown(scaling)}, expected none or linear")
     if FACTORS in tensors:
-        settings["rope_scaling"] = _llama3_scaling(path, tensors[FACTORS].data, settings)
+        settings["rope_scaling"] = _llama3_scaling(path, tensors[FACTORS], settings)
     return settings
 
 
-def _llama3_scaling(path: Path, factors: np.ndarray, settings: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(path: Path, stored: Stored, settings: dict[str, Any]) -> dict[str, Any]:
     """Llama 3's scaling, of which GGUF keeps only what each wavelength was stretched by."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    scaled, plain = (
-        LLAMA_FOLDER.read(Settings(settings | {"rope_scaling": rope}, path), None) for rope in (scaling, None)
-    )
-    expected = rotary_frequencies(plain) / rotary_frequencies(scaled)
-    if not torch.allclose(torch.from_numpy(factors.astype(np.float32)), expected, rtol=1e-3):
+    try:
+        plain = LLAMA_FOLDER.read(Settings(settings, path), None)
+        if stored.shape != (plain.head_size // 2,):
+            raise ConfigError(f"{FACTORS} has shape {stored.shape}, expected ({plain.head_size // 2},)")
+        factors = stored.read(None)
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        scaled = LLAMA_FOLDER.read(Settings(settings | {"rope_scaling": scaling}, path), None)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not torch.allclose(factors, rotary_frequencies(plain) / rotary_frequencies(scaled), rtol=1e-3):
         raise CheckpointError(f"{path}: {FACTORS} is not the scaling of Llama 3.1")
     return scaling
 
 
-def _named(
-    path: Path, gguf: ModuleType, tensors: dict[str, Any], settings: Settings, permuted: bool
-) -> dict[str, Tensor]:
-    """Dequantized tensors under Hugging Face's names; unknown ones keep theirs and are reported as such."""
+def _named(tensors: dict[str, Stored], settings: Settings, permuted: bool) -> dict[str, Stored]:
+    """Tensors under Hugging Face's names; unknown ones keep theirs and are reported as such."""
     heads = {"attn_q": settings.get("num_attention_heads"), "attn_k": settings.get("num_key_value_heads")}
     named = {}
-    for name, tensor in tensors.items():
+    for name, stored in tensors.items():
         if name == FACTORS:
             continue
         block = name.split(".")
-        try:
-            values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
-        except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(f"{path}: {listed([name])} is {tensor.tensor_type.name}: {error}") from error
         if block[0] == "blk" and len(block) == 4 and block[2] in BLOCK_NAMES:
             if permuted and block[2] in heads:
-                values = _halves(values, heads[block[2]])
-            named[f"layers.{block[1]}.{BLOCK_NAMES[block[2]]}.{block[3]}"] = values
+                stored = _halves(stored, heads[block[2]])
+            named[f"layers.{block[1]}.{BLOCK_NAMES[block[2]]}.{block[3]}"] = stored
         else:
             module, _, leaf = name.rpartition(".")
-            named[f"{NAMES.get(module, module)}.{leaf}"] = values
+            named[f"{NAMES.get(module, module)}.{leaf}"] = stored
     return named
 
 
-def _halves(rows: Tensor, heads: int) -> Tensor:
+def _halves(stored: Stored, heads: int) -> Stored:
     """Rows of a head's rotary pairs side by side, as llama.cpp has them -> all first elements, then all second."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    def read(into: Tensor | None = None) -> Tensor:
+        rows = stored.read(into)  # of a size that was found to be that of `heads` heads
+        halves = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        return halves if into is None else into.copy_(halves)
+
+    return stored._replace(read=read)

@@ -13,7 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from ...data import Tokenizer
+from ...data.tokenizer import damages
 from ...errors import CheckpointError, DataError
+from ...models.common.config import shown
 from .model import CONTROL, END_NAMES, USER_DEFINED, read_fields
 
 _SUFFIXES = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -94,17 +96,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if name.startswith("tokenizer.ggml.")
     }
     kind, name = fields.get("model"), fields.get("pre")
-    if kind != "gpt2" or name not in RULES:
+    if kind != "gpt2" or not isinstance(name, str) or name not in RULES:
         raise DataError(
-            f"{path}: its tokenizer is {kind} {name}, expected gpt2 with one of {', '.join(RULES)}; "
-            "put the model's tokenizer.json beside the file"
+            f"{path}: its tokenizer is {shown(kind, str)} {shown(name, str)}, "
+            f"expected gpt2 with one of {', '.join(RULES)}; put the model's tokenizer.json beside the file"
         )
     try:
         definition = _definition(fields, RULES[name])
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path}: its tokenizer is damaged: {error!r}") from error
+    except BaseException as error:  # the library raises bare Exception, and panics with something else
+        if not damages(error):
+            raise
+        raise CheckpointError(f"{path}: its tokenizer is damaged: {error!r:.200}") from error
     tokenizer = Tokenizer(definition, str(path))
-    tokenizer.eot_id = fields.get("eos_token_id", tokenizer.eot_id)
+    end = fields.get("eos_token_id", tokenizer.eot_id)
+    if end is not None and not (type(end) is int and 0 <= end < tokenizer.vocab_size):
+        raise CheckpointError(f"{path}: eos_token_id is {end!r:.40}, expected an id below {tokenizer.vocab_size}")
+    tokenizer.eot_id = end
     return tokenizer
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import ConfigError
 from ...models.bert import BERT, BERTConfig
+from ...models.common.config import shown
 from .layout import TANH_GELUS, Architecture, Settings
 
 BERT_HEADS = {"Model": "none", "ForMaskedLM": "masked-lm", "ForSequenceClassification": "classification"}
+VOCABULARY_HEADS = ("masked-lm", "pretraining")
 BERT_LAYER = {
     "layers.*.attention.qkv": tuple(f"encoder.layer.*.attention.self.{name}" for name in ("query", "key", "value")),
     "layers.*.attention.out": ("encoder.layer.*.attention.output.dense",),
@@ -27,12 +32,14 @@ BERT_NAMES = BERT_LAYER | {
     "masked_lm": ("cls.predictions",),
     "masked_lm.dense": ("cls.predictions.transform.dense",),
     "masked_lm.norm": ("cls.predictions.transform.LayerNorm",),
+    "masked_lm.decoder": ("cls.predictions.decoder",),
     "next_sentence": ("cls.seq_relationship",),
 }
 ROBERTA_NAMES = BERT_LAYER | {
     "masked_lm": ("lm_head",),
     "masked_lm.dense": ("lm_head.dense",),
     "masked_lm.norm": ("lm_head.layer_norm",),
+    "masked_lm.decoder": ("lm_head.decoder",),
 }
 ROBERTA_CLASSIFIER = {"pooler": ("classifier.dense",), "classifier": ("classifier.out_proj",)}
 
@@ -43,17 +50,16 @@ def _read_bert(settings: Settings, dropout: float | None, name: str, heads: dict
     settings.expect("position_embedding_type", "absolute")
     settings.expect("is_decoder", False)
     settings.expect("add_cross_attention", False)
-    settings.expect("tie_word_embeddings", True)
     classes = {name + suffix: head for suffix, head in heads.items()}
-    architecture = (settings.get("architectures") or [f"{name}Model"])[0]
-    if architecture not in classes:
-        settings.refuse(f"architectures is {architecture}, expected one of {', '.join(classes)}")
+    architecture = (settings.sequence("architectures") or [f"{name}Model"])[0]
+    if not isinstance(architecture, str) or architecture not in classes:
+        settings.refuse(f"architectures is {shown(architecture, str)}, expected one of {', '.join(classes)}")
     head = classes[architecture]
     roberta = name == "Roberta"
-    offset = settings.get("pad_token_id", 1) + 1 if roberta else 0
+    offset = settings.integer("pad_token_id", 1) + 1 if roberta else 0
     return BERTConfig(
         vocab_size=settings.get("vocab_size"),
-        context_length=settings.get("max_position_embeddings", 512) - offset,
+        context_length=settings.integer("max_position_embeddings", 512) - offset,
         n_layer=settings.get("num_hidden_layers"),
         n_head=settings.get("num_attention_heads"),
         n_embd=settings.get("hidden_size"),
@@ -65,9 +71,10 @@ def _read_bert(settings: Settings, dropout: float | None, name: str, heads: dict
         layer_norm_eps=settings.get("layer_norm_eps", 1e-12),
         activation="none" if activation == "gelu" else "tanh",
         head=head,
-        n_class=len(settings.get("id2label") or {0: "", 1: ""}),
+        n_class=len(settings.mapping("id2label") or {"0": "", "1": ""}),
         pooler=head != "masked-lm",
         position_offset=offset,
+        tie_decoder=head not in VOCABULARY_HEADS or settings.flag("tie_word_embeddings", True),
     )
 
 
@@ -95,7 +102,7 @@ def _write_bert(config: BERTConfig) -> dict[str, Any]:
         "id2label": {str(index): f"LABEL_{index}" for index in range(config.n_class)},
         "label2id": {f"LABEL_{index}": index for index in range(config.n_class)},
         "pad_token_id": max(config.position_offset - 1, 0),
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie_decoder,
     }
 
 
@@ -107,14 +114,30 @@ def _bert_stray(config: BERTConfig) -> re.Pattern[str]:
         "pretraining": "",
         "classification": r"|cls\..*|lm_head\..*" + (r"|pooler\..*" if config.position_offset else ""),
     }
-    return re.compile(r"embeddings\.(position_ids|token_type_ids)" + others[config.head])
+    unused = "" if config.tie_decoder else r"|cls\.predictions\.bias|lm_head\.bias"
+    return re.compile(r"embeddings\.(position_ids|token_type_ids)" + others[config.head] + unused)
 
 
 def _bert_aliases(config: BERTConfig) -> dict[str, str]:
-    if config.head not in ("masked-lm", "pretraining"):
+    if config.head not in VOCABULARY_HEADS or not config.tie_decoder:
         return {}
-    head = "lm_head" if config.position_offset else "cls.predictions"
+    head = _vocabulary_head(config)
     return {f"{head}.decoder.weight": "embeddings.word_embeddings.weight", f"{head}.decoder.bias": f"{head}.bias"}
+
+
+def _vocabulary_head(config: BERTConfig) -> str:
+    return "lm_head" if config.position_offset else "cls.predictions"
+
+
+def _untied_bias(config: BERTConfig) -> dict[str, tuple[str, ...]]:
+    """Theirs has two biases, of which an untied model adds the decoder's."""
+    return {} if config.tie_decoder else {"masked_lm.bias": (f"{_vocabulary_head(config)}.decoder.bias",)}
+
+
+def _bert_added(config: BERTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    head = _vocabulary_head(config)
+    bias = tensors.get(f"{head}.decoder.bias")
+    return {} if bias is None else {f"{head}.bias": bias.clone()}
 
 
 BERT_FOLDER = Architecture(
@@ -124,13 +147,15 @@ BERT_FOLDER = Architecture(
         settings, dropout, "Bert", BERT_HEADS | {"ForPreTraining": "pretraining"}
     ),
     write=_write_bert,
-    names=lambda config: BERT_NAMES,
+    names=lambda config: BERT_NAMES | _untied_bias(config),
     prefix="bert.",
     unprefixed=("cls.", "classifier."),
     headless="BertModel",
     stray=_bert_stray,
     aliases=_bert_aliases,
     generates=False,
+    untied=lambda config: dataclasses.replace(config, tie_decoder=False),
+    added=_bert_added,
     renamed=((".gamma", ".weight"), (".beta", ".bias")),
 )
 ROBERTA_FOLDER = Architecture(
@@ -138,11 +163,15 @@ ROBERTA_FOLDER = Architecture(
     model=BERT,
     read=lambda settings, dropout: _read_bert(settings, dropout, "Roberta", BERT_HEADS),
     write=_write_bert,
-    names=lambda config: ROBERTA_NAMES | (ROBERTA_CLASSIFIER if config.head == "classification" else {}),
+    names=lambda config: (
+        ROBERTA_NAMES | _untied_bias(config) | (ROBERTA_CLASSIFIER if config.head == "classification" else {})
+    ),
     prefix="roberta.",
     unprefixed=("lm_head.", "classifier."),
     headless="RobertaModel",
     stray=_bert_stray,
     aliases=_bert_aliases,
     generates=False,
+    untied=lambda config: dataclasses.replace(config, tie_decoder=False),
+    added=_bert_added,
 )

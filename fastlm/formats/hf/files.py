@@ -7,13 +7,16 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._core.tensor_file import Stored, open_safetensors, opened, parse_json
 from ...errors import CheckpointError
+from ...models.common.config import shown
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -27,18 +30,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing, no JSON, or holds something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    with opened(path) as file:
+        text = file.read()
+    value = parse_json(text, lambda reason: CheckpointError(f"{path}: not JSON: {reason}"))
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder, under the names of its files.
 
     Raises:
@@ -57,42 +57,38 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{whole}: no such file")
 
 
-def _read_shards(folder: Path, index: Path, read) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Stored]:
+    return open_safetensors(path).tensors
+
+
+def _read_shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise CheckpointError(f"{index}: has no weight_map")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted({str(shard) for shard in shards.values()}):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: names the shard {shard!r}, expected a file beside it")
-        tensors |= read(folder / shard)
+    for shard in shards.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
+            raise CheckpointError(f"{index}: names the shard {shown(shard)}, expected a file beside it")
+    tensors: dict[str, Stored] = {}
+    for shard in sorted(set(shards.values())):
+        found = read(folder / shard)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(f"{folder / shard}: holds tensors of another shard: {listed(twice)}")
+        tensors |= found
     if absent := sorted(shards.keys() - tensors.keys()):
         raise CheckpointError(f"{index}: names tensors that its shards have not: {listed(absent)}")
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cut short or not a safetensors file: {error}") from error
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Stored]:
     """The tensors of a `torch.save` file, read without running anything that it may hold.
 
     Raises:
         CheckpointError: for a missing or cut file, one that would run code, or one that is no dict of tensors.
     """
+    with opened(path) as file:  # torch maps what lies uncompressed in an archive; older files are read whole
+        archive = file.read(4) == b"PK\x03\x04"
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # unpickling raises anything
         reason = str(error).split("\n")[0]
         raise CheckpointError(
@@ -101,7 +97,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a dictionary of tensors")
-    return value
+    return {str(name): _in_memory(str(name), tensor) for name, tensor in value.items()}
+
+
+def _in_memory(name: str, tensor: Tensor) -> Stored:
+    tensor = tensor.detach()  # a parameter may have been saved as one
+
+    def read(into: Tensor | None = None) -> Tensor:
+        return tensor if into is None else into.copy_(tensor)
+
+    return Stored(name, tuple(tensor.shape), tensor.dtype, read)
 
 
 def write_folder(

@@ -7,19 +7,26 @@ value projection), or transposed (`Conv1D`). Each family has a module beside thi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ..._core.tensor_file import Stored
 from ...errors import CheckpointError, ConfigError
+from ...models.common.config import shown
 from ...models.common.generation import FOLLOWED, IDS, UNFOLLOWED, Generation, carry, generation_of
+from ..filling import blank, fill, non_finite, share
+from ..saving import state_to_save
 from .files import CONFIG, GENERATION, listed, read_json, read_tensors, write_folder
 
 NOTHING = re.compile(r"(?!)")
@@ -28,38 +35,72 @@ SHARD_BYTES = 5 * 10**9
 
 
 class Settings:
-    """A config.json, whose complaints name the file."""
+    """A config.json, or an object in it (`inside.`), whose complaints name the file.
 
-    def __init__(self, values: dict[str, Any], path: Path):
-        self.values, self.path = values, path
+    The values that are only handed on to a configuration are checked there.
+    """
+
+    def __init__(self, values: dict[str, Any], path: Path, inside: str = ""):
+        self.values, self.path, self.inside = values, path, inside
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.values.get(name, default)
 
+    def integer(self, name: str, default: int | None = None) -> Any:
+        """An integer of 64 bits; null only where it is the default. So for the other kinds."""
+        value = self._typed(name, default, (int,), "an integer")
+        if value is not None and not -(2**63) <= value < 2**63:
+            self.refuse(f"{name} is {shown(value)}, expected one of 64 bits")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> Any:
+        value = self._typed(name, default, (int, float), "a number")
+        if value is None:
+            return None
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            self.refuse(f"{name} is {shown(value)}, expected a finite number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        return self._typed(name, default, (bool,), "true or false")
+
+    def sequence(self, name: str) -> list[Any] | None:
+        return self._typed(name, None, (list,), "a list")
+
+    def mapping(self, name: str) -> dict[str, Any] | None:
+        return self._typed(name, None, (dict,), "an object")
+
+    def _typed(self, name: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
+        value = self.values.get(name, default)
+        if value is default or type(value) in kinds:
+            return value
+        return self.refuse(f"{name} is {shown(value, json.dumps)}, expected {wanted}")
+
     def require(self, *names: str) -> None:
         if missing := [name for name in names if name not in self.values]:
-            self.refuse(f"missing {', '.join(missing)}")
+            self.refuse(f"missing {', '.join(self.inside + name for name in missing)}", named=False)
 
     def expect(self, name: str, *wanted: Any) -> Any:
         """The value, or the first that is wanted if there is none; refuse what would load and compute otherwise."""
         value = self.values.get(name, wanted[0])
         if value not in wanted:
             text = " or ".join(json.dumps(value) for value in wanted)
-            self.refuse(f"{name} is {json.dumps(value)}, expected {text}")
+            self.refuse(f"{name} is {shown(value, json.dumps)}, expected {text}")
         return value
 
     def one_rate(self, chosen: float | None, names: tuple[str, ...], default: float) -> float:
         """The dropout rate that `names` agree on, or the one that the caller has chosen."""
-        rates = {name: self.get(name, default) for name in names}
         if chosen is not None:
             return chosen
+        rates = {name: self.number(name, default) for name in names}
         if len(set(rates.values())) > 1:
             text = ", ".join(f"{name} {rate}" for name, rate in rates.items())
             self.refuse(f"{text}: fastlm has one rate; pass dropout= to choose it")
         return rates[names[-1]]
 
-    def refuse(self, problem: str) -> None:
-        raise CheckpointError(f"{self.path}: {problem}")
+    def refuse(self, problem: str, named: bool = True) -> NoReturn:
+        """Raise a CheckpointError for a problem whose text begins with the name of a value, or not."""
+        raise CheckpointError(f"{self.path}: {self.inside if named else ''}{problem}")
 
 
 class Part(NamedTuple):
@@ -96,9 +137,11 @@ class Architecture:
         headless: their class of the base model alone, whose names have no prefix.
         transposed, one_row: which of their tensors are kept transposed, or as a matrix of one row.
         stray: our configuration -> which of their tensors are no parameters of this model.
-        aliases: our configuration -> {their name: their name of the tensor that it has to equal}.
+        aliases: our configuration -> {their name: their name of the tensor that it is tied to}.
+        untied: our configuration -> the one of the same model with none of them tied.
         renamed: {old ending of a name: today's}.
         generates: whether theirs has a `generate`.
+        added: (our configuration, their tensors by name) -> tensors that theirs has besides.
     """
 
     model_types: tuple[str, ...]
@@ -113,8 +156,10 @@ class Architecture:
     one_row: re.Pattern[str] = NOTHING
     stray: Callable[[Any], re.Pattern[str]] = lambda config: NOTHING
     aliases: Callable[[Any], dict[str, str]] = lambda config: {}
+    untied: Callable[[Any], Any] = lambda config: dataclasses.replace(config, tie_embeddings=False)
     renamed: tuple[tuple[str, str], ...] = ()
     generates: bool = True
+    added: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda config, tensors: {}
 
     def parts(self, config: Any, shapes: dict[str, torch.Size]) -> dict[str, list[Part]]:
         """For each of our tensors those of theirs that it is stacked from."""
@@ -153,8 +198,9 @@ def load(
     dropout: float | None = None,
     dtype: torch.dtype | None = None,
     model: type[nn.Module] | None = None,
+    check_tensors: bool = False,
 ) -> nn.Module:
-    """Load a folder of any known architecture, or of that of the class `model` alone.
+    """Load a folder of any known architecture, or of that of the class `model` alone; see `fastlm.load`.
 
     Raises:
         CheckpointError: for missing or damaged files, an architecture that is not known, a setting that it does
@@ -165,7 +211,7 @@ def load(
     architecture = _architecture(settings, model)
     generation = read_generation(folder, settings.values, architecture.generates)
     settings = Settings(generation.fill(settings.values), settings.path)
-    loaded = assemble(architecture, settings, lambda: read_tensors(folder), folder, dropout, dtype)
+    loaded = assemble(architecture, settings, lambda: read_tensors(folder), folder, dropout, dtype, check_tensors)
     carry(loaded, generation)
     return loaded
 
@@ -187,24 +233,34 @@ def read_generation(folder: Path, config: dict[str, Any], generates: bool) -> Ge
 def assemble(
     architecture: Architecture,
     settings: Settings,
-    read: Callable[[], dict[str, Tensor]],
+    read: Callable[[], dict[str, Stored]],
     source: Path,
     dropout: float | None,
     dtype: torch.dtype | None,
+    check_tensors: bool = False,
 ) -> nn.Module:
-    """A model from settings and tensors in Hugging Face's names, wherever they come from."""
+    """A model from settings and tensors in Hugging Face's names, wherever they come from.
+
+    Sizes are compared before any tensor is read, and tensors are read one at a time.
+    """
     try:
         config = architecture.read(settings, dropout)
     except ConfigError as error:
         raise CheckpointError(f"{settings.path}: {error}") from error
-    with torch.device("meta"):
-        model = architecture.model(config)
+    stored = read()
+    config, tensors = _canonical(architecture, config, stored, source)
+    model = blank(architecture.model, config, len(stored), settings.path)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     parts = architecture.parts(config, shapes)
-    tensors = _canonical(architecture, config, read(), source)
     _check(tensors, parts, shapes, source, settings.path.name)
-    state = {name: _stack(tensors, parts[name], dtype or torch.float32) for name in shapes}
-    model.load_state_dict(state, assign=True)
+    problems: list[str] | None = [] if check_tensors else None
+    state = {
+        name: _stack(tensors, parts[name], shape, dtype or torch.float32, problems) for name, shape in shapes.items()
+    }
+    if problems:
+        raise CheckpointError(f"{source}: {listed(problems)}")
+    fill(model, state)
+    share(model, _same_parts(tensors, parts))
     return model
 
 
@@ -229,7 +285,7 @@ def export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings and tensors of a model in Hugging Face's terms; the tensors are views where they can be.
 
     Raises:
-        CheckpointError: for a model that has no architecture there.
+        CheckpointError: for a model that has no architecture there, or whose tensors `load` would not take.
     """
     from .architectures import ARCHITECTURES
 
@@ -237,6 +293,7 @@ def export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not found:
         known = ", ".join(sorted({a.model.__name__ for a in ARCHITECTURES}))
         raise CheckpointError(f"{type(model).__name__} has no Hugging Face layout here; those that have: {known}")
+    state = {name: tensor.cpu() for name, tensor in state_to_save(model).items()}
     config: Any = model.config
     try:
         settings = found[0].write(config)
@@ -245,12 +302,12 @@ def export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     # Relatives share a class: the one that the settings name is written.
     architecture = next(a for a in found if settings["model_type"] in a.model_types)
     with_head = settings["architectures"][0] != architecture.headless
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parts in architecture.parts(config, {name: t.shape for name, t in state.items()}).items():
         stacked = state[name].split([part.rows for part in parts])
         for part, tensor in zip(parts, stacked, strict=True):
             tensors[architecture.full_name(part.name, with_head)] = part.to_theirs(tensor)
+    tensors |= architecture.added(config, tensors)
     dtype = next(iter(state.values())).dtype
     return settings | {"dtype": str(dtype).removeprefix("torch.")}, tensors
 
@@ -266,25 +323,64 @@ def _architecture(settings: Settings, model: type[nn.Module] | None) -> Architec
     return next(a for a in known if wanted in a.model_types)
 
 
-def _canonical(architecture: Architecture, config: Any, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Tensors under today's names, without prefix, strays and second names."""
-    stray, named = architecture.stray(config), {}
-    for name, tensor in tensors.items():
+def _canonical(
+    architecture: Architecture, config: Any, stored: dict[str, Stored], source: Path
+) -> tuple[Any, dict[str, Stored]]:
+    """Tensors under today's names, without prefix, strays and second names; untied where the file has two that differ.
+
+    An untied configuration has a tensor for each of the tied names; those that are equal, or that the file lacks,
+    stay one tensor, as in transformers.
+    """
+    named: dict[str, Stored] = {}
+    for name, tensor in stored.items():
         name = name.removeprefix(architecture.prefix)
         for old, new in architecture.renamed:
             name = name.removesuffix(old) + new if name.endswith(old) else name
-        if not stray.fullmatch(name):
-            named[name] = tensor
-    for alias, name in architecture.aliases(config).items():
+        named[name] = tensor
+    ties = architecture.aliases(config)
+    for alias, name in ties.items():
         if alias in named:
-            tensor = named.pop(alias)
-            if not torch.equal(named.setdefault(name, tensor), tensor):
-                raise CheckpointError(f"{source}: {alias} differs from {name}, but config.json ties them")
-    return named
+            named.setdefault(name, named[alias])
+    apart = {alias: name for alias, name in ties.items() if alias in named and not _equal(named[alias], named[name])}
+    if apart:
+        config = architecture.untied(config)
+        pairs = ", ".join(f"{named[alias].name} differs from {named[name].name}" for alias, name in apart.items())
+        warnings.warn(
+            f"{source}: {pairs}, but config.json ties them: loaded untied, "
+            "as tie_word_embeddings: false in config.json would say",
+            stacklevel=5,
+        )
+    for alias in ties.keys() - apart.keys():
+        named.pop(alias, None)
+        if apart and ties[alias] in named:
+            named[alias] = named[ties[alias]]
+    stray = architecture.stray(config)
+    return config, {name: tensor for name, tensor in named.items() if not stray.fullmatch(name)}
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    """Whether two tensors of a file are the same numbers, not numbers included."""
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    a, b = one.read(None).flatten(), other.read(None).flatten()
+    # In pieces: the comparison's temporaries are as large as what is compared.
+    return all(
+        torch.allclose(x.double(), y.double(), rtol=0, atol=0, equal_nan=True)
+        for x, y in zip(a.split(2**20), b.split(2**20), strict=True)
+    )
+
+
+def _same_parts(tensors: dict[str, Stored], parts: dict[str, list[Part]]) -> dict[str, str]:
+    """{our name: an earlier one that is made of the very same tensor}."""
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(tensors[p[0].name]), name) for name, p in parts.items() if len(p) == 1}
+    return {name: owner for name, owner in owners.items() if name != owner}
 
 
 def _check(
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Stored],
     parts: dict[str, list[Part]],
     shapes: dict[str, torch.Size],
     source: Path,
@@ -301,9 +397,14 @@ def _check(
         if names
     ]
     misfits = [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {wanted[name]}"
+        f"{name} has shape {tensors[name].shape} instead of {wanted[name]}"
         for name in sorted(wanted.keys() & tensors.keys())
-        if tuple(tensors[name].shape) != wanted[name]
+        if tensors[name].shape != wanted[name]
+    ]
+    misfits += [
+        f"{name} is {tensors[name].dtype}, expected a floating-point dtype"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if not tensors[name].dtype.is_floating_point
     ]
     if misfits:
         problems.append(listed(misfits))
@@ -311,9 +412,17 @@ def _check(
         raise CheckpointError(f"{source}: the tensors do not fit {config_name}: {'; '.join(problems)}")
 
 
-def _stack(tensors: dict[str, Tensor], parts: list[Part], dtype: torch.dtype) -> Tensor:
-    """An owned copy: nothing keeps reading the file afterwards."""
-    ordered = [part.to_ours(tensors[part.name]) for part in parts]
-    if len(ordered) > 1:
-        return torch.cat([tensor.to(dtype) for tensor in ordered])
-    return ordered[0].to(dtype, copy=True, memory_format=torch.contiguous_format)
+def _stack(
+    tensors: dict[str, Stored], parts: list[Part], shape: torch.Size, dtype: torch.dtype, problems: list[str] | None
+) -> Tensor:
+    """One of our tensors, read part by part; `problems`, if any, takes what is not finite in it."""
+    stacked = torch.empty(shape, dtype=dtype)
+    for part, rows in zip(parts, stacked.split([part.rows for part in parts]), strict=True):
+        stored = tensors[part.name]
+        if stored.dtype == dtype and part.form != "transposed":
+            stored.read(rows.view(stored.shape))
+        else:
+            rows.copy_(part.to_ours(stored.read(None)))
+        if problems is not None and (found := non_finite(rows)):
+            problems.append(f"{stored.name} holds {found}")
+    return stacked

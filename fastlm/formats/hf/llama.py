@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from ...errors import ConfigError
+from ...models.common.config import shown
 from ...models.llama import Llama, LlamaConfig
 from .layout import Architecture, Settings
 
@@ -25,7 +26,7 @@ def _read_llama(settings: Settings, dropout: float | None) -> LlamaConfig:
     settings.expect("hidden_act", "silu", "swish")
     settings.expect("pretraining_tp", 1)
     qwen = settings.get("model_type") == "qwen2"
-    biases = settings.get("attention_bias", False)
+    biases = settings.flag("attention_bias", False)
     window, first = _window(settings)
     return LlamaConfig(
         vocab_size=settings.get("vocab_size"),
@@ -50,38 +51,45 @@ def _read_llama(settings: Settings, dropout: float | None) -> LlamaConfig:
 
 def _read_rope(settings: Settings) -> dict[str, Any]:
     """Rotary settings of either age: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    name = "rope_parameters" if settings.mapping("rope_parameters") else "rope_scaling"
+    rope = Settings(settings.mapping(name) or {}, settings.path, f"{name}.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        settings.refuse(f"rope_type is {kind}, expected default or linear or llama3")
+        settings.refuse(f"rope_type is {shown(kind, str)}, expected default or linear or llama3")
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         settings.refuse("partial_rotary_factor is not 1, expected whole heads to rotate")
-    values: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))}
+    theta = rope if "rope_theta" in rope.values else settings
+    values: dict[str, Any] = {"rope_theta": theta.number("rope_theta", 10000.0)}
     if kind != "default":
-        values |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+        rope.require("factor")
+        values |= {"rope_scaling": kind, "rope_factor": rope.number("factor", 1.0)}
     if kind == "llama3":
-        values["rope_low_freq_factor"] = float(rope["low_freq_factor"])
-        values["rope_high_freq_factor"] = float(rope["high_freq_factor"])
-        values["rope_original_context"] = rope["original_max_position_embeddings"]
+        rope.require("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        values["rope_low_freq_factor"] = rope.number("low_freq_factor", 1.0)
+        values["rope_high_freq_factor"] = rope.number("high_freq_factor", 4.0)
+        values["rope_original_context"] = rope.integer("original_max_position_embeddings", 8192)
     return values
 
 
 def _window(settings: Settings) -> tuple[int | None, int]:
     """The sliding window and the first layer that has it."""
-    layers = settings.get("num_hidden_layers")
-    window = settings.get("sliding_window")
+    layers = settings.integer("num_hidden_layers", 0)
+    window = settings.integer("sliding_window")
     if settings.get("model_type") == "llama" or window is None:
         return None, 0
     if settings.get("model_type") == "mistral":
         return window, 0
-    kinds = settings.get("layer_types")
-    if not settings.get("use_sliding_window", False):
+    kinds = settings.sequence("layer_types")
+    if not settings.flag("use_sliding_window", False):
         return None, 0
-    first = settings.get("max_window_layers", 28)
+    first = settings.integer("max_window_layers", 28)
     if kinds is not None:
-        first = kinds.index("sliding_attention") if "sliding_attention" in kinds else layers
-        if kinds != ["full_attention"] * first + ["sliding_attention"] * (layers - first):
-            settings.refuse(f"layer_types is {kinds}, expected full attention first and sliding windows after it")
+        full = [kind == "full_attention" for kind in kinds]
+        first = full.index(False) if False in full else layers
+        if len(kinds) != layers or any(full[first:]) or any(kind != "sliding_attention" for kind in kinds[first:]):
+            settings.refuse(
+                f"layer_types is {shown(kinds)}, expected full attention first and sliding windows after it"
+            )
     return (None, 0) if first >= layers else (window, first)
 
 

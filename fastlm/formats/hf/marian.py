@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import ConfigError
 from ...models.seq2seq import Seq2Seq, Seq2SeqConfig
 from .layout import Architecture, Settings
@@ -29,21 +31,27 @@ MARIAN_NAMES = {
     "decoder.*.down": ("decoder.layers.*.fc2",),
     "decoder.*.mlp_norm": ("decoder.layers.*.final_layer_norm",),
 }
+MARIAN_UNTIED = {"wte": ("decoder.embed_tokens",), "source_wte": ("encoder.embed_tokens",)}
 MARIAN_ACTIVATIONS = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu"}
 
 
 def _read_marian(settings: Settings, dropout: float | None) -> Seq2SeqConfig:
     settings.require("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads")
-    settings.expect("share_encoder_decoder_embeddings", True)
-    settings.expect("tie_word_embeddings", True)
+    tied, shared = (settings.flag(name, True) for name in ("tie_word_embeddings", "share_encoder_decoder_embeddings"))
+    if tied:
+        settings.expect("share_encoder_decoder_embeddings", True)
     settings.expect("activation_dropout", 0.0)
     settings.expect("decoder_attention_heads", settings.get("encoder_attention_heads"))
     settings.expect("decoder_ffn_dim", settings.get("encoder_ffn_dim"))
-    vocab_size = settings.get("vocab_size")
-    settings.expect("decoder_vocab_size", vocab_size, None)
+    source_vocab_size = vocab_size = settings.get("vocab_size")
+    if shared:
+        settings.expect("decoder_vocab_size", vocab_size, None)
+    elif settings.get("decoder_vocab_size") is not None:
+        vocab_size = settings.get("decoder_vocab_size")
     activation = settings.expect("activation_function", *MARIAN_ACTIVATIONS)
     return Seq2SeqConfig(
         vocab_size=vocab_size,
+        source_vocab_size=source_vocab_size,
         context_length=settings.get("max_position_embeddings", 1024),
         n_encoder_layer=settings.get("encoder_layers"),
         n_decoder_layer=settings.get("decoder_layers"),
@@ -54,6 +62,7 @@ def _read_marian(settings: Settings, dropout: float | None) -> Seq2SeqConfig:
         attention_dropout=settings.get("attention_dropout", 0.0) if dropout is None else dropout,
         activation=MARIAN_ACTIVATIONS[activation],
         scale_embeddings=settings.get("scale_embedding", False),
+        tie_embeddings=tied,
         output_bias=True,
         pad_id=settings.get("pad_token_id", 58100),
         start_id=_start_id(settings),
@@ -72,14 +81,13 @@ def _first(ends: Any) -> Any:
 
 
 def _write_marian(config: Seq2SeqConfig) -> dict[str, Any]:
-    wanted = {"norm_first": False, "positions": "sinusoidal", "tie_embeddings": True, "output_bias": True}
-    for name, value in (wanted | {"layer_norm_eps": 1e-5}).items():
+    for name, value in {"norm_first": False, "positions": "sinusoidal", "layer_norm_eps": 1e-5}.items():
         if getattr(config, name) != value:
             raise ConfigError(f"Hugging Face's Marian has {name} {value}, this model {getattr(config, name)}")
     return {
         "architectures": ["MarianMTModel"],
         "model_type": "marian",
-        "vocab_size": config.vocab_size,
+        "vocab_size": config.source_vocab_size,
         "decoder_vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "encoder_layers": config.n_encoder_layer,
@@ -94,8 +102,8 @@ def _write_marian(config: Seq2SeqConfig) -> dict[str, Any]:
         "activation_dropout": 0.0,
         "activation_function": config.activation,
         "scale_embedding": config.scale_embeddings,
-        "share_encoder_decoder_embeddings": True,
-        "tie_word_embeddings": True,
+        "share_encoder_decoder_embeddings": config.tie_embeddings,
+        "tie_word_embeddings": config.tie_embeddings,
         "pad_token_id": config.pad_id,
         "decoder_start_token_id": config.start_id,
         "eos_token_id": config.end_id,
@@ -103,18 +111,30 @@ def _write_marian(config: Seq2SeqConfig) -> dict[str, Any]:
     }
 
 
+def _marian_added(config: Seq2SeqConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Theirs always has a bias of the logits, which changes nothing where it is 0."""
+    if config.output_bias:
+        return {}
+    return {"final_logits_bias": next(iter(tensors.values())).new_zeros(1, config.vocab_size)}
+
+
 MARIAN_FOLDER = Architecture(
     model_types=("marian",),
     model=Seq2Seq,
     read=_read_marian,
     write=_write_marian,
-    names=lambda config: MARIAN_NAMES,
+    names=lambda config: MARIAN_NAMES if config.tie_embeddings else MARIAN_NAMES | MARIAN_UNTIED,
     prefix="model.",
     unprefixed=("final_logits_bias", "lm_head."),
     one_row=re.compile("final_logits_bias"),
-    # Sines and cosines, which are computed here.
-    stray=lambda config: re.compile(r"(encoder|decoder)\.embed_positions\.weight"),
-    aliases=lambda config: dict.fromkeys(
-        ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
+    # Sines and cosines, which are computed here; and what an untied model does not look at.
+    stray=lambda config: re.compile(
+        r"(encoder|decoder)\.embed_positions\.weight" + ("" if config.tie_embeddings else r"|shared\.weight")
     ),
+    aliases=lambda config: (
+        dict.fromkeys(("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight")
+        if config.tie_embeddings
+        else {}
+    ),
+    added=_marian_added,
 )

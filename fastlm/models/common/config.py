@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import Self
 
 from ...errors import ConfigError
+
+LARGEST = 2**31 - 1  # of any size or number of layers
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class ModelConfig:
             ConfigError: for an unknown or missing name, or a value that the constructor refuses.
         """
         fields = dataclasses.fields(cls)
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{cls.__name__}: is {settings!r:.80}, expected names with values")
         unknown = sorted(settings.keys() - {field.name for field in fields})
         required = {field.name for field in fields if field.default is dataclasses.MISSING}
         missing = sorted(required - settings.keys())
@@ -36,24 +41,26 @@ class ModelConfig:
         return cls(**settings)
 
     def _refuse(self, name: str, wanted: str) -> None:
-        raise ConfigError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, expected {wanted}")
+        raise ConfigError(f"{type(self).__name__}: {name} is {shown(getattr(self, name))}, expected {wanted}")
 
-    def _check_sizes(self, *names: str) -> None:
+    def _check_sizes(self, *names: str, low: int = 1) -> None:
         for name in names:
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                self._refuse(name, "an integer of at least 1")
+            if not isinstance(size, int) or isinstance(size, bool) or size < low:
+                self._refuse(name, f"an integer of at least {low}")
+            if size > LARGEST:
+                self._refuse(name, f"an integer of at most {LARGEST}")
 
     def _check_rates(self, *names: str) -> None:
         for name in names:
             rate = getattr(self, name)
-            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            if not _is_number(rate) or not 0 <= rate < 1:
                 self._refuse(name, "a number in [0, 1)")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
             number = getattr(self, name)
-            if not isinstance(number, (int, float)) or not 0 < number < math.inf:
+            if not _is_number(number) or not 0 < number <= sys.float_info.max:
                 self._refuse(name, "a number above 0")
 
     def _check_flags(self, *names: str) -> None:
@@ -68,5 +75,21 @@ class ModelConfig:
     def _check_ids(self, vocab_size: int, *names: str) -> None:
         for name in names:
             token = getattr(self, name)
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
                 self._refuse(name, "an id of the vocabulary")
+
+
+def shown(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """A value for an error message, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 64:  # with thousands of digits it has no text in Python
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = write(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text if text.isprintable() else text.encode("unicode_escape").decode()  # one line, whatever it is
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

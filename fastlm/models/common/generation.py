@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import CheckpointError
+from .config import shown
 
 FEW_TOKENS = 20  # transformers' number of new ones where nobody says any
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -186,7 +187,7 @@ def _parsed(said: dict[str, Any], source: str) -> Settings:
 
 
 def _refuse(source: str, name: str, value: Any, wanted: str) -> None:
-    raise CheckpointError(f"{source}: {name} is {value!r}, expected {wanted}")
+    raise CheckpointError(f"{source}: {name} is {shown(value)}, expected {wanted}")
 
 
 def _ids(value: Any) -> tuple[int, ...]:
