@@ -4,18 +4,22 @@ import json
 import os
 import pickle
 import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrizations, prune
 
 import fastlm
+import fastlm.data
+from fastlm.cli import main as cli
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
 from fastlm.models.llama import rotary_frequencies
 from fastlm.training.checkpoint import save_checkpoint
-from hf import CLOSE, perturbed, transformers
+from hf import CLOSE, perturbed, reload_as_theirs, transformers
 
 MODELS = {
     "GPT": lambda: GPT(GPTConfig(61, 24, 2, 2, 16)),
@@ -145,7 +149,6 @@ def edit_config(folder, **changes):
         ({"hidden_size": 18, "head_dim": None}, "n_embd is 18, expected a multiple of n_head 4"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is yarn, expected default or linear"),
         ({"hidden_act": "relu"}, 'hidden_act is "relu", expected "silu"'),
-        ({"tie_word_embeddings": True}, "lm_head.weight differs from embed_tokens.weight, but config.json ties them"),
         ({"vocab_size": ...}, "missing vocab_size"),
     ],
 )
@@ -352,3 +355,177 @@ def test_gguf_that_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(CheckpointError, match="need the gguf package: pip install gguf"):
         fastlm.load(path)
+
+
+# What load could not read is not saved
+
+
+def first_linear(model):
+    return next(layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def replaced(model, name, parameter):
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)
+
+
+class Labelled(torch.Tensor):
+    pass
+
+
+class Adapter(torch.nn.Module):
+    """A layer with a low-rank addition, as adapters wrap it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.Linear(base_layer.in_features, 2, bias=False)
+        self.lora_B = torch.nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def wrap(model):
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    replaced(model, name, Adapter(layer))
+
+
+def drop_last_layer(model):
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    del layers[-1]
+
+
+ALTERED = {
+    "pruned": (lambda m: prune.l1_unstructured(first_linear(m), "weight", 0.3), "weight_orig"),
+    "weight_norm": (lambda m: parametrizations.weight_norm(first_linear(m)), "parametrizations.weight.original0"),
+    "spectral_norm": (lambda m: torch.nn.utils.spectral_norm(first_linear(m)), "weight_u"),
+    "adapter": (wrap, "base_layer.weight"),
+    "meta": (lambda m: m.wte.to("meta"), "wte.weight is on meta"),
+    "subclass": (
+        lambda m: replaced(m, "wte.weight", torch.nn.Parameter(m.wte.weight.detach().as_subclass(Labelled))),
+        "wte.weight is a Labelled",
+    ),
+    "resized": (
+        lambda m: replaced(m, "wte.weight", torch.nn.Parameter(torch.zeros(70, 16))),
+        r"wte.weight has shape \(70, 16\) instead of \(61, 16\)",
+    ),
+    "integers": (
+        lambda m: replaced(m, "wte.weight", torch.nn.Parameter(torch.zeros(61, 16).char(), requires_grad=False)),
+        "wte.weight is torch.int8, expected a floating-point dtype",
+    ),
+    "fewer layers": (drop_last_layer, "missing"),
+    "another buffer": (lambda m: m.register_buffer("seen", torch.zeros(1)), "unexpected seen"),
+    "configuration": (lambda m: object.__setattr__(m.config, "vocab_size", "many"), "vocab_size is 'many'"),
+}
+
+
+@pytest.mark.parametrize("format", ["hf", "fastlm"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("altered", ALTERED)
+def test_what_load_could_not_read_is_refused_before_a_byte_is_written(altered, name, format, tmp_path):
+    alter, message = ALTERED[altered]
+    model = a_model(name)
+    alter(model)
+    with pytest.raises(CheckpointError, match=message):
+        fastlm.save(model, tmp_path / "new" / "folder", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def share_two(model):
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    one, other = next((a, b) for a, b in combinations(layers, 2) if a.weight.shape == b.weight.shape)
+    other.weight = one.weight
+
+
+KEPT = {  # what may be done to a model that is saved
+    "bfloat16": lambda m: m.bfloat16(),
+    "float64": lambda m: m.double(),
+    "mixed": lambda m: first_linear(m).bfloat16(),
+    "strided": lambda m: replaced(m, "wte.weight", torch.nn.Parameter(m.wte.weight.detach().t().contiguous().t())),
+    "expanded": lambda m: replaced(m, "wte.weight", torch.nn.Parameter(torch.randn(1, 16).expand(61, 16))),
+    "one memory": lambda m: replaced(m, "wte.weight", torch.nn.Parameter(torch.randn(99, 16)[20:81])),
+    "shared": share_two,
+    "not finite": lambda m: m.wte.weight.data[3].fill_(torch.nan),
+    "frozen": lambda m: m.requires_grad_(False),
+    "accelerated": fastlm.accelerate,
+}
+
+
+@pytest.mark.parametrize("format", ["hf", "fastlm"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("altered", KEPT)
+def test_what_load_can_read_is_saved_as_it_is(altered, name, format, tmp_path):
+    model = a_model(name)
+    KEPT[altered](model)
+    fastlm.save(model, tmp_path, format=format)
+    again = fastlm.load(tmp_path, dtype=torch.float64)
+    assert again.config == model.config
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[key], tensor.double(), rtol=0, atol=0, equal_nan=True, msg=key)
+    if (altered, format) == ("shared", "fastlm"):  # in which others' folders have no say
+        assert len(list(again.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_an_encoder_decoder_of_the_default_configuration(untied, tmp_path):
+    changes = {"tie_embeddings": False, "source_vocab_size": 50} if untied else {}
+    torch.manual_seed(0)
+    model = perturbed(Seq2Seq(Seq2SeqConfig(61, 24, n_encoder_layer=2, n_decoder_layer=1, **changes)))
+    fastlm.save(model, tmp_path)
+    source, target = torch.arange(3, 40).view(1, -1)[:, :20], torch.arange(30, 50)[None]
+    again = fastlm.load(tmp_path)
+    expected = model(source, target)
+    torch.testing.assert_close(again(source, target), expected, rtol=0, atol=0)
+    assert again.config.source_vocab_size == model.config.source_vocab_size
+    # In fp64: with 512 elements and these weights the logits are of order 100.
+    theirs = reload_as_theirs(transformers.MarianMTModel, tmp_path).double()
+    torch.testing.assert_close(theirs(source, decoder_input_ids=target).logits, model.double()(source, target), **CLOSE)
+
+
+# Damage that only the numbers show
+
+
+@pytest.mark.parametrize("name", ["GPT", "Llama"])
+@pytest.mark.parametrize("format", ["hf", "fastlm", "gguf", "pickle", "quantized"])
+def test_tensors_that_are_not_finite(name, format, tmp_path, capsys):
+    model = gguf_model() if name == "Llama" else a_model("GPT")
+    model.wte.weight.data[1, :3] = torch.nan
+    model.wte.weight.data[2, 5] = -torch.inf
+    path = tmp_path / "model"
+    names = {"gguf": "token_embd.weight", "fastlm": "wte.weight", "quantized": "wte.weight"}
+    their = names.get(format, "transformer.wte.weight" if name == "GPT" else "model.embed_tokens.weight")
+    if format == "gguf":
+        if name == "GPT":
+            pytest.skip("GGUF is read of Llama types")
+        path = tmp_path / "model.gguf"
+        write_gguf(model, path)
+    elif format == "quantized":
+        finite = model.wte.weight.data.clone()
+        model.wte.weight.data = finite.nan_to_num(posinf=0, neginf=0)
+        fastlm.quantize(model)
+        model.wte.weight.data = finite
+        fastlm.save(model, path, "fastlm")
+    else:
+        fastlm.save(model, path, "hf" if format == "pickle" else format)
+    if format == "pickle":
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    assert fastlm.load(path).wte.weight.isnan().sum() == 3
+    with pytest.raises(CheckpointError, match=f"{path}.*: {their} holds 3 NaN and 1 infinities"):
+        fastlm.load(path, check_tensors=True)
+    fastlm.data.Tokenizer.characters(["abc"]).save((path if path.is_dir() else tmp_path) / "tokenizer.json")
+    assert cli(["generate", str(path), "--prompt", "abc", "--check-tensors"]) == 1
+    assert f"{their} holds 3 NaN and 1 infinities" in capsys.readouterr().err
+
+
+def test_finite_tensors_are_found_to_be_so(tmp_path):
+    fastlm.save(a_model(), tmp_path)
+    assert_same(fastlm.load(tmp_path, check_tensors=True), a_model())
+    model = a_model()
+    model.wte.weight.data[0, 0] = 1e6  # which half precision does not hold
+    fastlm.save(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"wte\.weight holds 1 infinities"):
+        fastlm.load(tmp_path, dtype=torch.float16, check_tensors=True)

@@ -2,17 +2,23 @@
 models that hold them."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 
 import fastlm
-from fastlm.compression.quantization import QuantizedLinear, dequantize, quantize, quantize_int4
+import fastlm.data
+from fastlm._core.tensor_file import open_safetensors
+from fastlm.cli import main as cli
+from fastlm.compression.quantization import QuantizedLinear, dequantize, quantize_int4
 from fastlm.errors import CheckpointError, ConfigError
-from fastlm.inference import generate, load_quantized, save_quantized
-from fastlm.models import GPT, GPTConfig
+from fastlm.inference import generate, load_quantized, quantize, save_quantized
+from fastlm.models import GPT, GPTConfig, Llama, LlamaConfig
 
 FORMATS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
 IDS = [f"{scheme}-{group}" for scheme, group in FORMATS]
@@ -165,8 +171,85 @@ def test_errors(tmp_path):
         QuantizedLinear(64, 8)(torch.ones(2, 63))
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_quantized(tmp_path / "missing")
-    from safetensors.torch import save_file
-
     save_file({"a": torch.ones(1)}, tmp_path / "other")
     with pytest.raises(CheckpointError, match="not a quantized model"):
         load_quantized(tmp_path / "other")
+
+
+OTHERS = {
+    "Llama": lambda: Llama(LlamaConfig(101, 48, 2, 4, 32, 64, n_kv_head=2)),
+    "Llama, tied": lambda: Llama(LlamaConfig(101, 48, 2, 4, 32, 64, n_kv_head=2, tie_embeddings=True)),
+    "GPT": lambda: GPT(CONFIG),
+    "GPT, untied": lambda: GPT(dataclasses.replace(CONFIG, tie_embeddings=False)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("scheme", "group_size"), FORMATS, ids=IDS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_load_reads_what_save_wrote_of_a_quantized_model(name, scheme, group_size, dtype, tmp_path):
+    torch.manual_seed(0)
+    model = quantize(OTHERS[name]().eval().to(dtype), scheme, group_size)
+    fastlm.save(model, tmp_path / "one", format="fastlm")
+    save_quantized(model, tmp_path / "two.safetensors")
+    for path in (tmp_path / "one", tmp_path / "two.safetensors"):
+        again = fastlm.load(path, dtype=dtype)
+        assert (type(again), again.config) == (type(model), model.config)
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], tensor), key
+        tokens = torch.arange(20)[None]
+        assert torch.equal(again(tokens), model(tokens))
+
+
+def test_a_model_quantized_in_part_and_in_two_ways_survives_a_file(tmp_path):
+    model = trained_like()
+    quantize(model.h[0].attn, "int4", 64)
+    quantize(model.h[1].mlp, "int8")
+    save_quantized(model, tmp_path / "model.safetensors")
+    again = load_quantized(tmp_path / "model.safetensors")
+    tokens = torch.arange(20)[None]
+    assert torch.equal(again(tokens), model(tokens))
+
+
+def test_quantized_models_that_cannot_be_saved(tmp_path):
+    model = quantize(trained_like())
+    with pytest.raises(CheckpointError, match="it is quantized; save it with format='fastlm'"):
+        fastlm.save(model, tmp_path / "hf")
+    prune.l1_unstructured(model.h[0].ln_1, "weight", 0.3)
+    with pytest.raises(CheckpointError, match=r"missing h\.0\.ln_1\.weight; unexpected h\.0\.ln_1\.weight_mask"):
+        fastlm.save(model, tmp_path / "new" / "model.safetensors", format="fastlm")
+    with pytest.raises(ConfigError, match="the model is a Sequential, expected one of GPT"):
+        save_quantized(quantize(torch.nn.Sequential(torch.nn.Linear(8, 8))), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_quantized_models_that_are_damaged(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_quantized(quantize(trained_like(), "int4"), path)
+    tensors, about = load_file(path), open_safetensors(path).metadata
+    whole = path.read_bytes()
+
+    def refused(tensors, about, message):
+        save_file(tensors, path, about)
+        with pytest.raises(CheckpointError, match=message):
+            load_quantized(path)
+
+    key = "h.0.attn.c_attn.qweight"
+    refused(tensors | {key: tensors[key][:, :5].contiguous()}, about, f"{key} has shape")
+    refused(tensors | {key: tensors[key].to(torch.int16)}, about, "int16|has shape")
+    refused({name: t for name, t in tensors.items() if name != "h.0.attn.c_attn.scale"}, about, "missing .*scale")
+    refused(tensors, about | {"config": "{"}, "its configuration is not JSON")
+    refused(tensors, about | {"model": "Mamba"}, "holds a Mamba, expected one of GPT")
+    refused(tensors, about | {"config": about["config"].replace('"n_layer": 2', '"n_layer": 9999999')}, "n_layer is")
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=f"has {len(whole) - 1} bytes, its header promises {len(whole)}"):
+        load_quantized(path)
+
+
+def test_generate_reads_a_quantized_file(tmp_path, capsys):
+    fastlm.save(quantize(trained_like()), tmp_path, format="fastlm")
+    fastlm.data.Tokenizer.characters(["abcdefgh"]).save(tmp_path / "tokenizer.json")
+    assert cli(["generate", str(tmp_path), "--prompt", "abc", "--max-new-tokens", "5", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.startswith("abc")
+    assert cli(["generate", str(tmp_path), "--prompt", "abc", "--weights", "int4"]) == 1
+    assert "is quantized already" in capsys.readouterr().err
