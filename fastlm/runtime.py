@@ -92,6 +92,24 @@ def cpu_bfloat16_feature() -> str | None:
     return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in words), None)
 
 
+def refuse_ranks() -> None:
+    """Raise ConfigError in one of several processes of a launcher: each would train the same run by itself."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks not in ("", "1"):
+        raise ConfigError(f"WORLD_SIZE is {ranks}, but training runs in one process: start it without a launcher")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device's memory, swap included; 0 where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
+
+
 def choose_threads(asked: int, started_with: int, cpu_max: Path = CPU_MAX) -> int:
     """CPU threads to use: what is asked for, else PyTorch's choice, but no more than a container may run.
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastlm._core.tensor_writer import NAMES, damage, write_tensors
 from fastlm.data import Tokenizer
 from fastlm.errors import CheckpointError, DataError
 from fastlm.models.gpt import GPT, GPTConfig
@@ -103,6 +104,38 @@ def test_a_missing_generator_is_named():
     del states["numpy"]
     with pytest.raises(CheckpointError, match="lacks the state of the random generator numpy"):
         rng.restore(states)
+
+
+def test_any_tensor_is_read_back_by_the_formats_own_library(tmp_path):
+    """Every dtype; no dimensions, none of an extent, other strides; the data aligned to each tensor's own size."""
+    torch.manual_seed(0)
+    tensors = {str(dtype): torch.randint(0, 2, (5, 3)).to(dtype) for dtype in NAMES}
+    tensors |= {"scalar": torch.tensor(0.25), "empty": torch.empty(0, 4), "odd": torch.ones(3, dtype=torch.uint8)}
+    tensors |= {"transposed": torch.randn(3, 4).T, "strided": torch.randn(20)[::3], "same": tensors["scalar"]}
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, tensors, {"a": "ü\n"}, checksums=True)
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+    with safe_open(path, "pt") as file:
+        metadata, names = file.metadata(), file.keys()
+    assert metadata["a"] == "ü\n"
+    assert damage(metadata, names, read) == ""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert start % 8 == 0
+    entries = json.loads(content[8:start])
+    for name, tensor in tensors.items():
+        assert entries[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
+@pytest.mark.parametrize(
+    "checksums", ["", "3", "null", "[" * 10_000, "{}", '{"algorithm": "crc0", "metadata": "", "tensors": {}}']
+)
+def test_checksums_that_are_none_are_damage(checksums):
+    assert "its checksums are" in damage({"checksums": checksums}, [], {})
 
 
 def test_tied_weights_are_stored_once(tmp_path):

@@ -69,7 +69,7 @@ def test_prepare_takes_its_options(source, tmp_path, capsys):
         (["{source}", "--glob", "*.tex"], "no file in this folder matches *.tex"),
         (["{source}", "--tokenizer", "{source}/none.json"], "no such tokenizer"),
         (["{source}", "--tokenizer", "{source}/a.txt"], "not a tokenizer.json"),
-        (["{source}", "--vocab-size", "12"], "vocab_size=12, expected at least 257"),
+        (["{source}", "--vocab-size", "12"], "--vocab-size=12, expected at least 257"),
         (["{source}", "--encoding", "ascii"], "a.txt: byte 41 (0xc3) is not ascii text"),
         (["{source}", "--encoding", "klingon"], "is not a text encoding"),
         ([], "inputs is empty"),

@@ -13,6 +13,8 @@ import torch
 
 import fastlm
 from fastlm.cli import demo, main
+from fastlm.cli.spelling import spelled
+from fastlm.cli.train import Arguments
 from fastlm.data import PrepareConfig, load_tokens, prepare
 from fastlm.training import TrainConfig
 from fastlm.training.checkpoint import load_checkpoint, load_model
@@ -79,9 +81,9 @@ def test_flags_win_over_the_file(data, tmp_path, capsys):
         (["no/such/folder"], "no/such/folder: "),
         (["{data}", "--resume"], "no run to resume"),
         (["{data}", "--config", "none.toml"], "none.toml does not exist"),
-        (["{data}", "--n-head", "7"], "n_head is 7, expected a divisor of n_embd = 384"),
+        (["{data}", "--n-head", "7"], "fastlm train: --n-head is 7, expected a divisor of --n-embd = 384"),
         (["{data}", "--dtype", "float16", "--device", "cpu"], "needs a CUDA device"),
-        (["{data}", "--context-length", "99999"], "a window of context_length = 99999 needs 100000"),
+        (["{data}", "--context-length", "99999"], "a window of --context-length = 99999 needs 100000"),
     ],
 )
 def test_mistakes_are_one_clear_line(data, tmp_path, monkeypatch, capsys, arguments, message):
@@ -170,7 +172,7 @@ class TestDemo:
 
     def test_minutes_must_be_positive(self, corpus, capsys):
         assert main(["demo", "--out", str(corpus), "--minutes", "0"]) == 1
-        assert capsys.readouterr().err == "fastlm demo: minutes is 0.0, expected more than 0\n"
+        assert capsys.readouterr().err == "fastlm demo: --minutes is 0.0, expected more than 0\n"
         assert not corpus.exists()
 
 
@@ -211,3 +213,129 @@ def test_kept_memory_is_not_faulted_in_again():
     assert page_faults(call, FASTLM_KEEP_FREED_MEMORY="0") > pages // 2
     # A bare import leaves the allocator alone.
     assert page_faults("import fastlm, fastlm.training") > pages // 2
+
+
+PIPED = {
+    "help": ["--help"],
+    "doctor": ["doctor"],
+    "train --help": ["train", "--help"],
+    "train": ["train", "{data}", "--out", "{out}", *FLAGS, "--max-steps", "100000000"],
+    "generate": ["generate", "{run}", "--prompt", "a", "--max-new-tokens", "100000"],
+    "prepare": ["prepare", "{text}", "--out", "{out}", "--tokenizer", "characters"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("run")
+    assert main(["train", data, "--out", str(out), *FLAGS, "--max-steps", "2", "--no-keep-freed-memory"]) == 0
+    return out
+
+
+class TestOutput:
+    @pytest.mark.parametrize("name", PIPED)
+    def test_a_reader_that_goes_away_is_no_traceback(self, data, run, tmp_path, name):
+        """The pipe has no reader from the start, so that the first write fails, whenever it comes."""
+        names = {"data": data, "run": run, "out": tmp_path / "out", "text": f"{data}/../t.txt"}
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "fastlm.cli", *(word.format(**names) for word in PIPED[name])]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
+        os.close(write)
+        assert "Traceback" not in done.stderr
+        assert "Broken pipe" not in done.stderr
+        assert "BrokenPipe" not in done.stderr
+        assert done.returncode in (1, 141)  # rich's tables end with 1
+        if name.startswith("train"):
+            assert done.returncode == 141
+        assert not (tmp_path / "out" / ".lock").exists()
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["no/such/folder"],
+            ["{data}", "--context-length", "99999"],
+            ["{data}", "--out", "{run}"],
+            ["{data}", "--device=x"],
+        ],
+    )
+    def test_settings_are_not_printed_before_a_refusal(self, data, run, tmp_path, monkeypatch, capsys, arguments):
+        monkeypatch.chdir(tmp_path)
+        assert main(["train", *(a.format(data=data, run=run) for a in arguments)]) == 1
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize(
+        ("verb", "arguments", "message"),
+        [
+            ("train", ["{data}", "--max-steps", "0"], "--max-steps is 0, expected at least 1"),
+            (
+                "train",
+                ["{data}", "--seed", "99999999999999999999999"],
+                "--seed is an integer of 77 bits, expected an i",
+            ),
+            ("train", ["{data}", "--seed=-1"], "--seed is -1, expected at least 0"),
+            ("train", ["{data}", "--device", "gpu"], "--device is 'gpu', expected auto, cpu, cuda or cuda:N"),
+            ("train", ["{data}", "--n-head=7"], "--n-head is 7, expected a divisor of --n-embd = 384"),
+            ("train", ["{data}", "--context-length=9999"], "the train split has "),
+            (
+                "train",
+                ["{data}", "--out={run}", "--resume", "--n-embd=8"],
+                "{run}/last.safetensors: its model has --n-embd",
+            ),
+            ("demo", ["--steps", "0"], "--steps is 0, expected at least 1"),
+            ("demo", ["--sample-tokens=-1"], "--sample-tokens is -1, expected at least 0"),
+            ("demo", ["--device", "gpu"], "--device is 'gpu'"),
+            ("demo", ["--seed=99999999999999999999999"], "--seed is an integer of 77 bits, expected an integer"),
+            ("generate", ["{run}", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
+            ("generate", ["{run}", "--top-p", "2", "--prompt=a"], "--top-p is 2.0, expected a number in (0, 1]"),
+            ("generate", ["{run}", "--prompt=a", "--prompt-file=b"], "--prompt and --prompt-file are both given"),
+            (
+                "generate",
+                ["{run}", "--prompt=a", "--seed=99999999999999999999999"],
+                "--seed is an integer of 77 bits, e",
+            ),
+            (
+                "generate",
+                ["{run}", "--weights=bf16", "--dtype=float32"],
+                "--weights is 'bf16', but --dtype is 'float32'",
+            ),
+            ("prepare", ["{data}", "--out=x", "--val-fraction=2"], "--val-fraction=2.0, expected at least 0"),
+            ("prepare", ["{data}", "--out=x", "--encoding=klingon"], "--encoding='klingon' is not a text encoding"),
+            ("verify", ["--seconds=0"], "--seconds is 0.0, expected a number above 0"),
+            ("verify", ["--samples=0"], "--samples is 0, expected at least 1"),
+            ("bench", ["--threads=0"], "--threads is 0, expected at least 1"),
+            ("bench", ["--device=gpu"], "--device is 'gpu', expected auto"),
+        ],
+    )
+    def test_mistakes_name_the_flag(self, data, run, tmp_path, monkeypatch, capsys, verb, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        names = {"data": data, "run": run}
+        assert main([verb, *(a.format(**names) for a in arguments)]) == 1
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith(f"fastlm {verb}: {message.format(**names)}")
+        assert shown.err.count("\n") == 1
+
+    def test_a_file_of_settings_keeps_its_own_spelling(self, data, tmp_path, capsys):
+        file = tmp_path / "n_layer.toml"
+        file.write_text("n_layer = 2.5\n", encoding="utf-8")
+        assert main(["train", data, "--config", str(file)]) == 1
+        assert capsys.readouterr().err == f"fastlm train: {file}: n_layer is 2.5 (float), expected int\n"
+
+    def test_a_message_of_plain_words_stays_as_it_is(self):
+        text = "the model is good, and the data is in /runs/max_steps/seed: 'n_layer' and out of split are words"
+        assert spelled(text, Arguments) == text
+
+    @pytest.mark.parametrize("name", ["a\x7fb", 'a "quoted" name', "ünï", "back\\slash"])
+    def test_any_name_of_a_folder_survives_a_resume(self, data, tmp_path, name):
+        out = str(tmp_path / name)
+        assert main(["train", data, "--out", out, *FLAGS, "--max-steps", "1"]) == 0
+        assert main(["train", "--out", out, "--resume", "--max-steps", "2"]) == 0
+        assert load_checkpoint(out).step == 2
+
+    def test_a_name_that_is_not_utf8_is_refused(self, data, tmp_path, capsys):
+        out = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+        assert main(["train", data, "--out", out, *FLAGS, "--max-steps", "1"]) == 1
+        assert "--out is '" in (error := capsys.readouterr().err)
+        assert "expected text in UTF-8" in error

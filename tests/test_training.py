@@ -358,6 +358,7 @@ class TestRun:
             "last.safetensors",
             "loss.png",
             "metrics.jsonl",
+            "previous.safetensors",
             "tokenizer.json",
         }
         assert {p.name for p in out.iterdir()} == names

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from typing import Any
 
-from ..errors import FastlmError
+from ..errors import ConfigFileError, FastlmError
 
 VERBS = {
     "prepare": "text files -> tokenizer and memory-mapped token files",
@@ -22,8 +24,24 @@ USAGE = "usage: fastlm VERB [options]\n\n" + "\n".join(f"  {verb:<10} {text}" fo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one verb.
+
+    Returns:
+        The exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 141 where the reader of a pipe has gone.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:  # here, since at the interpreter's end an error would be shown
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        return 141
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -36,10 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"fastlm: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    module = None
     try:
-        return importlib.import_module(f".{verb}", __name__).main(rest) or 0
+        module = importlib.import_module(f".{verb}", __name__)
+        return module.main(rest) or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        raise
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing == "fastlm" or os.environ.get("FASTLM_DEBUG"):
@@ -49,5 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     except (FastlmError, OSError) as error:
         if os.environ.get("FASTLM_DEBUG"):
             raise
-        print(f"fastlm {verb}: {error}", file=sys.stderr)
+        print(f"fastlm {verb}: {_spelled(error, module)}", file=sys.stderr)
         return 1
+
+
+def _spelled(error: Exception, module: Any) -> str:
+    """The message in one line, with settings spelled as the verb's flags, but for one about a file of settings."""
+    from .spelling import spelled
+
+    message = " ".join(str(error).splitlines())
+    options = getattr(module, "Arguments", None) or getattr(module, "Options", None)
+    if options is None or not isinstance(error, FastlmError) or isinstance(error, ConfigFileError):
+        return message
+    return spelled(message, options)

@@ -13,16 +13,17 @@ import torch
 
 import fastlm
 
+from .._core.files import replace_text
 from ..data import PrepareConfig, Tokenizer, load_manifest, prepare
 from ..data.corpora import demo_corpus
 from ..errors import ConfigError
 from ..inference import generate
 from ..models.gpt import GPT
-from ..runtime import DTYPES, keep_freed_memory
+from ..runtime import DTYPES, choose_device, keep_freed_memory, refuse_ranks
 from ..training import TrainConfig, TrainResult, train
 from ..training.checkpoint import load_model
+from ..training.lock import run_lock
 from ..training.progress import ConsoleReporter, Reporter
-from ..training.storage import replace_text
 from .flags import parse
 from .train import describe, resume_command
 
@@ -48,13 +49,14 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Run the verb. Returns 0, or 130 after Ctrl-C in training, when the run was saved."""
     arguments = parse(Arguments, "fastlm demo", argv)
-    if not 0 < arguments.minutes < math.inf:
-        raise ConfigError(f"minutes is {arguments.minutes}, expected more than 0")
-    reporter = ConsoleReporter()
     config = train_config(arguments)
+    refuse_ranks()
+    choose_device(config.device)
+    reporter = ConsoleReporter()
     keep_freed_memory()
-    clear(arguments.out)
-    corpus = prepare_corpus(arguments.out, reporter)
+    with run_lock(arguments.out):  # another's data are not cleared
+        clear(arguments.out)
+        corpus = prepare_corpus(arguments.out, reporter)
     result = train(config, overwrite=True, reporter=reporter)
     reporter.message(describe(result))
     if result.interrupted:
@@ -71,7 +73,16 @@ def main(argv: list[str]) -> int:
 
 
 def train_config(arguments: Arguments) -> TrainConfig:
-    """Settings found by short runs on the complete Shakespeare with two CPU cores."""
+    """Settings found by short runs on the complete Shakespeare with two CPU cores.
+
+    Raises:
+        ConfigError: naming the argument that is out of range.
+    """
+    if not 0 < arguments.minutes < math.inf:
+        raise ConfigError(f"minutes is {arguments.minutes}, expected more than 0")
+    for name, least in (("steps", 1), ("sample_tokens", 0)):
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"{name} is {getattr(arguments, name)}, expected at least {least}")
     return TrainConfig(
         data=str(arguments.out / "data"),
         out=str(arguments.out),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ class Arguments(TrainConfig):
     """Pretrain a GPT on the folder that `fastlm prepare` wrote.
 
     Settings come from --config, a TOML file of `name = value` lines; flags win over it. With --resume
-    they come from the run's own config.toml, and the data folder need not be named.
+    they come from the run's own config.toml, and the data folder need not be named, unless it has moved. A decay
+    without --decay-steps ends at --max-steps, so that a larger one raises the learning rate of a resumed run.
     """
 
     data: Annotated[str, tyro.conf.Positional] = ""  # folder that `fastlm prepare` wrote
@@ -38,11 +40,10 @@ class Arguments(TrainConfig):
 def main(argv: list[str]) -> int:
     """Run the verb. Returns 0, or 130 after Ctrl-C, when the run was saved."""
     arguments = parse(argv)
-    config = TrainConfig.from_dict({name: getattr(arguments, name) for name in arguments.to_dict()}, "train")
+    config = TrainConfig.from_dict({name: getattr(arguments, name) for name in arguments.to_dict()})
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume continues a run and --overwrite discards it: give one of them")
-    reporter = ConsoleReporter()
-    reporter.message(config.to_toml())
+    reporter = ConsoleReporter(settings=True)
     if config.keep_freed_memory:
         keep_freed_memory()
     result = train(config, resume=arguments.resume, overwrite=arguments.overwrite, reporter=reporter)
@@ -56,11 +57,13 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> Arguments:
     """Defaults, then the TOML file, then flags."""
     path = _flag_value(argv, "--config")
-    if "--resume" in argv and not path:
-        path = str(Path(_flag_value(argv, "--out") or TrainConfig.out) / "config.toml")
-        if not Path(path).is_file():
-            raise CheckpointError(f"{Path(path).parent}: no run to resume, config.toml is missing")
     defaults = TrainConfig.load(path) if path else TrainConfig()
+    if "--resume" in argv and not path:
+        out = _flag_value(argv, "--out") or TrainConfig.out
+        if not (Path(out) / "config.toml").is_file():
+            raise CheckpointError(f"{out}: no run to resume, config.toml is missing")
+        # Its folder may have been moved or is named from another one.
+        defaults = dataclasses.replace(TrainConfig.load(Path(out) / "config.toml"), out=out)
     return flags.parse(
         Arguments,
         "fastlm train",

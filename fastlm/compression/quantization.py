@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._core.dispatch import must_trace, needs_grad
 from .._core.tensor_file import open_safetensors, parse_json
+from .._core.tensor_writer import write_tensors
 from ..backends import cpu as _native
 from ..errors import CheckpointError, ConfigError
 from ..formats.filling import blank, fill
@@ -244,10 +245,6 @@ def save_quantized(model: nn.Module, path: str | PathLike[str]) -> None:
         CheckpointError: if the file cannot be written, or could not be read again; an older one is then untouched.
         ConfigError: if the model is not quantized, or none of fastlm's.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    from ..training.storage import replacing
 
     name = type(model).__name__
     if type(model) not in [kind for kind, _ in MODELS.values()]:
@@ -262,12 +259,10 @@ def save_quantized(model: nn.Module, path: str | PathLike[str]) -> None:
     state = model.state_dict()
     if problems := misfits(state, _blank(about, state, Path(path)).state_dict()):
         raise CheckpointError(f"{path}: load could not read the model's tensors again: {problems}")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as temporary:
-            save_file(state, temporary, about)
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, state, about)
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
 
 

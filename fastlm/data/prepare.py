@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -13,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .._core.files import naming, staging, sync
 from ..errors import ConfigError, DataError
 from . import reading
-from .files import naming, sync
 from .manifest import DTYPES, SPLITS, Manifest
 from .pieces import PieceCutter
 from .scan import Corpus, Progress
@@ -117,11 +116,11 @@ def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, tota
     created = not config.out.exists()
     config.out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=config.out) as temporary:
+        with staging(config.out / "prepare") as temporary:
             tokenizer = existing or corpus.make_tokenizer()
-            manifest = _write(corpus, tokenizer, Path(temporary))
+            manifest = _write(corpus, tokenizer, temporary)
             for name in FILES:  # the manifest last: with another's token files it would be refused
-                os.replace(Path(temporary) / name, config.out / name)
+                os.replace(temporary / name, config.out / name)
     except BaseException:
         if created:
             with suppress(OSError):  # not ours alone any more

@@ -11,8 +11,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from .._core.files import replace_bytes
 from ..errors import ConfigError, DataError
-from .files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -132,7 +132,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer.json, byte for byte the one that `fingerprint` is of."""
-        write_atomically(path, self._definition)
+        replace_bytes(path, self._definition)
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """Token ids of a text.

@@ -108,14 +108,14 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: if there is nothing at `path`, or a folder that holds none of these.
     """
-    from ..training.checkpoint import BEST, LAST
+    from ..training.checkpoint import BEST, LAST, PREVIOUS
 
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.is_file() or (path / CONFIG).is_file():
         return path
-    for name in (BEST, LAST):
+    for name in (BEST, LAST, PREVIOUS):  # the last alone after a crash between two renames
         if (path / name).is_file():
             return path / name
     files = sorted(path.glob("*.gguf"))

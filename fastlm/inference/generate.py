@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, shown
 from ..models.common.cache import KVCache
 from ..models.common.generation import FEW_TOKENS, Generation, generation_of
 from . import decoder
@@ -64,6 +64,8 @@ def generate(
         ValueError: for tokens of the wrong rank, dtype or range, or an empty prompt.
         CheckpointError: on the first step, if the model's logits are not finite.
     """
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed is {shown(seed)}, expected an integer of 64 bits")
     if tokens.dim() != 2 or 0 in tokens.shape:
         raise ValueError(f"generate: tokens has shape {tuple(tokens.shape)}, expected (batch, length), not empty")
     said = generation_of(model)

@@ -2,8 +2,11 @@
 
 Tensors are named `model.<parameter>`, `optimizer.<parameter>.<state>` and `rng.<generator>`. The header's
 metadata holds, as JSON, the model's and the run's configuration, the step, the tokenizer's fingerprint,
-the loop's own state and what the model carries along about generating. Files hold nothing that runs code
-when it is read.
+the loop's own state, what the model carries along about generating, and a checksum of each tensor and of the
+metadata; files of earlier versions have no checksums. Files hold nothing that runs code when it is read.
+
+A run folder holds up to three: `last.safetensors` and `previous.safetensors`, which can be resumed from and take 12
+bytes a parameter each, and `best.safetensors`, of 4. One more lies beside them while it is written.
 """
 
 from __future__ import annotations
@@ -15,21 +18,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._core.tensor_file import open_safetensors
-from ..errors import CheckpointError
+from .._core.tensor_writer import CHECKSUMS, damage, write_tensors
+from ..errors import CheckpointError, shown
 from ..models.common.generation import NOTHING_SAID, generation_of
-from .storage import replacing
 
 if TYPE_CHECKING:
     from ..data import Tokenizer
     from ..models.gpt import GPT
 
 FORMAT = "fastlm.checkpoint/1"
-LAST, BEST = "last.safetensors", "best.safetensors"
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+FIELDS: dict[str, type] = {  # of the metadata
+    "model_config": dict,
+    "train_config": dict,
+    "step": int,
+    "tokenizer_fingerprint": str,
+    "state": dict,
+}
 
 
 @dataclass
@@ -61,6 +69,7 @@ def save_checkpoint(
     tokenizer_fingerprint: str = "",
     state: dict[str, Any] | None = None,
     rng: dict[str, Tensor] | None = None,
+    keep: str | Path | None = None,
 ) -> None:
     """Write a checkpoint; an earlier file of that name stays intact unless the new one is complete.
 
@@ -73,6 +82,7 @@ def save_checkpoint(
         tokenizer_fingerprint: sha256 of the tokenizer file that the model was trained with.
         state: anything else that JSON can hold.
         rng: tensors of the random generators, see `fastlm.training.rng`.
+        keep: where an earlier file of that name goes, instead of being lost.
 
     Raises:
         CheckpointError: if the file cannot be written, with the reason (a full disk, say).
@@ -93,9 +103,8 @@ def save_checkpoint(
     if (generation := generation_of(model)) != NOTHING_SAID:
         metadata["generation"] = json.dumps(generation.to_dict())
     try:
-        with replacing(path) as temporary:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata)
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, tensors, metadata, checksums=True, keep=keep)
+    except OSError as error:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         free = f", {shutil.disk_usage(path.parent).free} free" if path.parent.is_dir() else ""
         raise CheckpointError(f"{path}: could not write {size} bytes{free}: {error}") from error
@@ -109,18 +118,41 @@ def load_checkpoint(path: str | Path, *, model_only: bool = False) -> Checkpoint
         model_only: leave the optimizer and the generators in the file.
 
     Raises:
-        CheckpointError: if the file is missing, cut short, not safetensors, or not a fastlm checkpoint.
+        CheckpointError: if the file is missing, cut short, not safetensors, not a fastlm checkpoint, or has changed
+            since it was written, naming the tensor.
     """
     path = Path(path)
     if path.is_dir():
         path /= LAST
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    file = open_safetensors(path)
-    fields = _metadata(path, file.metadata or None)
-    names = [name for name in file.tensors if name.startswith("model.") or not model_only]
-    tensors = {name: file.tensors[name].read(None) for name in names}
+    try:
+        file = open_safetensors(path)
+        fields = _metadata(path, file.metadata or None)
+        names = [name for name in file.tensors if name.startswith("model.") or not model_only]
+        tensors = {name: file.tensors[name].read(None) for name in names}
+        if found := damage(file.metadata, file.tensors, tensors):
+            raise CheckpointError(f"{path}: {found}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_instead(path)}") from None
     return Checkpoint(path=path, tensors=tensors, **fields)
+
+
+def load_resumable(folder: Path) -> tuple[Checkpoint, str]:
+    """The newest checkpoint of a run folder that is whole, and why it is not `last.safetensors` if it is not.
+
+    Raises:
+        CheckpointError: if there is none; it names what is wrong with each.
+    """
+    wrong: list[str] = []
+    for name in (LAST, PREVIOUS):
+        if wrong and not (folder / name).is_file():
+            continue
+        try:
+            return load_checkpoint(folder / name), "".join(wrong)
+        except CheckpointError as error:
+            wrong.append(str(error))
+    raise CheckpointError("; ".join(wrong))
 
 
 def restore_model(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -177,7 +209,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
 
     path = Path(path)
     if path.is_dir():
-        path /= BEST if (path / BEST).is_file() else LAST
+        path /= next((name for name in (BEST, LAST, PREVIOUS) if (path / name).is_file()), LAST)
     checkpoint = load_checkpoint(path, model_only=True)
     tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
     if checkpoint.tokenizer_fingerprint:  # `fastlm.save` knows of no tokenizer
@@ -214,19 +246,31 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    keys = ("model_config", "train_config", "step", "tokenizer_fingerprint", "state")
     found = (metadata or {}).get("format")
     if metadata is None or found != FORMAT:
-        raise CheckpointError(f"{path}: format is {found!r}, expected {FORMAT!r}: not a fastlm checkpoint")
+        raise CheckpointError(f"{path}: format is {shown(found)}, expected {FORMAT!r}: not a fastlm checkpoint")
+    # A damaged name must not turn the checksums into something else that nobody looks at.
+    if odd := sorted(metadata.keys() - FIELDS.keys() - {"format", "generation", CHECKSUMS}):
+        raise CheckpointError(
+            f"{path}: its metadata is damaged, or of a later version: it has the entry {shown(odd[0])}"
+        )
     try:
-        values = {key: json.loads(metadata[key]) for key in keys}
+        values = {name: json.loads(metadata[name]) for name in FIELDS}
         values["generation"] = json.loads(metadata.get("generation", "null"))
     except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its metadata is damaged: {error!r}") from None
-    for key, kind in {"model_config": dict, "train_config": dict, "step": int, "state": dict}.items():
-        if type(values[key]) is not kind:
-            raise CheckpointError(f"{path}: its metadata is damaged: {key} is no {kind.__name__}")
+        raise CheckpointError(f"{path}: its metadata is damaged: {shown(error)}") from None
+    for name, kind in FIELDS.items():
+        if type(values[name]) is not kind:
+            raise CheckpointError(f"{path}: its metadata is damaged: {name} is no {kind.__name__}")
+    if not isinstance(values["generation"], (dict, type(None))):
+        raise CheckpointError(f"{path}: its metadata is damaged: generation is no dict")
     return values
+
+
+def _instead(path: Path) -> str:
+    """What else there is, for a folder whose best checkpoint is damaged."""
+    last = path.with_name(LAST)
+    return f"; {last} can be given in its place" if path.name == BEST and last.is_file() else ""
 
 
 def check_fit(checkpoint: Checkpoint, prefix: str, wanted: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import sys
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..errors import ConfigError
-from .storage import replace_text
+import torch
+
+from .._core.files import replace_text
+from ..errors import ConfigError, ConfigFileError, shown
+from ..runtime import memory_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +24,8 @@ else:  # pragma: no cover - the same parser under its older name
     import tomli as tomllib
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+BLOCK_BYTES = 30_000  # of Python objects in a Transformer block, whatever its width
 
 # Where each group of fields starts; only the printed and saved form uses it.
 GROUPS = {
@@ -90,34 +96,34 @@ class TrainConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config") -> TrainConfig:
-        """Build a configuration from a mapping; `source` names it in errors.
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Build a configuration from a mapping.
 
         Raises:
             ConfigError: on an unknown key (with the nearest valid one), a wrong type or a bad value.
         """
         for name in values:
             if name not in field_types():
-                raise ConfigError(f"{source}: unknown key {name!r}{nearest(name, list(field_types()))}")
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+                raise ConfigError(f"unknown key {shown(name)}{nearest(name, list(field_types()))}")
+        return cls(**values)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
         """Read a TOML file of flat `key = value` lines.
 
         Raises:
-            ConfigError: if the file is missing, is not TOML, or holds an unknown key or a bad value.
+            ConfigFileError: if the file is missing, is not TOML, or holds an unknown key or a bad value.
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"config: {path} does not exist") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from None
-        return cls.from_dict(values, str(path))
+            raise ConfigFileError(f"{path} does not exist") from None
+        except (ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
+            raise ConfigFileError(f"{path}: not valid TOML: {error}") from None
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigFileError(f"{path}: {error}") from None
 
     def to_toml(self) -> str:
         """The configuration as TOML, grouped, every field written out."""
@@ -125,37 +131,65 @@ class TrainConfig:
         for name, value in self.to_dict().items():
             if name in GROUPS:
                 lines += ["", f"# {GROUPS[name]}"]
-            # JSON's strings, numbers and booleans are TOML's too.
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+            # JSON's strings, numbers and booleans are TOML's too, but for a delete character.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{name} = {text}")
         return "\n".join(lines[1:]) + "\n"
 
     def save(self, path: str | Path) -> None:
         replace_text(path, self.to_toml())
 
 
+@functools.cache
 def field_types() -> dict[str, Any]:
     return get_type_hints(TrainConfig)
 
 
 def nearest(name: str, valid: list[str]) -> str:
     """The tail of an error message that offers the closest valid name, if one is close."""
-    close = difflib.get_close_matches(name.replace("-", "_"), valid, n=1)
+    close = difflib.get_close_matches(name[:80].replace("-", "_"), valid, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_memory(config: TrainConfig, vocab_size: int, device: torch.device) -> None:
+    """Raise ConfigError if the least that the sizes need is more than the machine has, before any of it is made.
+
+    That is 16 bytes a parameter (weight, gradient and AdamW's two moments), the blocks' own objects, and a batch.
+    """
+    width, tokens = config.n_embd, config.batch_size * (config.context_length + 1)
+    parameters = width * (vocab_size + config.context_length + 12 * config.n_layer * width)
+    least = 16 * parameters + 4 * tokens * width + (BLOCK_BYTES * config.n_layer if device.type == "cpu" else 0)
+    there = memory_of(device)
+    if there and least > there:
+        sizes = ", ".join(f"{name} = {getattr(config, name)}" for name in ("n_layer", "n_embd", "batch_size"))
+        raise ConfigError(
+            f"{sizes}, context_length = {config.context_length} and {vocab_size} token ids need at least "
+            f"{least / 1e9:.3g} GB, but {device} has {there / 1e9:.3g} GB"
+        )
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         choices = list(get_args(kind))
         if value not in choices:
-            hint = nearest(str(value), choices)
-            raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}{hint}")
+            hint = nearest(value, choices) if isinstance(value, str) else ""
+            raise ConfigError(f"{name} is {shown(value)}, expected one of {', '.join(choices)}{hint}")
         return value
     # A bool is an int to Python, never to a user; a whole number may stand for a float.
-    if kind is float and type(value) is int:
-        return float(value)
+    if type(value) is int and kind in (int, float):
+        if value.bit_length() > 64 or (value.bit_length() == 64 and name != "seed"):
+            raise ConfigError(f"{name} is {shown(value)}, expected an integer of 64 bits")
+        return kind(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}), expected {kind.__name__}")
+        raise ConfigError(f"{name} is {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
+    if kind is str and ("\0" in value or not _is_unicode(value)):
+        raise ConfigError(f"{name} is {shown(value)}, expected text in UTF-8 without NUL")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no byte of a command line or file name was put in as a lone surrogate."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check_ranges(config: TrainConfig) -> None:

@@ -41,6 +41,7 @@ def evaluate(
     batch_size: int,
     context_length: int,
     max_tokens: int = 0,
+    vocab_size: int = 0,
     autocast: Callable[[], AbstractContextManager] = torch.no_grad,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -52,6 +53,7 @@ def evaluate(
     Args:
         tokens_per_byte, tokens_per_char: of the whole split, from its manifest.
         max_tokens: how many targets at most; 0 for all.
+        vocab_size: what every id must be below, or DataError; 0 does not look.
         stop: asked before each batch; None is returned as soon as it is true.
     """
     device = next(model.parameters()).device
@@ -59,7 +61,7 @@ def evaluate(
     model.eval()
     total, count = 0.0, 0
     try:
-        for x, y in evaluation_batches(tokens, batch_size, context_length, max_tokens):
+        for x, y in evaluation_batches(tokens, batch_size, context_length, max_tokens, vocab_size):
             if stop():
                 return None
             targets = int((y != -100).sum())

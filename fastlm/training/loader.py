@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,9 +25,10 @@ class WindowLoader:
         seed: decides offsets and orders.
         device: where batches go; on CUDA through pinned memory, without waiting.
         split: named in the error message.
+        vocab_size: what every id must be below; 0 does not look.
 
     Raises:
-        DataError: if there are fewer than `context_length + 1` tokens.
+        DataError: if there are fewer than `context_length + 1` tokens; from `batch`, for an id beyond the vocabulary.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class WindowLoader:
         seed: int,
         device: torch.device | str = "cpu",
         split: str = "train",
+        vocab_size: int = 0,
     ):
         if len(tokens) < context_length + 1:
             raise DataError(
@@ -46,6 +50,7 @@ class WindowLoader:
         self.batch_size = batch_size
         self.context_length = context_length
         self.seed = seed
+        self.vocab_size = vocab_size
         self.device = torch.device(device)
         # One window less than would fit leaves room for the offset, which so reaches every phase.
         self.windows_per_epoch = max(1, (len(tokens) - context_length) // context_length)
@@ -57,7 +62,11 @@ class WindowLoader:
         """Batch number `index`: (B, T) int64 tokens and the (B, T) int64 tokens that follow them."""
         first = index * self.batch_size
         starts = [self._start(sample) for sample in range(first, first + self.batch_size)]
-        return _to_device(_windows(self.tokens, starts, self.context_length + 1), self.device)
+        windows = np.stack([self.tokens[start : start + self.context_length + 1] for start in starts])
+        if self.vocab_size and windows.max() >= self.vocab_size:
+            for start, window in zip(starts, windows, strict=True):
+                check_ids(window, self.vocab_size, self.tokens, start)
+        return _to_device(torch.from_numpy(windows.astype(np.int64)), self.device)
 
     def _start(self, sample: int) -> int:
         epoch, position = divmod(sample, self.windows_per_epoch)
@@ -70,7 +79,9 @@ class WindowLoader:
         return offset + int(order[position]) * self.context_length
 
 
-def evaluation_batches(tokens: np.ndarray, batch_size: int, context_length: int, max_tokens: int = 0):
+def evaluation_batches(
+    tokens: np.ndarray, batch_size: int, context_length: int, max_tokens: int = 0, vocab_size: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The split from its start, each token predicted once: yields (B, T) tokens and (B, T) targets.
 
     The last window is filled up with token 0 and targets of -100, which the loss ignores.
@@ -78,6 +89,10 @@ def evaluation_batches(tokens: np.ndarray, batch_size: int, context_length: int,
     Args:
         tokens: (N,) integers, at least 2.
         max_tokens: how many targets at most; 0 for all N - 1.
+        vocab_size: what every id must be below; 0 does not look.
+
+    Raises:
+        DataError: for fewer tokens, or an id beyond the vocabulary.
     """
     if len(tokens) < 2:
         raise DataError(f"the validation split has {len(tokens)} tokens, an evaluation needs at least 2")
@@ -91,13 +106,19 @@ def evaluation_batches(tokens: np.ndarray, batch_size: int, context_length: int,
         y = np.full((len(rows), length), -100, dtype=np.int64)
         for row, start in enumerate(rows):
             end = min(start + length, count)
-            x[row, : end - start] = tokens[start:end]
-            y[row, : end - start] = tokens[start + 1 : end + 1]
+            ids = tokens[start : end + 1]
+            check_ids(ids, vocab_size, tokens, start)
+            x[row, : end - start] = ids[:-1]
+            y[row, : end - start] = ids[1:]
         yield torch.from_numpy(x), torch.from_numpy(y)
 
 
-def _windows(tokens: np.ndarray, starts: list[int], length: int) -> Tensor:
-    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+def check_ids(ids: np.ndarray, vocab_size: int, tokens: np.ndarray, start: int) -> None:
+    """Raise DataError if one of `ids`, those from `start` on in `tokens`, is beyond a vocabulary of `vocab_size`."""
+    if vocab_size and ids.max() >= vocab_size:
+        at = int((ids >= vocab_size).argmax())
+        file = getattr(tokens, "filename", None) or "tokens"  # of a memory map
+        raise DataError(f"{file}: the id at {start + at} is {ids[at]}, expected below the vocabulary of {vocab_size}")
 
 
 def _to_device(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,22 +13,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data import load_manifest, load_tokens
-from ..errors import CheckpointError, ConfigError, DataError, FastlmError
+from .._core.files import remove_leftovers, replacing
+from ..data import Tokenizer, load_manifest, load_tokens
+from ..errors import CheckpointError, ConfigError, DataError, FastlmError, shown
 from ..models.gpt import GPT, GPTConfig
 from ..ops._products import prepare_weights
-from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads
+from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads, refuse_ranks
 from . import checkpoint as ckpt
 from . import rng
-from .config import TrainConfig
+from .config import TrainConfig, check_memory
 from .evaluation import Evaluation, evaluate
 from .loader import WindowLoader
+from .lock import run_lock
 from .metrics import MetricsLog, finite_or_none, plot_losses
 from .optimizer import build_optimizer, set_learning_rate
 from .progress import Reporter, StepReport
-from .schedules import SCHEDULES
+from .resume import describe_changes, learning_rate
 from .state import State, TrainResult
-from .storage import replacing
 
 
 class DivergenceError(FastlmError, ArithmeticError):
@@ -45,22 +47,34 @@ def train(
 
     Args:
         config: every setting; `config.data` is a folder that `fastlm prepare` wrote.
-        resume: continue from the run folder's `last.safetensors`.
+        resume: continue from the run folder's `last.safetensors`, or, if that is damaged, from its
+            `previous.safetensors`. The data must be the same, wherever they lie now.
         overwrite: start afresh in a run folder that holds a checkpoint.
         reporter: told what happens; silent by default.
 
     Raises:
-        ConfigError: if settings contradict each other or the run folder holds another run.
+        ConfigError: if settings contradict each other or need more memory than there is, if the run folder holds
+            another run or one that is under way, and in one of several processes of a launcher.
         DataError: if the prepared data are missing, damaged or too short.
         CheckpointError: if the checkpoint cannot be resumed from or cannot be written.
-        DivergenceError: if the loss is not finite for `max_bad_steps` steps in a row.
+        DivergenceError: if the loss is not finite for `max_bad_steps` steps in a row, in the last step, or on the
+            validation split. The checkpoints are then those from before.
     """
     reporter = reporter or Reporter()
+    refuse_ranks()
+    if resume and config.data and not Path(config.data).is_dir():
+        raise DataError(f"{config.data}: no such folder; if the run's data moved, give their new place with --resume")
+    if resume and not Path(config.out).is_dir():
+        raise CheckpointError(f"{Path(config.out) / ckpt.LAST}: no such checkpoint")
     trainer = Trainer(config, reporter)
-    trainer.open_folder(resume, overwrite)
-    reporter.start(config)
-    with contextlib.closing(reporter), catch_interrupts() as interrupt:
-        return trainer.run(interrupt)
+    with run_lock(trainer.out) as warning:
+        trainer.open_folder(resume, overwrite)
+        if warning:
+            reporter.message(warning)
+        with contextlib.closing(reporter), catch_interrupts() as interrupt:
+            reporter.start(trainer.record)
+            reporter.message(trainer.describe())
+            return trainer.run(interrupt)
 
 
 class Trainer:
@@ -68,9 +82,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, reporter: Reporter):
         self.config, self.reporter = config, reporter
+        self.record = dataclasses.replace(config, data=os.path.abspath(config.data))  # to be resumed from anywhere
         self.out = Path(config.out)
         self.device = choose_device(config.device)
-        self.dtype, why = choose_dtype(config.dtype, self.device)
+        self.dtype, self.why = choose_dtype(config.dtype, self.device)
         torch.set_num_threads(choose_threads(config.threads, torch.get_num_threads()))
         self._open_data()
         rng.seed_all(config.seed)
@@ -81,26 +96,37 @@ class Trainer:
             prepare_weights(self.model.product_weights(), accumulate=config.gradient_accumulation > 1)
         # Only float16 needs one: its smallest gradients would round to 0.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.state = State()
+        self.state = State(data=self.manifest.hashes())
         self.metrics = MetricsLog(self.out / "metrics.jsonl")
         self.evaluation: Evaluation | None = None
+        self.last_loss = math.nan  # of the last step of this sitting
         self.saved: tuple[int, int] | None = None
-        reporter.message(
+
+    def describe(self) -> str:
+        """What is trained, on what and where, in a line."""
+        return (
             f"{self.model.num_parameters():,} parameters, {len(self.loader.tokens):,} training tokens, "
-            f"{config.tokens_per_step:,} tokens a step, {self.device} in {str(self.dtype)[6:]} ({why})"
+            f"{self.config.tokens_per_step:,} tokens a step, {self.device} in {str(self.dtype)[6:]} ({self.why})"
         )
 
     def _open_data(self) -> None:
         config = self.config
         if not config.data:
             raise ConfigError("data names no folder; give one that `fastlm prepare` wrote")
-        self.manifest = load_manifest(config.data)
+        self.manifest = load_manifest(config.data, verify="changed")
+        vocab_size = Tokenizer.load(Path(config.data) / "tokenizer.json").vocab_size
+        if self.manifest.vocab_size != vocab_size:
+            raise DataError(
+                f"{config.data}: manifest.json says vocab_size {self.manifest.vocab_size}, its tokenizer {vocab_size}"
+            )
+        check_memory(config, vocab_size, self.device)
         self.loader = WindowLoader(
             load_tokens(config.data, "train"),
             config.batch_size,
             config.context_length,
             config.seed,
             self.device,
+            vocab_size=vocab_size,
         )
         self.validation = load_tokens(config.data, "val")
         if len(self.validation) < 2:
@@ -109,18 +135,24 @@ class Trainer:
     def open_folder(self, resume: bool, overwrite: bool) -> None:
         """Make the run folder ready: load its checkpoint, or clear it, or refuse."""
         if resume:
-            self._resume(ckpt.load_checkpoint(self.out / ckpt.LAST))
+            checkpoint, wrong = ckpt.load_resumable(self.out)
+            self._resume(checkpoint)
+            if wrong:
+                self.reporter.message(f"{wrong}; {ckpt.PREVIOUS} takes its place")
+                os.replace(self.out / ckpt.PREVIOUS, self.out / ckpt.LAST)
+            self._check_best()
         else:
-            found = [name for name in (ckpt.LAST, ckpt.BEST) if (self.out / name).exists()]
+            found = [name for name in (ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST) if (self.out / name).exists()]
             if found and not overwrite:
                 raise ConfigError(
                     f"{self.out} holds {found[0]}: add --resume to continue it or --overwrite to start afresh"
                 )
-            self.out.mkdir(parents=True, exist_ok=True)
             for name in (*found, "loss.png"):
                 (self.out / name).unlink(missing_ok=True)
-        self.metrics.start(self.state.step, self.state.evaluated_at)
-        self.config.save(self.out / "config.toml")
+        remove_leftovers(self.out)
+        if odd := self.metrics.start(self.state.step, self.state.evaluated_at):
+            self.reporter.message(odd)
+        self.record.save(self.out / "config.toml")
         with replacing(self.out / "tokenizer.json") as temporary:
             shutil.copyfile(Path(self.config.data) / "tokenizer.json", temporary)
 
@@ -130,19 +162,39 @@ class Trainer:
         for name, value in checkpoint.model_config.items():
             if name != "dropout" and wanted.get(name) != value:
                 raise CheckpointError(
-                    f"{checkpoint.path}: its model has {name} = {value}, the configuration {wanted.get(name)}"
+                    f"{checkpoint.path}: its model has {shown(name)[1:-1]} = {shown(value)}, "
+                    f"the configuration {wanted.get(name)}"
+                )
+        state = State.from_dict(checkpoint.state, str(checkpoint.path))
+        for split, digest in self.state.data.items():
+            if state.data.get(split, digest) != digest:
+                raise CheckpointError(
+                    f"{checkpoint.path}: trained on other data: the sha256 of its {split} split is "
+                    f"{state.data[split][:12]}, that of {self.config.data} {digest[:12]}"
                 )
         ckpt.restore_model(checkpoint, self.model)
         ckpt.restore_optimizer(checkpoint, self.model, self.optimizer)
-        rng.restore(checkpoint.part("rng"))
         try:
-            self.state = State(**checkpoint.state)
-        except TypeError as error:
-            raise CheckpointError(f"{checkpoint.path}: state of another version: {error}") from None
-        if self.state.scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.state.scaler)
+            rng.restore(checkpoint.part("rng"))
+            if state.scaler and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state.scaler)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from None
+        self.state = dataclasses.replace(state, data=self.state.data)
         self.saved = (self.state.step, self.state.evaluated_at)
         self.reporter.message(f"resuming {checkpoint.path} after step {self.state.step}")
+        for line in describe_changes(checkpoint.train_config, self.record, self.state):
+            self.reporter.message(line)
+
+    def _check_best(self) -> None:
+        """Forget a best checkpoint that is damaged or gone, so that the next evaluation writes one."""
+        if self.state.best_loss is None:
+            return
+        try:
+            ckpt.load_checkpoint(self.out / ckpt.BEST, model_only=True)
+        except CheckpointError as error:
+            self.state.best_loss, self.state.best_step = None, 0
+            self.reporter.message(f"{error}; the next evaluation writes a new one")
 
     def run(self, interrupt: Interrupt) -> TrainResult:
         """Train until a limit or an interrupt; the run folder is complete afterwards."""
@@ -162,6 +214,8 @@ class Trainer:
             self._step()
         self._save_last()
         plot_losses(self.metrics.path, self.out / "loss.png")
+        if self.state.bad_steps and not interrupt:
+            raise self._divergence()
         return self._result("interrupted" if interrupt else reason)
 
     def _limit(self) -> str:
@@ -186,24 +240,19 @@ class Trainer:
         return max(self.state.step / self.config.max_steps, self._time_fraction())
 
     def _learning_rate(self) -> float:
-        config, step = self.config, self.state.step
-        decay_steps = config.decay_steps or config.max_steps
-        # Where the clock will end the run before max_steps does, the decay keeps pace with the clock, so
-        # that a slow machine still ends at the minimum.
-        position = step if step < config.warmup_steps else max(step, self._time_fraction() * decay_steps)
-        factor = SCHEDULES[config.schedule](position, config.warmup_steps, decay_steps, config.min_lr_ratio)
-        return config.learning_rate * factor
+        self._seconds()
+        return learning_rate(self.config, self.state)
 
     def _step(self) -> None:
         start = time.monotonic()
-        learning_rate = self._learning_rate()
-        set_learning_rate(self.optimizer, learning_rate)
+        rate = self._learning_rate()
+        set_learning_rate(self.optimizer, rate)
         loss = self._backward().item()
         gradient_norm = self._update(loss)
         self.state.step += 1
         self.state.train_seconds += time.monotonic() - start
-        self._check_divergence(loss, learning_rate)
-        self._report_step(loss, learning_rate, gradient_norm)
+        self._check_divergence(loss)
+        self._report_step(loss, rate, gradient_norm)
 
     def _backward(self) -> Tensor:
         """Add up the gradients of one step; the mean loss."""
@@ -231,18 +280,31 @@ class Trainer:
         self.state.bad_steps = 0 if good else self.state.bad_steps + 1
         return norm
 
-    def _check_divergence(self, loss: float, learning_rate: float) -> None:
+    def _check_divergence(self, loss: float) -> None:
         bad, step = self.state.bad_steps, self.state.step
+        self.last_loss = loss
         if bad:
             self.reporter.message(f"step {step}: skipped, the loss ({loss}) or its gradient is not finite")
         if bad >= self.config.max_bad_steps:
-            raise DivergenceError(
-                f"loss or gradient not finite for {bad} steps in a row (steps {step - bad + 1} to {step}, "
-                f"last loss {loss}, learning rate {learning_rate:.3g}): "
-                "try a lower --learning-rate or a longer --warmup-steps"
-            )
+            raise self._divergence()
 
-    def _report_step(self, loss: float, learning_rate: float, gradient_norm: float) -> None:
+    def _divergence(self) -> DivergenceError:
+        """Of the skipped steps up to this one."""
+        bad, step = self.state.bad_steps, self.state.step
+        steps = f"steps {step - bad + 1} to {step}, last loss {self.last_loss}, "
+        return self._failure(f"loss or gradient not finite for {bad} steps in a row", steps)
+
+    def _failure(self, what: str, where: str = "") -> DivergenceError:
+        """An error that says what happened, what to try, and what is left."""
+        kept = [f"{ckpt.LAST} of step {self.saved[0]}"] if self.saved else []
+        kept += [f"{ckpt.BEST} of step {self.state.best_step}"] if self.state.best_loss is not None else []
+        return DivergenceError(
+            f"{what} ({where}learning rate {self.optimizer.param_groups[0]['lr']:.3g}): "
+            "try a lower --learning-rate or a longer --warmup-steps; "
+            f"{self.out} keeps {' and '.join(kept) or 'no checkpoint'}"
+        )
+
+    def _report_step(self, loss: float, rate: float, gradient_norm: float) -> None:
         state, config = self.state, self.config
         steps, seconds = state.step - self.interval_start[0], state.train_seconds - self.interval_start[1]
         speed = steps * config.tokens_per_step / max(seconds, 1e-9)
@@ -252,7 +314,7 @@ class Trainer:
                 "train",
                 step=state.step,
                 loss=state.take_mean_loss(),
-                learning_rate=learning_rate,
+                learning_rate=rate,
                 gradient_norm=finite_or_none(gradient_norm),
                 tokens=state.step * config.tokens_per_step,
                 tokens_per_second=round(speed, 1),
@@ -261,7 +323,7 @@ class Trainer:
         fraction = min(1.0, self._fraction())
         then, fraction_then = self.resumed_at
         left = (self._seconds() - then) * (1 - fraction) / max(fraction - fraction_then, 1e-9)
-        self.reporter.step(StepReport(state.step, loss, learning_rate, speed, fraction, left))
+        self.reporter.step(StepReport(state.step, loss, rate, speed, fraction, left))
 
     def _evaluate(self, interrupt: Interrupt) -> None:
         config, split = self.config, self.manifest.splits["val"]
@@ -273,6 +335,7 @@ class Trainer:
             batch_size=config.batch_size,
             context_length=config.context_length,
             max_tokens=config.eval_tokens,
+            vocab_size=self.manifest.vocab_size,
             autocast=self._autocast,
             stop=lambda: bool(interrupt),
         )
@@ -283,16 +346,18 @@ class Trainer:
         values = {name: finite_or_none(value) for name, value in dataclasses.asdict(result).items()}
         self.metrics.append("validation", step=self.state.step, **values, seconds=round(self._seconds(), 3))
         self.reporter.evaluation(self.state.step, result, best)
+        if not math.isfinite(result.loss):  # nothing good can come of these weights, so they are not saved
+            raise self._failure(f"the validation loss is {result.loss} at step {self.state.step}")
         if best:
             self._save(ckpt.BEST, resumable=False)
 
     def _save_last(self) -> None:
         moment = (self.state.step, self.state.evaluated_at)
         if moment != self.saved:
-            self._save(ckpt.LAST, resumable=True)
+            self._save(ckpt.LAST, resumable=True, keep=self.out / ckpt.PREVIOUS)
             self.saved = moment
 
-    def _save(self, name: str, resumable: bool) -> None:
+    def _save(self, name: str, resumable: bool, keep: Path | None = None) -> None:
         self._seconds()
         self.state.scaler = self.scaler.state_dict()
         ckpt.save_checkpoint(
@@ -300,10 +365,11 @@ class Trainer:
             self.model,
             self.optimizer if resumable else None,
             step=self.state.step,
-            train_config=self.config.to_dict(),
+            train_config=self.record.to_dict(),
             tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
             state=dataclasses.asdict(self.state),
             rng=rng.capture() if resumable else None,
+            keep=keep,
         )
 
     def _autocast(self) -> torch.autocast:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .storage import replace_text, replacing
+from .._core.files import replace_text, replacing
 
 
 class MetricsLog:
@@ -16,11 +16,20 @@ class MetricsLog:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def start(self, step: int = 0, evaluated_at: int = 0) -> None:
-        """Drop what lies after a checkpoint (its step, the last evaluation in it); at 0, everything."""
+    def start(self, step: int = 0, evaluated_at: int = 0) -> str:
+        """Drop what lies after a checkpoint (its step, the last evaluation in it); at 0, everything.
+
+        Returns:
+            What was no line of metrics, and so dropped too; nothing if all were, but for one that a crash cut short.
+        """
         limits = {"train": step, "validation": evaluated_at}
-        kept = [line for line in read_metrics(self.path) if 0 < line["step"] <= limits[line["kind"]]]
+        lines, odd = _read(self.path)
+        kept = [line for line in lines if 0 < line["step"] <= limits[line["kind"]]]
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        if not odd or not step:
+            return ""
+        more = f" and {len(odd) - 1} more are" if len(odd) > 1 else " is"
+        return f"{self.path}: line {odd[0]}{more} not a line of metrics, and dropped"
 
     def append(self, kind: str, **values: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -28,15 +37,39 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one cut short by a crash is left out, a missing file is empty."""
-    path = Path(path)
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """The lines of a metrics file; one cut short by a crash, or of something else, is left out.
+
+    A missing file is empty.
+    """
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of metrics, and the numbers of those that are none, but for the torn last one."""
+    lines, odd = [], []
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if _is_metrics(line):
+            lines.append(line)
+        elif number < len(texts):
+            odd.append(number)
+    return lines, odd
+
+
+def _is_metrics(line: Any) -> bool:
+    """Whether a line has what is needed to trim and to draw the file."""
+    if not isinstance(line, dict) or line.get("kind") not in ("train", "validation"):
+        return False
+    rates = ["loss", "learning_rate"] if line["kind"] == "train" else ["loss"]
+    return type(line.get("step")) is int and all(_is_number(line.get(name)) for name in rates)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 2**63)
 
 
 def finite_or_none(value: float) -> float | None:

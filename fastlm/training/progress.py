@@ -49,11 +49,19 @@ class Reporter:
         """The run is over, for whatever reason."""
 
 
-class ConsoleReporter(Reporter):
-    """Reports to a console, standard output by default."""
+class PipeConsole(Console):
+    """A console that tells when the reader of its pipe has gone, where rich's own ends the process with status 1."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class ConsoleReporter(Reporter):
+    """Reports to a console, standard output by default; with `settings`, those of the run too."""
+
+    def __init__(self, console: Console | None = None, settings: bool = False):
+        self.console = console or PipeConsole()
+        self.settings = settings
         self.live = self.console.is_terminal
         self.interval = self.max_steps = 1
         self.progress: Progress | None = None
@@ -61,6 +69,8 @@ class ConsoleReporter(Reporter):
 
     def start(self, config: TrainConfig) -> None:
         self.interval, self.max_steps = config.log_interval, config.max_steps
+        if self.settings:
+            self.message(config.to_toml())
         if self.live:
             self.progress = Progress(BarColumn(), TextColumn("{task.description}"), console=self.console)
             self.progress.start()

@@ -39,13 +39,27 @@ def restore(states: dict[str, Tensor]) -> None:
     """Undo everything drawn since `capture`.
 
     Raises:
-        CheckpointError: if a generator's state is missing.
+        CheckpointError: if a generator's state is missing, or cannot be one.
     """
-    if missing := [name for name in capture() if name not in states and not name.startswith("cuda")]:
-        raise CheckpointError(f"checkpoint: lacks the state of the random generator {missing[0]}")
+    for name, now in capture().items():
+        if name not in states:
+            if name.startswith("cuda"):
+                continue
+            raise CheckpointError(f"lacks the state of the random generator {name}")
+        if states[name].dtype != now.dtype or states[name].shape != now.shape:
+            raise CheckpointError(f"rng.{name} is not the state of a random generator")
+    try:
+        _restore(states)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"its state of the random generators is damaged: {error}") from None
+
+
+def _restore(states: dict[str, Tensor]) -> None:
     *words, has_gaussian = states["python"].tolist()
     random.setstate((3, tuple(words), states["python_gaussian"].item() if has_gaussian else None))
     *keys, position, has_gaussian = states["numpy"].tolist()
+    if not 0 <= position <= len(keys):  # NumPy would read past its words
+        raise ValueError(f"numpy's position is {position}")
     np.random.set_state(
         ("MT19937", np.array(keys, dtype=np.uint32), position, has_gaussian, states["numpy_gaussian"].item())
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+from ..errors import CheckpointError, shown
 from .evaluation import Evaluation
 
 
@@ -25,6 +26,22 @@ class State:
     loss_sum: float = 0.0  # over the steps since the last line of metrics
     loss_count: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)  # float16's loss scale
+    data: dict[str, str] = field(default_factory=dict)  # sha256 of each split's tokens; earlier versions kept none
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> State:
+        """The state that the checkpoint `source` holds.
+
+        Raises:
+            CheckpointError: on an unknown entry, as of another version, or one of another type.
+        """
+        kinds = get_type_hints(cls)
+        for name, value in values.items():
+            if name not in kinds:
+                raise CheckpointError(f"{source}: state of another version: it has the entry {shown(name)}")
+            if not _fits(value, kinds[name]):
+                raise CheckpointError(f"{source}: state.{name} is not a possible {kinds[name]}")
+        return cls(**values)
 
     def add_loss(self, loss: float) -> None:
         self.loss_sum += loss
@@ -45,6 +62,17 @@ class State:
         else:
             self.stale_evaluations += 1
         return best
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is dict:
+        plain = isinstance(value, dict)
+        return plain and (kind == dict[str, Any] or all(isinstance(text, str) for text in value.values()))
+    if value is None:
+        return kind == (float | None)
+    # A whole number may stand for a float; counts and times are not negative, and none is beyond 64 bits.
+    numbers = (int,) if kind is int else (int, float)
+    return type(value) in numbers and not (value < 0 or value >= 2**63)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._core.files import staging
 from ..._core.tensor_file import Stored, open_safetensors, opened, parse_json
 from ...errors import CheckpointError
 from ...models.common.config import shown
@@ -130,40 +129,34 @@ def write_folder(
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
-    try:
-        if generation:
-            _write_json(staging / GENERATION, generation)
-        _write_files(staging, settings, tensors, shard_bytes)
-        _move_in(staging, folder)
+        with staging(folder) as temporary:
+            if generation:
+                _write_json(temporary / GENERATION, generation)
+            _write_files(temporary, settings, tensors, shard_bytes)
+            _move_in(temporary, folder)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: the model could not be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_files(staging: Path, settings: dict[str, Any], tensors: dict[str, Tensor], shard_bytes: int) -> None:
+def _write_files(temporary: Path, settings: dict[str, Any], tensors: dict[str, Tensor], shard_bytes: int) -> None:
     from safetensors.torch import save_file
 
     shards = _shards(tensors, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WHOLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: tensors[name].contiguous() for name in names}, staging / file, metadata={"format": "pt"})
+        save_file({name: tensors[name].contiguous() for name in names}, temporary / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(staging / CONFIG, settings)
+        _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(temporary / CONFIG, settings)
     umask = os.umask(0)
     os.umask(umask)
-    for path in staging.iterdir():
-        path.chmod(0o666 & ~umask)  # safetensors and mkdtemp leave theirs to the owner alone
+    for path in temporary.iterdir():
+        path.chmod(0o666 & ~umask)  # safetensors leaves its own to the owner alone
         with open(path, "rb+") as written:
             os.fsync(written.fileno())
-    staging.chmod(0o777 & ~umask)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

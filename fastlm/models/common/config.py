@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import Self
 
-from ...errors import ConfigError
+from ...errors import ConfigError, shown
 
 LARGEST = 2**31 - 1  # of any size or number of layers
 
@@ -77,18 +76,6 @@ class ModelConfig:
             token = getattr(self, name)
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
                 self._refuse(name, "an id of the vocabulary")
-
-
-def shown(value: Any, write: Callable[[Any], str] = repr) -> str:
-    """A value for an error message, cut where it is long."""
-    if isinstance(value, int) and value.bit_length() > 64:  # with thousands of digits it has no text in Python
-        return f"an integer of {value.bit_length()} bits"
-    try:
-        text = write(value)
-    except RecursionError:
-        return f"a {type(value).__name__} nested too deeply"
-    text = text if len(text) <= 80 else f"{text[:77]}..."
-    return text if text.isprintable() else text.encode("unicode_escape").decode()  # one line, whatever it is
 
 
 def _is_number(value: Any) -> bool:

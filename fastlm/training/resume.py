@@ -1,0 +1,48 @@
+"""What a resumed run is told: which settings changed, and what that does to its learning rate."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import ConfigError, shown
+from .config import TrainConfig
+from .schedules import SCHEDULES
+from .state import State
+
+
+def learning_rate(config: TrainConfig, state: State) -> float:
+    """Of the step after `state`.
+
+    Where the clock will end the run before max_steps does, the decay keeps pace with the clock, so that a slow machine
+    still ends at the minimum.
+    """
+    decay_steps = config.decay_steps or config.max_steps
+    position: float = state.step
+    if config.max_minutes and state.step >= config.warmup_steps:
+        position = max(position, state.seconds / (60 * config.max_minutes) * decay_steps)
+    return config.learning_rate * SCHEDULES[config.schedule](
+        position, config.warmup_steps, decay_steps, config.min_lr_ratio
+    )
+
+
+def describe_changes(before: dict[str, Any], now: TrainConfig, state: State) -> list[str]:
+    """Lines on the settings that differ from those of the checkpoint, `before`; none if nothing does."""
+    values = now.to_dict()
+    old = {name: value for name, value in before.items() if name in values} | {"out": now.out}
+    old["data"] = os.path.abspath(str(old.get("data", now.data)))  # earlier versions stored it as it was given
+    changed = [name for name, value in old.items() if value != values[name]]
+    lines = []
+    if changed:
+        pairs = ", ".join(f"{name} {shown(old[name])} -> {shown(values[name])}" for name in changed)
+        lines.append(f"changed since the checkpoint: {pairs}")
+    try:
+        earlier = TrainConfig.from_dict(old)
+    except ConfigError:  # of a version with other rules
+        return lines
+    rate, rate_before = learning_rate(now, state), learning_rate(earlier, state)
+    if rate != rate_before:
+        end = earlier.decay_steps or earlier.max_steps
+        hint = f"; --decay-steps {end} leaves the decay as it was" if end != (now.decay_steps or now.max_steps) else ""
+        lines.append(f"the learning rate after step {state.step} goes from {rate_before:.3g} to {rate:.3g}{hint}")
+    return lines
