@@ -28,10 +28,10 @@ Mask mask_of(ptr data, const py::tuple& strides, int type) {
 
 // What both directions of attention share; sizes are (B, H, Hkv, T, S, D, Dv). A side of the window below 0 is open.
 AttentionArgs attention_args(const Heads& q, const Heads& k, const Heads& v, const Mask& mask, const Heads& out,
-                             ptr lse, ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double p, int64_t seed,
+                             ptr lse, ptr rest, ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double p, int64_t seed,
                              int64_t left, int64_t right, double softcap, int type) {
   AttentionArgs a{};
-  a.q = q, a.k = k, a.v = v, a.mask = mask, a.out = out, a.lse = P(lse);
+  a.q = q, a.k = k, a.v = v, a.mask = mask, a.out = out, a.lse = P(lse), a.rest = P(rest);
   a.cu_q = (const int32_t*)cu_q, a.cu_k = (const int32_t*)cu_k;
   int64_t* const size[] = {&a.B, &a.H, &a.Hkv, &a.T, &a.S, &a.D, &a.Dv};
   for (size_t i = 0; i < 7; ++i) *size[i] = sizes[i].cast<int64_t>();
@@ -112,12 +112,12 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         },
         nogil());
   m.def("attention_fwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
-                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr cu_q,
-                            ptr cu_k, const py::tuple& sizes, double scale, double p, int64_t seed, int64_t left,
-                            int64_t right, double softcap, int type) {
+                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr rest,
+                            ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double p, int64_t seed,
+                            int64_t left, int64_t right, double softcap, int type) {
     const AttentionArgs a =
         attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type), heads(out, os), lse,
-                       cu_q, cu_k, sizes, scale, p, seed, left, right, softcap, type);
+                       rest, cu_q, cu_k, sizes, scale, p, seed, left, right, softcap, type);
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
   });
@@ -133,14 +133,14 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     attention_fwd(a);
   });
   m.def("attention_bwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
-                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr cu_q,
-                            ptr cu_k, ptr dout, const py::tuple& dos, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk, const py::tuple& dks,
-                            ptr dv, const py::tuple& dvs, ptr dmask, const py::tuple& dmask_sizes,
-                            const py::tuple& sizes, double scale, double p, int64_t seed, int64_t left, int64_t right,
-                            double softcap, int type) {
+                            const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr rest,
+                            ptr cu_q, ptr cu_k, ptr dout, const py::tuple& dos, ptr dlse, ptr dq,
+                            const py::tuple& dqs, ptr dk, const py::tuple& dks, ptr dv, const py::tuple& dvs, ptr dmask,
+                            const py::tuple& dmask_sizes, const py::tuple& sizes, double scale, double p, int64_t seed,
+                            int64_t left, int64_t right, double softcap, int type) {
     AttentionArgs a =
         attention_args(heads(q, qs), heads(k, ks), heads(v, vs), mask_of(mask, ms, mask_type), heads(out, os), lse,
-                       cu_q, cu_k, sizes, scale, p, seed, left, right, softcap, type);
+                       rest, cu_q, cu_k, sizes, scale, p, seed, left, right, softcap, type);
     a.dout = heads(dout, dos), a.dlse = P(dlse);
     a.inputs = dqs.size() > 0;
     if (a.inputs) a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);

@@ -104,10 +104,11 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
                             int64_t seed, bool on_device, int type, ptr out, const py::tuple& outs, ptr lse,
-                            ptr partial) {
+                            ptr rest, ptr partial) {
     AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
                                      scale, softcap, p, seed, on_device, type);
-    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse)), a.partial = static_cast<float*>(P(partial));
+    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse)), a.rest = static_cast<float*>(P(rest));
+    a.partial = static_cast<float*>(P(partial));
     const py::gil_scoped_release nogil_here;
     attention_fwd(a);
   });
@@ -132,13 +133,13 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("attention_bwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
-                            int64_t seed, bool on_device, int type, ptr out, const py::tuple& outs, ptr lse,
+                            int64_t seed, bool on_device, int type, ptr out, const py::tuple& outs, ptr lse, ptr rest,
                             ptr dout, const py::tuple& douts, ptr dlse, ptr dq, const py::tuple& dqs, ptr dk,
                             const py::tuple& dks, ptr dv, const py::tuple& dvs, ptr stats, ptr dmask, int dmask_type,
                             ptr partial, const py::tuple& dmask_sizes) {
     AttentionArgs a = attention_args(device, stream, q, qs, k, ks, v, vs, mask, ms, mask_type, owner, cu_q, cu_k, sizes,
                                      scale, softcap, p, seed, on_device, type);
-    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse));
+    a.out = heads(out, outs), a.lse = static_cast<float*>(P(lse)), a.rest = static_cast<float*>(P(rest));
     a.dout = heads(dout, douts), a.dlse = static_cast<const float*>(P(dlse));
     a.dq = heads(dq, dqs), a.dk = heads(dk, dks), a.dv = heads(dv, dvs);
     a.stats = static_cast<float*>(P(stats));

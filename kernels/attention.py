@@ -32,17 +32,18 @@ from .attention_tables import (
 from .attention_tiles import (
     AGAIN_ROWS,
     AGAIN_SINGLE_ROWS,
-    LN2,
     attend,
     attend_again,
     is_spoilt,
     load_rows,
+    natural,
     normalized,
     owned,
     place,
     program_again,
     span,
     store_at,
+    store_lse,
     tile_and_head,
 )
 
@@ -110,6 +111,7 @@ def _attention_fwd_kernel(
     cu_k_ptr,
     out_ptr,  # (B, T, H, DV)
     lse_ptr,  # (B, H, T) fp32 or None
+    rest_ptr,  # the same: what rounding takes from lse
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qt: tl.int64,
@@ -173,12 +175,12 @@ def _attention_fwd_kernel(
                 window_left, window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N,
                 LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
             )  # fmt: skip
-    out, lse = normalized(acc, total, peak, row < T_own)
+    total = tl.where(row < T_own, total, 0.0)
+    out = normalized(acc, total)
     spoilt = is_spoilt(out) if mask_ptr is not None or LEFT or RIGHT else False
     stride_ot = (H * DV).to(tl.int64)
     store_at(out_own, out, row * stride_ot, row < limit, DV, BLOCK_DV)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + numbers + row, lse * LN2, row < limit)
+    store_lse(lse_ptr, rest_ptr, total, peak, numbers + row, row < limit, natural(mask_ptr))
     if spoilt:
         ROWS: tl.constexpr = AGAIN_SINGLE_ROWS if q_ptr.dtype.element_ty == tl.float32 else AGAIN_ROWS
         first, b, kv_head, T_own, S_own, q_own, k_own, v_own, mask_start, numbers, out_own, limit = _tile(
@@ -190,16 +192,17 @@ def _attention_fwd_kernel(
         tl.debug_barrier()  # what the program's other threads stored is read
         for part in range(first, tl.minimum(first + M, T_own), ROWS):
             own = part + tl.arange(0, ROWS)
-            attend_again(
-                q_own, own * stride_qt, out_own, own * stride_ot, lse_ptr, numbers + own, LN2, own < T_own,
+            total, peak, again = attend_again(
+                q_own, own * stride_qt, out_own, own * stride_ot, own < T_own,
                 k_own, v_own, mask_ptr, own, mask_start + own * stride_mt, numbers + own, start, end,
                 stride_ks, stride_vs, stride_ms, T_own, S_own, scale, softcap,
                 window_left, window_right, seed, threshold, dropout_scale,
                 D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, DROPOUT,
             )  # fmt: skip
+            store_lse(lse_ptr, rest_ptr, total, peak, numbers + own, again, natural(mask_ptr))
 
 
-def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
+def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse, rest=None):
     """q (B, H, T, D), or packed sequences as (1, H, Tq, D) -> (out (B, T, H, Dv), lse (B, H, T) or None)."""
     _, scale, dropout_p, seed, window_left, window_right, softcap = options
     size = geometry(q, k, v, B, window_left, window_right)
@@ -209,7 +212,7 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
     if (sums is None and out.numel() == 0) or size.T * size.H * batch == 0:
         return out, sums
     if cu_q is None and splits_keys(size):
-        decode(q, k, v, mask, out, sums, size, options)
+        decode(q, k, v, mask, out, sums, rest, size, options)
         return out, sums
     masked = mask is not None or dropout_p > 0
     blocks = blocks_for(FORWARD, architecture(q.device), q.dtype, max(size.head[2:]), masked)
@@ -223,7 +226,7 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
         tiled = described(k, blocks.N, size.head[2]), described(v, blocks.N, size.head[3])
     with on_device_of(q):
         _attention_fwd_kernel[(tiles * heads,)](
-            q, k, v, *tiled, mask, cu_q, cu_k, out, sums, *strides,
+            q, k, v, *tiled, mask, cu_q, cu_k, out, sums, rest, *strides,
             *size[:5], tiles, heads, min(together, heads), float(scale), softcap, size.window_left, size.window_right,
             *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
             dropout_p > 0, num_warps=blocks.warps, num_stages=blocks.stages,
@@ -231,9 +234,11 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse):
     return out, sums
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True):
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True, rest: Tensor | None = None
+):
     """As fastlm.backends.cpu.attention_fwd."""
-    out, sums = _forward(q, k, v, mask, None, None, q.shape[0], options, lse)
+    out, sums = _forward(q, k, v, mask, None, None, q.shape[0], options, lse, rest)
     return out.transpose(1, 2), sums
 
 
@@ -249,11 +254,12 @@ def attention_bwd(
     *options,
     inputs: bool = True,
     mask_grad: bool = False,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.attention_bwd."""
     size = geometry(q, k, v, q.shape[0], *options[4:6])
     grads = (heads_like(q), heads_like(k), heads_like(v)) if inputs else None
-    dmask = backward(dout, dlse, q, k, v, mask, None, None, out, lse, size, options, grads, mask_grad)
+    dmask = backward(dout, dlse, q, k, v, mask, None, None, out, lse, size, options, grads, mask_grad, rest)
     return *(grads or (None, None, None)), dmask
 
 

@@ -1,6 +1,6 @@
 """Gradients of attention, without atomics: each is summed by the one program that writes it.
 
-With weights p_ij = exp(s_ij - lse_i), their dropout factors f_ij and delta_i = dout_i . out_i - dlse_i:
+With weights p_ij = exp(s_ij - lse_i - rest_i), their dropout factors f_ij and delta_i = dout_i . out_i - dlse_i:
   dv_j = sum_i f_ij p_ij dout_i,   ds_ij = p_ij (f_ij dout_i . v_j - delta_i),
   dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i   (a softcap c multiplies ds by 1 - (s / c)^2).
 A first kernel makes delta. One pass goes over the queries for each tile of keys (dk, dv), another over the keys for
@@ -93,6 +93,7 @@ def backward(
     options: tuple,
     grads: tuple[Tensor, Tensor, Tensor] | None,
     mask_grad: bool,
+    rest: Tensor | None = None,
 ) -> Tensor | None:
     """Write dq, dk and dv into `grads`, and return the mask's gradient if it is asked for.
 
@@ -118,7 +119,8 @@ def backward(
             if tiles * batch * Hkv * size.S:
                 together = min(batch * Hkv, heads_together(size.T, head_bytes * size.group, 1))
                 attention_bwd_keys_kernel[(tiles * batch * Hkv,)](
-                    q, k, v, mask, cu_q, cu_k, dout, lse, delta, dk, dv, *inputs, *dk.stride()[:3], *dv.stride()[:3],
+                    q, k, v, mask, cu_q, cu_k, dout, lse, rest, delta, dk, dv,
+                    *inputs, *dk.stride()[:3], *dv.stride()[:3],
                     *size[:5], tiles, batch * Hkv, together, *scalars, blocks.M, blocks.N, *flags,
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
@@ -127,10 +129,10 @@ def backward(
             if tiles * batch * size.H * size.T:
                 together = min(batch * size.H, heads_together(size.S, head_bytes, size.group))
                 attention_bwd_queries_kernel[(tiles * batch * size.H,)](
-                    q, k, v, mask, cu_q, cu_k, dout, lse, delta, dq, dmask, *inputs, *dq.stride()[:3],
+                    q, k, v, mask, cu_q, cu_k, dout, lse, rest, delta, dq, dmask, *inputs, *dq.stride()[:3],
                     *size[:5], tiles, batch * size.H, together, *scalars, blocks.M, blocks.N, *flags,
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
         if mask is None or not mask_grad or dmask is not None:
             return dmask
-        return mask_gradient(mask, q, k, v, dout, lse, delta, inputs, size, scalars, flags)
+        return mask_gradient(mask, q, k, v, dout, lse, rest, delta, inputs, size, scalars, flags)

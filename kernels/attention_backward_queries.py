@@ -12,14 +12,19 @@ from ._common import dropout_factors
 from .attention_tables import Blocking, Blockings, Blocks
 from .attention_tiles import (
     dot,
+    finite,
+    is_spoilt,
     load_rows,
+    natural,
     owned,
     place,
+    program_again,
     row_statistics,
     scores,
     span,
     store_rows,
     tile_and_head,
+    weighted,
     weights,
 )
 
@@ -46,7 +51,8 @@ def _over_keys(
     dq,  # [M, BLOCK_D] fp32
     q,  # [M, BLOCK_D]
     dout,  # [M, BLOCK_DV]
-    lse,  # [M], in log2 units
+    lse,  # [M], in the scores' units
+    rest,  # [M, 1], or 0
     delta,  # [M]
     k_ptr,  # this and what follows at the tile's batch and head
     v_ptr,
@@ -79,10 +85,16 @@ def _over_keys(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     BOUNDS: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):
-    """Add what the keys from `start` to `end` give; tiles are [queries, keys]."""
+    """Add what the keys from `start` to `end` give; tiles are [queries, keys].
+
+    AGAIN: of keys the finite elements alone, since the weights of a row that attends to others are NaN.
+    """
+    CUT: tl.constexpr = BOUNDS or mask_ptr is not None
+    STAGES: tl.constexpr = 1 if AGAIN else None
     M: tl.constexpr = q.shape[0]
-    for first in tl.range(start, end, N):
+    for first in tl.range(start, end, N, num_stages=STAGES):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
         k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
@@ -92,11 +104,11 @@ def _over_keys(
             mask_ptr, row.to(tl.int64)[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
             window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
         )  # fmt: skip
-        p = weights(s, lse[:, None], mask_ptr)
+        p = weights(s, lse[:, None], rest, mask_ptr, CUT)
         dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32))
         if DROPOUT:
             dp *= dropout_factors(numbered, first, seed, threshold, dropout_scale, N)
-        ds = p * (dp - delta[:, None])
+        ds = weighted(p, dp - delta[:, None], CUT)
         if dmask_ptr is not None:
             there = (row < T)[:, None]
             if BOUNDS:
@@ -104,9 +116,65 @@ def _over_keys(
             store = dmask_ptr + numbered[:, None] * S + col[None, :]
             tl.store(store, ds.to(dmask_ptr.dtype.element_ty), there)
         if SOFTCAP:
-            ds *= 1 - capped * capped
+            ds = weighted(ds, 1 - capped * capped, CUT)
+        if AGAIN:
+            k, _ = finite(k)
         dq = dot(ds.to(k.dtype), k, dq)
     return dq
+
+
+@triton.jit
+def _query_gradients(
+    program, q_ptr, k_ptr, v_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, dout_ptr, lse_ptr, rest_ptr, delta_ptr, dq_ptr,
+    dmask_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
+    B, H, T, S, group, tiles, heads, together, scale, softcap, window_left, window_right, seed, threshold,
+    dropout_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Write dq of a program's queries, and tell whether it has to be made again."""
+    tile, head = tile_and_head(program, tiles, heads, together, True)
+    all_rows = T
+    tile, b, h, q_start, k_start, T, S = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
+    batch = b if cu_q_ptr is None else b * 0
+    kv_head = h // group
+    row = tile * M + tl.arange(0, M)
+    first_numbered = head.to(tl.int64) * all_rows + q_start
+    q = load_rows(q_ptr + batch * stride_qb + h * stride_qh + q_start * stride_qt, row, T, stride_qt, D, BLOCK_D)
+    dout_ptr += batch * stride_gb + h * stride_gh + q_start * stride_gt
+    dout = load_rows(dout_ptr, row, T, stride_gt, DV, BLOCK_DV)
+    rests = rest_ptr
+    if rest_ptr is not None:
+        rests = rest_ptr + first_numbered
+    lse, rest, delta = row_statistics(
+        lse_ptr + first_numbered, rests, delta_ptr + first_numbered, row, T, natural(mask_ptr)
+    )
+    if rest_ptr is not None:
+        rest = rest[:, None]
+    k_ptr += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
+    v_ptr += batch * stride_vb + kv_head * stride_vh + k_start * stride_vs
+    mask = mask_ptr
+    if mask_ptr is not None:
+        mask = mask_ptr + b * stride_mb + h * stride_mh
+    dq = tl.zeros((M, BLOCK_D), tl.float32)
+    start, whole, whole_end, end = span(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT, True)
+    end = tl.where(tile * M < T, end, start)
+    for phase in tl.static_range(3):
+        if phase == 1 or (not AGAIN and (phase == 2 or LEFT)):
+            dq = _over_keys(
+                dq, q, dout, lse, rest, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row,
+                start if phase == 0 or AGAIN else whole if phase == 1 else whole_end,
+                tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 and not AGAIN else end),
+                stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
+                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT,
+                phase != 1 or AGAIN, AGAIN,
+            )  # fmt: skip
+    dq_ptr += batch * stride_dqb + h * stride_dqh + q_start * stride_dqt
+    limit = owned(cu_q_ptr, b, B, T, all_rows)
+    store_rows(dq_ptr, dq * scale, row, limit, stride_dqt, D, BLOCK_D)
+    return is_spoilt(dq) if mask_ptr is not None or LEFT or RIGHT else False
 
 
 @triton.jit(
@@ -124,6 +192,7 @@ def attention_bwd_queries_kernel(
     cu_k_ptr,
     dout_ptr,  # (B, H, T, DV)
     lse_ptr,  # (B, H, T) fp32
+    rest_ptr,  # the same, or None
     delta_ptr,  # (B, H, T) fp32
     dq_ptr,  # like q
     dmask_ptr,  # (B, H, T, S) where the mask has that shape and needs its gradient; else None
@@ -172,34 +241,19 @@ def attention_bwd_queries_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    tile, head = tile_and_head(tl.program_id(0), tiles, heads, together, True)
-    all_rows = T
-    tile, b, h, q_start, k_start, T, S = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
-    batch = b if cu_q_ptr is None else b * 0
-    kv_head = h // group
-    row = tile * M + tl.arange(0, M)
-    first_numbered = head.to(tl.int64) * all_rows + q_start
-    q = load_rows(q_ptr + batch * stride_qb + h * stride_qh + q_start * stride_qt, row, T, stride_qt, D, BLOCK_D)
-    dout_ptr += batch * stride_gb + h * stride_gh + q_start * stride_gt
-    dout = load_rows(dout_ptr, row, T, stride_gt, DV, BLOCK_DV)
-    lse, delta = row_statistics(lse_ptr + first_numbered, delta_ptr + first_numbered, row, T)
-    k_ptr += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
-    v_ptr += batch * stride_vb + kv_head * stride_vh + k_start * stride_vs
-    mask = mask_ptr
-    if mask_ptr is not None:
-        mask = mask_ptr + b * stride_mb + h * stride_mh
-    dq = tl.zeros((M, BLOCK_D), tl.float32)
-    start, whole, whole_end, end = span(tile * M, S, window_left, window_right, M, N, LEFT, RIGHT, True)
-    end = tl.where(tile * M < T, end, start)
-    for phase in tl.static_range(3):
-        if phase != 0 or LEFT:
-            dq = _over_keys(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, mask, dmask_ptr, row, first_numbered + row,
-                start if phase == 0 else whole if phase == 1 else whole_end,
-                tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
-                stride_ks, stride_vs, stride_mt, stride_ms, T, S, scale, softcap, window_left, window_right,
-                seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, phase != 1,
-            )  # fmt: skip
-    dq_ptr += batch * stride_dqb + h * stride_dqh + q_start * stride_dqt
-    limit = owned(cu_q_ptr, b, B, T, all_rows)
-    store_rows(dq_ptr, dq * scale, row, limit, stride_dqt, D, BLOCK_D)
+    spoilt = _query_gradients(
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, dout_ptr, lse_ptr, rest_ptr, delta_ptr,
+        dq_ptr, dmask_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+        stride_vs, stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh, stride_gt, stride_dqb,
+        stride_dqh, stride_dqt, B, H, T, S, group, tiles, heads, together, scale, softcap, window_left, window_right,
+        seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
+    )  # fmt: skip
+    if spoilt:
+        _query_gradients(
+            program_again(), q_ptr, k_ptr, v_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, dout_ptr, lse_ptr, rest_ptr, delta_ptr,
+            dq_ptr, dmask_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+            stride_vs, stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh, stride_gt, stride_dqb,
+            stride_dqh, stride_dqt, B, H, T, S, group, tiles, heads, together, scale, softcap, window_left,
+            window_right, seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, M, N, LEFT, RIGHT, SOFTCAP,
+            DROPOUT, True,
+        )  # fmt: skip

@@ -1,8 +1,9 @@
 """Attention of a few queries over a long cache: the keys are split over programs, and their results combined in order.
 
 One program reads a split of the keys of one key head for all the queries that use them: the rows of its tile are the
-queries of all heads of the group. It writes the attention over its own keys and their log-sum-exp; a second kernel
-weighs the splits. How keys are split depends on their number alone, so a row's bits do not depend on the batch.
+queries of all heads of the group. It writes the attention over its own keys, their largest score and the sum relative
+to it; a second kernel weighs the splits. How keys are split depends on their number alone, so a row's bits do not
+depend on the batch.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from .attention_tiles import (
     AGAIN_ROWS,
     AGAIN_SINGLE_ROWS,
     LN2,
+    LOG2E,
     attend,
     attend_again,
     is_spoilt,
     load_at,
+    natural,
     normalized,
     program_again,
     store_at,
+    store_lse,
 )
 
 MOST_QUERIES, LEAST_KEYS = 16, 256  # what is worth splitting
@@ -82,7 +86,8 @@ def _attention_decode_kernel(
     v_ptr,  # (B, Hkv, S, DV)
     mask_ptr,  # broadcast over (B, H, T, S) by strides, or None
     partial_ptr,  # (B, H, T, splits, DV) fp32
-    sums_ptr,  # (B, H, T, splits) fp32: log-sum-exp in log2 units
+    peaks_ptr,  # (B, H, T, splits) fp32: largest scores, in natural units
+    totals_ptr,  # (B, H, T, splits) fp32: sums of exponentials relative to them
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qt: tl.int64,
@@ -135,11 +140,13 @@ def _attention_decode_kernel(
         T, S, tl.abs(scale), softcap, window_left, window_right, seed, threshold, dropout_scale,
         D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
     )  # fmt: skip
-    out, sums = normalized(acc, total, peak, there)
+    UNIT: tl.constexpr = 1.0 if natural(mask_ptr) else LN2
+    out = normalized(acc, total)
     spoilt = is_spoilt(out) if mask_ptr is not None or LEFT or RIGHT else False
     place = numbered * splits + split
     store_at(partial_ptr, out, place * DV, there, DV, BLOCK_DV)
-    tl.store(sums_ptr + place, sums, there)
+    tl.store(peaks_ptr + place, peak * UNIT, there)
+    tl.store(totals_ptr + place, total, there)
     if spoilt:
         ROWS: tl.constexpr = AGAIN_SINGLE_ROWS if q_ptr.dtype.element_ty == tl.float32 else AGAIN_ROWS
         split, first, b, kv_head = _split(program_again(), splits, row_tiles, H, group, M)
@@ -150,22 +157,25 @@ def _attention_decode_kernel(
                 part, b, kv_head, group, stride_mb, stride_mh, stride_mt, H, T, ROWS
             )
             own_place = own_number * splits + split
-            attend_again(
-                q_ptr, b * stride_qb + own_h * stride_qh + own * stride_qt, partial_ptr, own_place * DV,
-                sums_ptr, own_place, 1.0, own_there,
+            total, peak, again = attend_again(
+                q_ptr, b * stride_qb + own_h * stride_qh + own * stride_qt, partial_ptr, own_place * DV, own_there,
                 k_ptr + b * stride_kb + kv_head * stride_kh, v_ptr + b * stride_vb + kv_head * stride_vh,
                 mask_ptr, own, own_mask, own_number, split * split_keys, end, stride_ks, stride_vs, stride_ms,
                 T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
                 D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, DROPOUT,
             )  # fmt: skip
+            tl.store(peaks_ptr + own_place, peak * UNIT, again)
+            tl.store(totals_ptr + own_place, total, again)
 
 
 @triton.jit(do_not_specialize=["H", "T", "splits"])
 def _attention_combine_kernel(
     partial_ptr,  # (B, H, T, splits, DV) fp32
-    sums_ptr,  # (B, H, T, splits) fp32, in log2 units
+    peaks_ptr,  # (B, H, T, splits) fp32
+    totals_ptr,  # (B, H, T, splits) fp32
     out_ptr,  # (B, T, H, DV)
     lse_ptr,  # (B, H, T) fp32 or None
+    rest_ptr,  # the same: what rounding takes from lse
     H,
     T,
     splits,
@@ -173,7 +183,7 @@ def _attention_combine_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out = sum of partial 2^(sums - lse) over the splits, in order."""
+    """out = sum of partial totals exp(peaks - lse) over the splits, in order."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_DV)
     acc = tl.zeros((BLOCK_DV,), tl.float32)
@@ -182,21 +192,20 @@ def _attention_combine_kernel(
     for first in range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
         place = row * splits + split
-        sums = tl.load(sums_ptr + place, split < splits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(sums, 0))
+        peaks = tl.load(peaks_ptr + place, split < splits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
         pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(sums - pivot)
+        weight = tl.exp2((peaks - pivot) * LOG2E) * tl.load(totals_ptr + place, split < splits, 0.0)
         inside = (split < splits)[:, None] & (d < DV)[None, :]
         partial = tl.load(partial_ptr + place[:, None] * DV + d[None, :], inside, 0.0)
-        alpha = tl.exp2(peak - pivot)
+        alpha = tl.exp2((peak - pivot) * LOG2E)
         total = total * alpha + tl.sum(weight, 0)
         acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
         peak = new_peak
     acc = tl.where(total != 0, acc / tl.where(total != 0, total, 1.0), 0.0)
     b, h, t = row // (H * T), row // T % H, row % T
     tl.store(out_ptr + ((b * T + t) * H + h) * DV + d, acc.to(out_ptr.dtype.element_ty), d < DV)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + row, tl.where(total != 0, (peak + tl.log2(total)) * LN2, float("-inf")))
+    store_lse(lse_ptr, rest_ptr, total, peak, row, None, True)
 
 
 def splits_keys(size: Geometry) -> bool:
@@ -211,10 +220,11 @@ def decode(
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
+    rest: Tensor | None,
     size: Geometry,
     options: tuple,
 ) -> None:
-    """Write out (B, T, H, Dv) and lse (B, H, T)."""
+    """Write out (B, T, H, Dv), lse (B, H, T) and its rest."""
     _, scale, dropout_p, seed, _, _, softcap = options
     rows = size.group * size.T
     table = FEW if rows <= 16 else MANY
@@ -222,15 +232,16 @@ def decode(
     split_keys = max(SPLIT_KEYS, triton.next_power_of_2(triton.cdiv(size.S, MOST_SPLITS)))
     splits, row_tiles = triton.cdiv(size.S, split_keys), triton.cdiv(rows, blocks.M)
     partial = q.new_empty(q.shape[0], size.H, size.T, splits, size.head[1], dtype=torch.float32)
-    sums = q.new_empty(partial.shape[:4], dtype=torch.float32)
+    peaks, totals = (q.new_empty(partial.shape[:4], dtype=torch.float32) for _ in range(2))
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     with on_device_of(q):
         _attention_decode_kernel[(splits * row_tiles * q.shape[0] * k.shape[1],)](
-            q, k, v, mask, partial, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+            q, k, v, mask, partial, peaks, totals, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
             *size[1:5], splits, row_tiles, split_keys, float(scale), softcap, size.window_left, size.window_right,
             *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
             dropout_p > 0, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         _attention_combine_kernel[(q.shape[0] * size.H * size.T,)](
-            partial, sums, out, lse, size.H, size.T, splits, size.head[1], size.head[3], COMBINED_SPLITS, num_warps=2
-        )
+            partial, peaks, totals, out, lse, rest, size.H, size.T, splits, size.head[1], size.head[3],
+            COMBINED_SPLITS, num_warps=2,
+        )  # fmt: skip

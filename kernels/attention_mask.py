@@ -24,8 +24,10 @@ from .attention_tables import (
 from .attention_tiles import (
     dot,
     load_rows,
+    natural,
     row_statistics,
     scores,
+    weighted,
     weights,
 )
 
@@ -53,6 +55,7 @@ def _attention_bwd_mask_kernel(
     mask_ptr,  # broadcast over (B, H, T, S) by strides
     dout_ptr,  # (B, H, T, DV)
     lse_ptr,  # (B, H, T) fp32
+    rest_ptr,  # the same, or None
     delta_ptr,  # (B, H, T) fp32
     dmask_ptr,  # (tiles_t or 1, tiles_s or 1, *mask.shape) fp32: the first two where the mask has size 1 instead
     stride_qb: tl.int64,
@@ -118,13 +121,21 @@ def _attention_bwd_mask_kernel(
             window_left, window_right, LEFT, RIGHT, SOFTCAP, True,
         )  # fmt: skip
         numbered = (b * H + h) * T
-        lse, delta = row_statistics(lse_ptr + numbered, delta_ptr + numbered, row, T)
+        rests = rest_ptr
+        if rest_ptr is not None:
+            rests = rest_ptr + numbered
+        lse, rest, delta = row_statistics(
+            lse_ptr + numbered, rests, delta_ptr + numbered, row, T, natural(mask_ptr)
+        )  # fmt: skip
         dout = load_rows(dout_ptr + b * stride_gb + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
         v = load_rows(v_ptr + b * stride_vb + h // group * stride_vh, col, S, stride_vs, DV, BLOCK_DV)
         dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32))
         if DROPOUT:
             dp *= dropout_factors(numbered + row, tile_s * N, seed, threshold, dropout_scale, N)
-        ds = weights(s, lse[:, None], mask_ptr) * (dp - delta[:, None])
+        if rest_ptr is not None:
+            rest = rest[:, None]
+        p = weights(s, lse[:, None], rest, mask_ptr, True)
+        ds = weighted(p, dp - delta[:, None], True)
         dmask += tl.where(inside, ds, 0.0)
     # the place of this program's partial sums in dmask
     rows = 1 if ONE_ROW else T
@@ -149,6 +160,7 @@ def mask_gradient(
     v: Tensor,
     dout: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     delta: Tensor,
     strides: tuple[int, ...],
     size: Geometry,
@@ -165,7 +177,7 @@ def mask_gradient(
     if dmask.numel() == 0 or programs == 0 or q.shape[0] * size.H == 0:
         return q.new_zeros(mask.shape, dtype=torch.float32)
     _attention_bwd_mask_kernel[(programs,)](
-        q, k, v, mask, dout, lse, delta, dmask, *strides, *size[1:5],
+        q, k, v, mask, dout, lse, rest, delta, dmask, *strides, *size[1:5],
         q.shape[0] // mask_B, size.H // mask_H, mask_H, tiles_t, tiles_s, *scalars, blocks.M, blocks.N, *flags,
         mask_T == 1, mask_S == 1, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip

@@ -1,11 +1,12 @@
 """What the attention kernels share: the order of programs, sequences, masks and scores.
 
-Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the scale. A tile of scores is [M, N]
-(queries, keys) or its transpose: `row` and `col` are index tensors that broadcast to it either way.
+Scores are kept in log2 units, so that exp2 serves and log2(e) is a part of the scale; in natural units under an
+additive mask, whose lowest number would be infinite in the others. A tile of scores is [M, N] (queries, keys) or its
+transpose: `row` and `col` are index tensors that broadcast to it either way.
 
 A weight of 0 times NaN is NaN, so in a product of tiles a key that a row does not attend to could reach that row. The
-loops of the forward pass pay nothing against it: a program that finds a result not finite makes those rows again from
-what is finite, and then marks as NaN what attends to the rest.
+loops pay nothing against it: a program that finds a result not finite makes those rows again from what is finite, and
+then marks as NaN what attends to the rest. In a gradient of the scores a weight of 0 gives 0.
 """
 
 from __future__ import annotations
@@ -160,6 +161,15 @@ def tanh(x):
 
 
 @triton.jit
+def natural(mask_ptr):
+    """Whether scores are in natural units."""
+    if mask_ptr is None:
+        return tl.constexpr(False)
+    else:
+        return tl.constexpr(mask_ptr.dtype.element_ty != tl.int1)
+
+
+@triton.jit
 def scores(
     qk,
     row,
@@ -178,23 +188,25 @@ def scores(
     SOFTCAP: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """(scores in log2 units, -inf where nothing is attended; the softcap's tanh).
+    """(scores in the mask's units, -inf where nothing is attended; the softcap's tanh).
 
     BOUNDS: whether the tile reaches over the last key or an edge of the window.
     """
+    UNIT: tl.constexpr = 1.0 if natural(mask_ptr) else LOG2E
     capped = qk
     if SOFTCAP:
         capped = tanh(qk * (scale / softcap))
-        s = capped * (softcap * LOG2E)
+        s = capped * (softcap * UNIT)
     else:
-        s = qk * (scale * LOG2E)
+        s = qk * (scale * UNIT)
     if mask_ptr is not None:
         offsets = mask_row + col.to(tl.int64) * stride_ms
-        mask = tl.load(mask_ptr + offsets, (row < T) & (col < S), 0)
+        there = (row < T) & (col < S)
         if mask_ptr.dtype.element_ty == tl.int1:
-            s = tl.where(mask, s, float("-inf"))
+            s = tl.where(tl.load(mask_ptr + offsets, there, 0), s, float("-inf"))
         else:
-            s += mask.to(tl.float32) * LOG2E
+            mask = tl.load(mask_ptr + offsets, there, float("-inf")).to(tl.float32)
+            s = tl.where(mask == float("-inf"), mask, s + mask)  # whatever s is
     if BOUNDS:
         inside = col < S
         if RIGHT:
@@ -242,7 +254,7 @@ def span(
 def attend(
     acc,  # [M, BLOCK_DV] fp32: sum of weights times values
     total,  # [M] fp32: sum of weights
-    peak,  # [M] fp32: the largest score so far, in log2 units
+    peak,  # [M] fp32: the largest score so far
     q,  # [M, BLOCK_D]
     k_ptr,  # at the tile's batch and head
     v_ptr,
@@ -308,8 +320,12 @@ def attend(
             s = qk * (scale * LOG2E)
             new_peak = tl.maximum(peak, tl.max(qk, 1) * (scale * LOG2E))
         pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that attend to nothing yet
-        p = tl.exp2(s - pivot[:, None])
-        alpha = tl.exp2(peak - pivot)
+        if natural(mask_ptr):
+            p = tl.exp2((s - pivot[:, None]) * LOG2E)
+            alpha = tl.exp2((peak - pivot) * LOG2E)
+        else:
+            p = tl.exp2(s - pivot[:, None])
+            alpha = tl.exp2(peak - pivot)
         total = total * alpha + tl.sum(p, 1)
         if DROPOUT:
             p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
@@ -328,11 +344,31 @@ def attend(
 
 
 @triton.jit
-def normalized(acc, total, peak, there):
-    """(out, log-sum-exp in log2 units) of rows: 0 and -inf where a row attends to nothing or is not there."""
-    attended = (total != 0) & there
-    out = tl.where(attended[:, None], acc / tl.where(attended, total, 1.0)[:, None], 0.0)
-    return out, tl.where(attended, peak + tl.log2(total), float("-inf"))
+def normalized(acc, total):
+    """out of rows, 0 where a row attends to nothing."""
+    return tl.where((total != 0)[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)
+
+
+@triton.jit
+def log_sum(total, peak, NATURAL: tl.constexpr):
+    """(log-sum-exp, what its rounding takes away) of rows; -inf where a row attends to nothing."""
+    if not NATURAL:
+        peak *= LN2
+    low = tl.log2(total) * LN2
+    lse = peak + low
+    added = lse - peak  # Knuth's two-sum
+    rest = (peak - (lse - added)) + (low - added)
+    return tl.where(total != 0, lse, float("-inf")), tl.where(total != 0, rest, 0.0)
+
+
+@triton.jit
+def store_lse(lse_ptr, rest_ptr, total, peak, offset, there, NATURAL: tl.constexpr):
+    """What `log_sum` gives; either pointer may be None."""
+    lse, rest = log_sum(total, peak, NATURAL)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + offset, lse, there)
+    if rest_ptr is not None:
+        tl.store(rest_ptr + offset, rest, there)
 
 
 @triton.jit
@@ -341,9 +377,6 @@ def attend_again(
     q_offset,  # [M] int64: where each row of q begins
     out_ptr,
     out_offset,  # [M] int64
-    sums_ptr,  # log-sum-exp in log2 units times `unit`, or None
-    sums_offset,  # [M] int64
-    unit: tl.constexpr,
     there,  # [M]: which rows are
     k_ptr,
     v_ptr,
@@ -374,7 +407,7 @@ def attend_again(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Make those of AGAIN_ROWS stored rows again that are not finite."""
+    """Make those of AGAIN_ROWS stored rows again that are not finite: their (total, peak), and which they are."""
     M: tl.constexpr = row.shape[0]
     stored = load_at(out_ptr, out_offset, there, DV, BLOCK_DV)
     again = tl.sum(stored.to(tl.float32) * 0.0, 1) != 0
@@ -387,24 +420,44 @@ def attend_again(
         seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, AGAIN_KEYS,
         LEFT, RIGHT, SOFTCAP, DROPOUT, True, True,
     )  # fmt: skip
-    out, sums = normalized(acc, total, peak, there)
-    store_at(out_ptr, out, out_offset, again, DV, BLOCK_DV)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + sums_offset, sums * unit, again)
+    store_at(out_ptr, normalized(acc, total), out_offset, again, DV, BLOCK_DV)
+    return total, peak, again
 
 
 @triton.jit
-def row_statistics(lse_ptr, delta_ptr, row, T):
-    """(lse in log2 units, delta) of rows; a row that attends to nothing, or is not there, gets weights of 0."""
-    lse = tl.load(lse_ptr + row, row < T, float("-inf")) * LOG2E
+def row_statistics(lse_ptr, rest_ptr, delta_ptr, row, T, NATURAL: tl.constexpr):
+    """(lse in the scores' units, its rest, delta) of rows; one that attends to nothing, or is not there, weighs 0."""
+    lse = tl.load(lse_ptr + row, row < T, float("-inf"))
+    if not NATURAL:
+        lse *= LOG2E
+    rest = 0.0
+    if rest_ptr is not None:
+        rest = tl.load(rest_ptr + row, row < T, 0.0)
     delta = tl.load(delta_ptr + row, row < T, 0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse), delta
+    return tl.where(lse == float("-inf"), float("inf"), lse), rest, delta
 
 
 @triton.jit
-def weights(s, lse, mask_ptr):
-    """exp2(s - lse); under a mask never above 1, which cancellation in huge scores could make infinite."""
+def weights(s, lse, rest, mask_ptr, CUT: tl.constexpr):
+    """exp(s - lse - rest); under a mask never above 1, which cancellation in huge scores could make infinite.
+
+    CUT: keys may be closed, whose weight is 0 even beside a NaN.
+    """
     difference = s - lse
+    if natural(mask_ptr):
+        difference = (difference - rest) * LOG2E
     if mask_ptr is not None:
         difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(difference)
+    p = tl.exp2(difference)
+    if CUT:
+        p = tl.where(s == float("-inf"), 0.0, p)
+    return p
+
+
+@triton.jit
+def weighted(p, x, CUT: tl.constexpr):
+    """p x; with CUT, 0 where p is 0, whatever x is."""
+    product = p * x
+    if CUT:
+        product = tl.where(p == 0.0, 0.0, product)
+    return product

@@ -136,9 +136,11 @@ def attention_pair(B: int, f: Attention, p: float | None = None, seed: int = 7) 
     if f.descriptors:
         with_descriptors(lambda: attention.attention_fwd(q, k, v, mask, *options))
         return
-    attention.attention_fwd(q, k, v, mask, *options)
+    added = f.mask in ("bias", "whole")
+    rest = lse if added else None
+    attention.attention_fwd(q, k, v, mask, *options, rest=rest)
     if f.T > 16:
-        attention.attention_bwd(out, lse, q, k, v, mask, out, lse, *options, mask_grad=f.mask in ("bias", "whole"))
+        attention.attention_bwd(out, lse, q, k, v, mask, out, lse, *options, mask_grad=added, rest=rest)
 
 
 # Every row of every table: with what most models run, and with the features that take the most registers.

@@ -1,5 +1,6 @@
 """scaled_dot_product_attention: parity with the fp64 reference, gradients of both orders, masks, layouts, edges."""
 
+import importlib.util
 import math
 
 import pytest
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 import fastlm
 from conftest import DTYPES
 from fastlm._core import dropout as _dropout
+from fastlm.backends import cpu as cpu_backend
+from fastlm.ops import attention as attention_op
 from fastlm.ops._attention_reference import attention_ref
 from tolerances import assert_as_close_as_torch
 
@@ -555,3 +558,32 @@ def test_nan_behind_padding_stays_there(attention_kernels, poisoned, dtype):
     for x in (k, v):
         x[0, :, 135:], x[1, :, :70] = math.nan, math.inf
     assert_as_close_as_torch(fastlm.scaled_dot_product_attention(q, k, v, mask), truth, stock, 300)
+
+
+def _thresholds(isas, monkeypatch):
+    """The module of thresholds as a CPU with these instruction sets would load it."""
+    monkeypatch.setattr(cpu_backend, "cpu_isas", lambda: isas)
+    spec = importlib.util.find_spec("fastlm.ops._thresholds")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not fastlm.cpu_isas(), reason="no CPU extension")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("best", ["avx2", "avx512", "avx512_bf16", "amx"])
+def test_decoding_is_chosen_by_what_the_cpu_has(monkeypatch, best, dtype):
+    """PyTorch is fast in 16 bits where there is AMX alone; elsewhere its kernel takes ten times as long as ours."""
+    isas = cpu_backend.ISAS
+    table = _thresholds(isas[: isas.index(best) + 1], monkeypatch).SHORT_DECODE
+    monkeypatch.setattr(attention_op, "SHORT_DECODE", table)
+    monkeypatch.setattr(attention_op, "_PLAIN_REQUESTS", {})
+
+    def choice(heads, keys):
+        q, k = torch.zeros(1, heads, 1, 64, dtype=dtype), torch.zeros(1, heads, keys, 64, dtype=dtype)
+        return fastlm.explain(fastlm.scaled_dot_product_attention, q, k, k).selected
+
+    ours = dtype in (torch.bfloat16, torch.float16) and best != "amx"
+    assert choice(12, 512) == ("cpu" if ours or best.startswith("avx512") else "torch")
+    assert choice(1, 64) == ("cpu" if ours else "torch")
+    assert choice(12, 4096) == "cpu"

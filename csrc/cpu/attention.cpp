@@ -116,7 +116,7 @@ void attention_fwd(const AttentionArgs& args) {
   if (args.B * args.H * args.T == 0) return;
   const bool bf16 = forward_in_bf16(args);
   // A task is so long that packing keys is 1 or 2 % of its arithmetic, and its queries and outputs stay in L2.
-  const int64_t most = std::max<int64_t>(kTaskElements / (args.D + args.Dv), 64) / 64 * 64;
+  const int64_t most = std::max<int64_t>(kTaskElements / std::max<int64_t>(args.D + args.Dv, 1), 64) / 64 * 64;
   const ForwardGrain grain = bf16 ? ForwardGrain{32, 128, most} : ForwardGrain{12, 48, most / 12 * 12};
   const std::vector<AttentionTask> tasks = plan_forward(args, grain);
   const AttentionArgs planned = with_tasks(args, tasks);

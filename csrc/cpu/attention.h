@@ -34,6 +34,7 @@ struct AttentionArgs {
   Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; dq, dk and dv only where `inputs`
   Mask mask, dmask;                      // dmask: contiguous, compute type, sizes in dmask_sizes; may be null
   void* lse;                             // (B, H, T), compute type; null in a forward pass that does not want it
+  void* rest;                            // what its rounding took away, the same; null where that does not matter
   const void* dlse;                      // the same, or null
   int64_t dmask_sizes[4];
   int64_t B, H, Hkv, T, S, D, Dv;

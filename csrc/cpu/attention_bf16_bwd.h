@@ -1,7 +1,7 @@
 // Backward on bf16, for inclusion inside a pass of level 3 or 4: no include guard.
 //
 // dV and dK are computed transposed: dV^T = dO^T P needs P as a right operand, which two rows of P become by one
-// shuffle, where dV = P^T dO would need P transposed.
+// shuffle, where dV = P^T dO would need P transposed. attention_bwd.h says what is done about infinities and NaN.
 
 namespace fastlm::FASTLM_ISA::attention {
 
@@ -18,13 +18,14 @@ struct Bwd16 {
 
   struct Scratch {
     bf16_t *q, *dout, *q_t, *dout_t;          // of the task's rows; transposed block by block
-    float *dq, *lse, *delta;
+    float *dq, *lse, *rest, *delta;           // rest: negative, in the exp2 domain
     bf16_t *keys_t, *keys, *values_t;         // of kSpan keys
     float *dk_t, *dv_t;                       // (Dp, kSpan), (Dvp, kSpan)
     float *scores, *dp, *additive;            // (kBlock, kSpan)
     bf16_t *p_pairs, *ds_pairs, *ds;          // the same
     Row* rows;
     Reach* reaches;                           // of blocks
+    bool* finite;                             // whether dO is, of blocks
   };
 
   Scratch scratch(Arena& arena, int64_t count) const {
@@ -36,6 +37,7 @@ struct Bwd16 {
     s.dout_t = arena.take<bf16_t>(n * Dvp);
     s.dq = arena.take<float>(n * Dp);
     s.lse = arena.take<float>(n);
+    s.rest = arena.take<float>(n);
     s.delta = arena.take<float>(n);
     s.keys_t = arena.take<bf16_t>(kSpan * Dp);
     s.keys = arena.take<bf16_t>(kSpan * Dp);
@@ -50,30 +52,33 @@ struct Bwd16 {
     s.ds = arena.take<bf16_t>(kBlock * kSpan);
     s.rows = arena.take<Row>(n);
     s.reaches = arena.take<Reach>(n / kBlock);
+    s.finite = arena.take<bool>(n / kBlock);
     return s;
   }
 
   static const bf16_t* at(const Heads& x, int64_t h, int64_t t) { return (const bf16_t*)x.data + h * x.h + t * x.t; }
 
   void load_row(const Scratch& s, int64_t r, const Row& row) const {
-    pack_row(at(a.q, row.head, row.index), a.D, 0, s.q + r * Dp);
-    pack_row(at(a.dout, row.head, row.index), a.Dv, 0, s.dout + r * Dvp);
+    pack_row<true>(at(a.q, row.head, row.index), a.D, 0, s.q + r * Dp);
+    s.finite[r / kBlock] &= pack_row(at(a.dout, row.head, row.index), a.Dv, 0, s.dout + r * Dvp);
     const bf16_t* out = at(a.out, row.head, row.index);
     VF sum{};
     for_lanes<VF>(a.Dv, [&](int64_t d, auto n) { sum += load<VF>(s.dout + r * Dvp + d, n) * load<VF>(out + d, n); });
     s.delta[r] = reduce_add(sum) - (a.dlse ? ((const float*)a.dlse)[row.id] : 0.0f);
     const float lse = ((const float*)a.lse)[row.id];
-    s.lse[r] = lse == minus_infinity<float> ? -minus_infinity<float> : lse * 1.4426950408889634f;
+    s.lse[r] = lse == minus_infinity<float> ? -minus_infinity<float> : lse;
+    s.rest[r] = a.rest ? ((const float*)a.rest)[row.id] * -log2e<float> : 0.0f;
   }
 
   // Query rows first to first + count of a key-value head. Returns the keys that they attend by position.
   KeyRange load_rows(const Scratch& s, int64_t kv_head, int64_t first, int64_t count, bool transposed) const {
     const int64_t n = ceil_div(count, kBlock) * kBlock;
     list_rows(a, kv_head, first, count, s.rows);
+    std::fill_n(s.finite, n / kBlock, true);
     for (int64_t r = 0; r < count; ++r) load_row(s, r, s.rows[r]);
     for (int64_t r = count; r < n; ++r) {
       s.rows[r] = {0, 0, {0, 0}, 0, 0};
-      s.lse[r] = s.delta[r] = 0;
+      s.lse[r] = s.rest[r] = s.delta[r] = 0;
       std::memset((void*)(s.q + r * Dp), 0, (size_t)Dp * sizeof(bf16_t));
       std::memset((void*)(s.dout + r * Dvp), 0, (size_t)Dvp * sizeof(bf16_t));
     }
@@ -94,39 +99,61 @@ struct Bwd16 {
   template <bool kPlain>
   void gradient_of_scores(const Scratch& s, int64_t first, int64_t r, int64_t j0, int64_t from, int64_t to,
                           KeyRange part, const float* additive, int64_t mask_stride) const {
-    const __m512 scale = _mm512_set1_ps((float)(a.scale * 1.4426950408889634));
-    const float cap = kPlain ? 0.0f : (float)(a.softcap * 1.4426950408889634);
+    const __m512 scale = _mm512_set1_ps((float)a.scale), to_exp2 = _mm512_set1_ps(log2e<float>);
+    const __m512 closed = _mm512_set1_ps(minus_infinity<float>);
+    const float cap = kPlain ? 0.0f : (float)a.softcap;
     const __m512 factor = _mm512_set1_ps((float)dropout.scale);
     const bool drops = !kPlain && a.dropout_p > 0;
     const int64_t drawn = from / 64 * 64;
     uint64_t kept[2][kSpan / 64];
-    KeyRange open[2];
-    __m512 lse[2], delta[2];
+    KeyRange reached[2];
+    __m512 lse[2], rest[2], delta[2];
     for (int i = 0; i < 2; ++i) {
       const Row& row = s.rows[first + r + i];
-      open[i] = within(row.keys, j0, part);
+      reached[i] = within(row.keys, j0, part);
       lse[i] = _mm512_set1_ps(s.lse[first + r + i]);
+      rest[i] = _mm512_set1_ps(s.rest[first + r + i]);
       delta[i] = _mm512_set1_ps(s.delta[first + r + i]);
       if (drops) dropout.kept(row.id, j0 + drawn, to - drawn, kept[i] + drawn / 64);
     }
     for (int64_t j = from; j < to; j += 16) {
       __m512 p[2], ds[2];
       for (int i = 0; i < 2; ++i) {
-        VF x = (VF)_mm512_mul_ps(_mm512_loadu_ps(s.scores + (r + i) * kSpan + j), scale), slope;
-        if (cap > 0) x = soft_cap_short(x, cap, &slope);
-        if (!kPlain && additive) x = masked<VF>(x, load<VF>(additive + (r + i) * mask_stride + j));
-        p[i] = exp2_short(_mm512_sub_ps((__m512)x, lse[i]), kPlain ? 0xffff : columns16(open[i], j));
+        const __m512 product = _mm512_loadu_ps(s.scores + (r + i) * kSpan + j);
+        VF slope;
+        __mmask16 open = 0xffff;  // keys that the row attends to
+        if constexpr (kPlain) {
+          const __m512 x = _mm512_fmsub_ps(product, scale, lse[i]);
+          p[i] = exp2_short(_mm512_fmadd_ps(x, to_exp2, rest[i]));
+        } else {
+          VF x = (VF)_mm512_mul_ps(product, scale);
+          if (cap > 0) x = soft_cap_short(x, cap, &slope);
+          if (additive) x = masked<VF>(x, load<VF>(additive + (r + i) * mask_stride + j));
+          open = columns16(reached[i], j);
+          if (additive) open = _mm512_mask_cmp_ps_mask(open, (__m512)x, closed, _CMP_NEQ_UQ);
+          p[i] = exp2_short(_mm512_fmadd_ps(_mm512_sub_ps((__m512)x, lse[i]), to_exp2, rest[i]), open);
+        }
         __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kSpan + j);
         const __mmask16 added = drops ? (__mmask16)(kept[i][j / 64] >> j % 64) : 0xffff;
         if (drops) g = _mm512_maskz_mul_ps(added, g, factor);
-        ds[i] = _mm512_mul_ps(p[i], _mm512_sub_ps(g, delta[i]));
-        if (cap > 0) ds[i] = _mm512_mul_ps(ds[i], (__m512)slope);
+        ds[i] = _mm512_maskz_mul_ps(open, p[i], _mm512_sub_ps(g, delta[i]));
+        if (cap > 0) ds[i] = _mm512_maskz_mul_ps(open, ds[i], (__m512)slope);
         p[i] = _mm512_maskz_mov_ps(added, p[i]);
         _mm256_storeu_si256((__m256i*)(s.ds + (r + i) * kSpan + j), (__m256i)_mm512_cvtneps_pbh(ds[i]));
       }
       _mm512_storeu_si512(s.p_pairs + j * kBlock + r * 16, pairs(p[0], p[1]));
       _mm512_storeu_si512(s.ds_pairs + j * kBlock + r * 16, pairs(ds[0], ds[1]));
     }
+  }
+
+  // dV of the columns [from, to), for rows of dO with an infinity or NaN, which times 0 would be NaN.
+  void add_open_rows(const Scratch& s, int64_t first, int64_t from, int64_t to) const {
+    for (int64_t r = 0; r < kBlock; ++r)
+      for (int64_t j = from; j < to; ++j) {
+        const float p = to_float(s.p_pairs[j / 16 * 16 * kBlock + r / 2 * 32 + j % 16 * 2 + r % 2]);
+        for (int64_t d = 0; p != 0 && d < a.Dv; ++d)
+          s.dv_t[d * kSpan + j] += p * to_float(s.dout[(first + r) * Dvp + d]);
+      }
   }
 
   // A block of `count` rows and the n packed keys from j0 on.
@@ -155,7 +182,10 @@ struct Bwd16 {
     }
     if (want_dkv) {
       const int64_t at = from * kBlock;
-      product(s.dout_t + first * Dvp, kBlock, s.p_pairs + at, kBlock * 16, s.dv_t + from, kSpan, Dvp, width, kBlock, true);
+      if (s.finite[first / kBlock] || (cover == Cover::open && part.begin == 0 && part.end == n && reach.covers(j0, n)))
+        product(s.dout_t + first * Dvp, kBlock, s.p_pairs + at, kBlock * 16, s.dv_t + from, kSpan, Dvp, width, kBlock, true);
+      else
+        add_open_rows(s, first, from, to);
       product(s.q_t + first * Dp, kBlock, s.ds_pairs + at, kBlock * 16, s.dk_t + from, kSpan, Dp, width, kBlock, true);
     }
     if (want_dq) product(s.ds + from, kSpan, s.keys + from * 16, panel, s.dq + first * Dp, Dp, kBlock, Dp, width, true);
@@ -190,7 +220,7 @@ struct Bwd16 {
       if (!part.dkv && (j0 >= reached.end || j0 + n <= reached.begin)) continue;
       pack_columns(at(a.k, head, j0), a.k.t, n, a.D, s.keys_t);
       pack_columns(at(a.v, head, j0), a.v.t, n, a.Dv, s.values_t);
-      if (part.dq) pack_rows(at(a.k, head, j0), a.k.t, n, a.D, s.keys);
+      if (part.dq) pack_rows<true>(at(a.k, head, j0), a.k.t, n, a.D, s.keys);
       if (part.dkv) {
         std::fill(s.dk_t, s.dk_t + kSpan * Dp, 0.0f);
         std::fill(s.dv_t, s.dv_t + kSpan * Dvp, 0.0f);

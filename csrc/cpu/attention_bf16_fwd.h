@@ -10,12 +10,19 @@ struct Fwd16 {
   const AttentionArgs a;  // of one sequence
   Dropout dropout;
   int64_t Dp, Dvp;
-  float scale;  // positive, for the maximum's sake, and in the exp2 domain; its sign goes into the queries
-  float cap;    // the soft cap in the exp2 domain
+  // Scores and their maxima are in the exp2 domain, where a weight costs one multiplication less, but with an additive
+  // mask: its lowest number would be infinite there.
+  bool natural;
+  float unit;   // what turns a score into an exponent of 2
+  float scale;  // positive, for the maximum's sake; its sign goes into the queries
+  float cap;    // the soft cap
 
   Fwd16(const AttentionArgs& all, int64_t b)
       : a(attention_sequence(all, b)), dropout(a.seed, a.dropout_p), Dp(up32(a.D)), Dvp(up32(a.Dv)),
-        scale((float)std::abs(a.scale * 1.4426950408889634)), cap((float)(a.softcap * 1.4426950408889634)) {}
+        natural(a.mask.data && a.mask.type != kBool), unit(natural ? log2e<float> : 1.0f),
+        scale((float)std::abs(a.scale * exponents())), cap((float)(a.softcap * exponents())) {}
+
+  double exponents() const { return natural ? 1.0 : log2e<double>; }
 
   struct Scratch {
     bf16_t *q, *keys, *values, *p;
@@ -75,10 +82,10 @@ struct Fwd16 {
         for (int64_t d = 0; d < Dvp; d += 16) store(out + d, VF(load<VF>(out + d) * factor[r]));
       }
       const KeyRange open = within(rows[r].keys, j0, part);
-      if (open.begin <= from && open.end >= columns.to)
-        weights<true>(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
-      else
-        weights<false>(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
+      const bool full = open.begin <= from && open.end >= columns.to;
+      const auto make = natural ? full ? &Fwd16::weights<true, true> : &Fwd16::weights<false, true>
+                                : full ? &Fwd16::weights<true, false> : &Fwd16::weights<false, false>;
+      (this->*make)(s, first, r, open, j0, columns, ready ? 1.0f : scale, factor[r], shift[r]);
     }
     if (open_values && (additive || part.begin > 0 || part.end < n || !reach.covers(j0, n))) {
       if (!begun) std::fill_n(s.out + first * Dvp, kGroup * Dvp, 0.0f);
@@ -136,7 +143,7 @@ struct Fwd16 {
       const VF now = max(largest[0] * scale, old);
       const VF closed = set1<VF>(minus_infinity<float>), pivot = now == closed ? VF{} : now;
       store(s.maximum + first + half, now);
-      store(factor + half, exp2(old - pivot));
+      store(factor + half, exp2((old - pivot) * unit));
       store(shift + half, -pivot);
       moved |= (uint32_t)_mm512_cmp_ps_mask((__m512)old, (__m512)now, _CMP_NEQ_UQ) << half;
     }
@@ -144,7 +151,7 @@ struct Fwd16 {
   }
 
   // Row r's scores become weights relative to its maximum, in bf16.
-  template <bool kFull>
+  template <bool kFull, bool kNatural>
   void weights(const Scratch& s, int64_t first, int64_t r, KeyRange open, int64_t j0, Columns columns, float scale,
                float factor, float shift) const {
     const float* x = s.scores + r * kWide;
@@ -153,12 +160,16 @@ struct Fwd16 {
     const bool drops = a.dropout_p > 0;
     const int64_t drawn = columns.from / 64 * 64;
     if (drops) dropout.kept(s.rows[first + r].id, j0 + drawn, columns.to - drawn, kept + drawn / 64);
-    const __m512 c = _mm512_set1_ps(scale), d = _mm512_set1_ps(shift);
+    const __m512 c = _mm512_set1_ps(kNatural ? log2e<float> : scale), d = _mm512_set1_ps(shift);
+    const auto exponent = [&](const float* score) {  // an additive mask's scores are ready: their scale is 1
+      const __m512 y = _mm512_loadu_ps(score);
+      return kNatural ? _mm512_mul_ps(_mm512_add_ps(y, d), c) : _mm512_fmadd_ps(y, c, d);
+    };
     __m512 sum0 = _mm512_mul_ps((__m512)s.sum[first + r], _mm512_set1_ps(factor)), sum1 = _mm512_setzero_ps();
     for (int64_t i = columns.from; i < columns.to; i += 32) {
       const __mmask16 open0 = kFull ? 0xffff : columns16(open, i), open1 = kFull ? 0xffff : columns16(open, i + 16);
-      const __m512 e0 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), c, d), open0);
-      const __m512 e1 = exp2_short(_mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16), c, d), open1);
+      const __m512 e0 = exp2_short(exponent(x + i), open0);
+      const __m512 e1 = exp2_short(exponent(x + i + 16), open1);
       sum0 = _mm512_add_ps(sum0, e0);
       sum1 = _mm512_add_ps(sum1, e1);
       const __mmask32 added = drops ? (__mmask32)(kept[i / 64] >> i % 64) : ~0u;
@@ -221,9 +232,7 @@ struct Fwd16 {
       std::memset((void*)out, 0, (size_t)a.Dv * sizeof(bf16_t));
     else
       write_row(s.out + r * Dvp, (float)dropout.scale / sum, a.Dv, out);
-    if (a.lse)
-      ((float*)a.lse)[row.id] =
-          sum == 0 ? minus_infinity<float> : (s.maximum[r] + std::log2(sum)) * 0.6931471805599453f;
+    write_lse(a, row.id, natural ? s.maximum[r] : s.maximum[r] / log2e<float>, sum);
   }
 };
 

@@ -2,8 +2,8 @@
 //
 // A task is a chunk of the query rows that share one key-value head. It walks over the keys tile by tile: the tile is
 // packed once (keys transposed), then each group of kRows rows takes its scores, updates its running maximum and sum
-// (Milakov and Gimelshein 2018, in the exp2 domain) and adds its share of the output. A row's result depends on
-// neither the chunk nor the group it falls in, so any division of the work gives the same bits.
+// (Milakov and Gimelshein 2018) and adds its share of the output. A row's result depends on neither the chunk nor the
+// group it falls in, so any division of the work gives the same bits.
 
 namespace fastlm::FASTLM_ISA::attention {
 
@@ -17,12 +17,11 @@ struct Fwd {
   const AttentionArgs a;  // of one sequence
   Dropout dropout;
   int64_t Dp, Dvp;
-  S cap;     // the soft cap in the exp2 domain
   bool few;  // kFew rows or fewer share a head: keys and values are not packed
 
   Fwd(const AttentionArgs& all, int64_t b)
       : a(attention_sequence(all, b)), dropout(a.seed, a.dropout_p), Dp(padded<V>(a.D)), Dvp(padded<V>(a.Dv)),
-        cap(S(a.softcap * 1.4426950408889634)), few(attention_few(a)) {
+        few(attention_few(a)) {
     if (few) Dp = ceil_div(Dp, 2 * L) * 2 * L, Dvp = ceil_div(Dvp, 2 * L) * 2 * L;
   }
 
@@ -68,7 +67,7 @@ struct Fwd {
       for (int64_t r = 0; r < count; ++r)
         for (int64_t j = part.begin; j < part.end; j += L) {
           V slope;
-          store(p + r * kKeys + j, soft_cap(load<V>(p + r * kKeys + j), cap, &slope));
+          store(p + r * kKeys + j, soft_cap(load<V>(p + r * kKeys + j), S(a.softcap), &slope));
         }
     if (cover == Cover::mixed)
       for (int64_t r = 0; r < count; ++r)
@@ -111,11 +110,11 @@ struct Fwd {
       pivot[r] = now == minus_infinity<S> ? S(0) : now;
       factor[r] = old - pivot[r];
     }
-    for (int64_t r = 0; r < count; r += L) store(factor + r, exp2(load<V>(factor + r)));
+    for (int64_t r = 0; r < count; r += L) store(factor + r, exp_weight(load<V>(factor + r)));
     for (int64_t r = 0; r < count; ++r) {
       V total = sum[r] * factor[r];
       for (int64_t j = part.begin; j < part.end; j += L) {
-        const V e = exp2(load<V>(p + r * kKeys + j) - pivot[r]);
+        const V e = exp_weight(load<V>(p + r * kKeys + j) - pivot[r]);
         store(p + r * kKeys + j, e);
         total += e;
       }
@@ -137,7 +136,7 @@ struct Fwd {
     scratch(counter, part.count);
     Arena arena{(char*)attention_scratch(counter.used)};
     const Scratch s = scratch(arena, part.count);
-    const S scale = S(a.scale * 1.4426950408889634);
+    const S scale = S(a.scale);
     list_rows(a, part.kv_head, part.first, part.count, s.rows);
     for (int64_t r = 0; r < part.count; ++r) {
       const Row& row = s.rows[r];
@@ -168,8 +167,7 @@ struct Fwd {
     T* out = (T*)a.out.data + row.head * a.out.h + row.index * a.out.t;
     if (few) unpack_twos<V, T>(s.out + r * Dvp, a.Dv);
     for_lanes<V>(a.Dv, [&](int64_t d, auto n) { store(out + d, V(load<V>(s.out + r * Dvp + d) * inverse), n); });
-    if (a.lse)
-      ((S*)a.lse)[row.id] = sum == S(0) ? minus_infinity<S> : S((s.maximum[r] + std::log2(sum)) * S(0.6931471805599453));
+    write_lse(a, row.id, s.maximum[r], sum);
   }
 };
 

@@ -128,11 +128,25 @@ inline __mmask16 columns16(KeyRange range, int64_t j) {
   return (__mmask16)(first16(range.end - j) & ~first16(range.begin - j));
 }
 
-// A left operand's row: dst (up32(D)) = src (D), its signs flipped by `sign` (0 or 0x8000).
-inline void pack_row(const bf16_t* src, int64_t D, uint16_t sign, bf16_t* dst) {
-  for (int64_t d = 0; d < D; d += 32)
-    _mm512_storeu_si512(dst + d, _mm512_xor_si512(_mm512_maskz_loadu_epi16(first32(D - d), src + d),
-                                                  _mm512_set1_epi16((int16_t)sign)));
+// Which of 32 are finite.
+inline __mmask32 finite32(__m512i x) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpneq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+}
+
+// A left operand's row: dst (up32(D)) = src (D), its signs flipped by `sign` (0 or 0x8000). Returns whether all are
+// finite; kClean: with 0 in the place of what is not.
+template <bool kClean = false>
+inline bool pack_row(const bf16_t* src, int64_t D, uint16_t sign, bf16_t* dst) {
+  __mmask32 all = ~0u;
+  for (int64_t d = 0; d < D; d += 32) {
+    __m512i x = _mm512_maskz_loadu_epi16(first32(D - d), src + d);
+    const __mmask32 finite = finite32(x);
+    all &= finite;
+    if (kClean) x = _mm512_maskz_mov_epi16(finite, x);
+    _mm512_storeu_si512(dst + d, _mm512_xor_si512(x, _mm512_set1_epi16((int16_t)sign)));
+  }
+  return all == ~0u;
 }
 
 // dst (D) = factor * src (up32(D)).
@@ -168,7 +182,9 @@ inline void interleave(__m512i first, __m512i second, __m512i* low, __m512i* hig
   *high = _mm512_permutex2var_epi16(first, _mm512_add_epi16(order, _mm512_set1_epi16(16)), second);
 }
 
-// A right operand whose k are the n rows of src and whose columns are D. Returns whether all are finite.
+// A right operand whose k are the n rows of src and whose columns are D. Returns whether all are finite; kClean: with 0
+// in the place of what is not.
+template <bool kClean = false>
 inline bool pack_rows(const bf16_t* src, int64_t stride, int64_t n, int64_t D, bf16_t* dst) {
   const int64_t rows = up32(n);
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
@@ -177,8 +193,12 @@ inline bool pack_rows(const bf16_t* src, int64_t stride, int64_t n, int64_t D, b
     for (int64_t i = 0; i < 2; ++i) prefetch_row(src + (j + i + kAhead) * stride, D);
     for (int64_t d = 0; d < D; d += 32) {
       const __mmask32 width = first32(D - d);
-      const __m512i first = _mm512_maskz_loadu_epi16(j < n ? width : 0, src + j * stride + d);
-      const __m512i second = _mm512_maskz_loadu_epi16(j + 1 < n ? width : 0, src + (j + 1) * stride + d);
+      __m512i first = _mm512_maskz_loadu_epi16(j < n ? width : 0, src + j * stride + d);
+      __m512i second = _mm512_maskz_loadu_epi16(j + 1 < n ? width : 0, src + (j + 1) * stride + d);
+      if constexpr (kClean) {
+        first = _mm512_maskz_mov_epi16(finite32(first), first);
+        second = _mm512_maskz_mov_epi16(finite32(second), second);
+      }
       largest = _mm512_max_epu16(largest, _mm512_max_epu16(_mm512_and_si512(first, exponent),
                                                            _mm512_and_si512(second, exponent)));
       __m512i low, high;

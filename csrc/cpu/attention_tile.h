@@ -23,6 +23,8 @@ inline int64_t padded(int64_t n) {
 
 template <class S>
 constexpr S minus_infinity = -std::numeric_limits<S>::infinity();
+template <class S>
+constexpr S log2e = S(1.4426950408889634);
 
 // ---- matrix products -------------------------------------------------------------------------------------------
 
@@ -87,24 +89,38 @@ void product(const lane_t<V>* A, int64_t ar, const lane_t<V>* B, int64_t br, lan
 
 // ---- exponentials and reductions ---------------------------------------------------------------------------------
 
-// 2^x for x <= 0 or slightly above, 0 below -126, NaN for NaN: 2^n (1 + r P(r)) with |r| <= 1/2, P to 9.1e-8; 2 ULP.
-// Closed keys are scaled as if by 2^-126 and then zeroed: a scaling that underflows takes a microcode assist, which
-// made the tiles on the diagonal cost twice as much as the others.
+// 2^r = 1 + r P(r) with |r| <= 1/2, P to 2.0e-9: an error that all weights share would not average out in sums over them.
+inline VF exp2_fraction(VF r) {
+  VF p = fma(r, set1<VF>(1.535336206e-4f), set1<VF>(1.339887459e-3f));
+  p = fma(p, r, set1<VF>(9.618437358e-3f));
+  p = fma(p, r, set1<VF>(5.550332471e-2f));
+  p = fma(p, r, set1<VF>(2.402264791e-1f));
+  p = fma(p, r, set1<VF>(6.931472029e-1f));
+  return fma(p, r, set1<VF>(1.0f));
+}
+
+// 2^x for x <= 0 or slightly above, 0 below -126, NaN for NaN. Closed keys are scaled as if by 2^-126 and then zeroed: a
+// scaling that underflows takes a microcode assist, which made tiles on the diagonal cost twice as much as the others.
 inline VF exp2(VF x) {
   const VF lowest = set1<VF>(-126.0f), bounded = max(lowest, x);
-  const VF n = round(bounded), r = bounded - n;
-  VF p = fma(r, set1<VF>(1.326472725e-3f), set1<VF>(9.671512786e-3f));
-  p = fma(p, r, set1<VF>(5.550733744e-2f));
-  p = fma(p, r, set1<VF>(2.402224208e-1f));
-  p = fma(p, r, set1<VF>(6.931469776e-1f));
-  p = fma(p, r, set1<VF>(1.0f));
-  p = scale_by_power_of_two(p, n);
-  return x < lowest ? VF{} : p;
+  const VF n = round(bounded);
+  return x < lowest ? VF{} : scale_by_power_of_two(exp2_fraction(bounded - n), n);
 }
-inline VD exp2(VD x) {
-  for (int64_t i = 0; i < lanes<VD>; ++i) x[i] = std::exp2(x[i]);
-  return x;
+
+// e^x likewise, 0 below 2^-126. The product with log2(e) is not rounded, which would cost as many digits as it has before
+// the point.
+inline VF exp_weight(VF x) {
+  const VF lowest = set1<VF>(-87.336544f), c = set1<VF>(log2e<float>);
+#if FASTLM_ISA_LEVEL >= 2
+  const VF n = round(x * c);
+  const __mmask16 live = _mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_NLT_UQ);  // lanes left out take no assist
+  return (VF)_mm512_maskz_scalef_ps(live, (__m512)exp2_fraction(fma(x, c, -n)), (__m512)n);
+#else
+  const VF bounded = max(lowest, x), n = round(bounded * c);
+  return x < lowest ? VF{} : scale_by_power_of_two(exp2_fraction(fma(bounded, c, -n)), n);
+#endif
 }
+inline VD exp_weight(VD x) { return exp(x); }
 
 // The largest lane; what a NaN gives is left open.
 inline float largest(VF v) {
@@ -131,10 +147,19 @@ inline void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + d);
 }
 
-// dst (Dp) = factor * src (D), padded with zeros.
-template <class V, class T>
+// x with 0 in the place of what is not finite.
+template <class V>
+inline V cleaned(V x) {
+  return x * 0 == V{} ? x : V{};
+}
+
+// dst (Dp) = factor * src (D), padded with zeros; kClean: with 0 in the place of what is not finite.
+template <class V, bool kClean = false, class T>
 inline void pack_row(const T* src, int64_t D, lane_t<V> factor, lane_t<V>* dst) {
-  for_lanes<V>(D, [&](int64_t d, auto n) { store(dst + d, V(load<V>(src + d, n) * factor)); });
+  for_lanes<V>(D, [&](int64_t d, auto n) {
+    const V x = load<V>(src + d, n) * factor;
+    store(dst + d, kClean ? cleaned(x) : x);
+  });
 }
 
 // Lane i of v[0] becomes the largest lane of v[i], for as many vectors as lanes.
@@ -176,8 +201,9 @@ void pack_transposed(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<
     }
 }
 
-// dst (kKeys, Dp) = n rows of D, with zeros for the keys beyond n. Returns whether all are finite.
-template <class V, class T>
+// dst (kKeys, Dp) = n rows of D, with zeros for the keys beyond n. Returns whether all are finite. kClean: with 0 in the
+// place of what is not.
+template <class V, bool kClean = false, class T>
 bool pack_keys(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* dst) {
   const int64_t Dp = padded<V>(D);
   V zero{};
@@ -186,7 +212,7 @@ bool pack_keys(const T* src, int64_t stride, int64_t n, int64_t D, lane_t<V>* ds
     for_lanes<V>(D, [&](int64_t d, auto width) {
       const V x = load<V>(src + i * stride + d, width);
       zero += x * 0;
-      store(dst + i * Dp + d, x);
+      store(dst + i * Dp + d, kClean ? cleaned(x) : x);
     });
   }
   std::fill(dst + n * Dp, dst + kKeys * Dp, lane_t<V>(0));
@@ -198,6 +224,16 @@ template <class V>
 inline V masked(V score, V additive) {
   const V closed = set1<V>(minus_infinity<lane_t<V>>);
   return additive == closed ? closed : score + additive;
+}
+
+// The log-sum-exp of a row, given its largest score and the sum of exponentials relative to it, and what rounding took
+// from it (Knuth's two-sum): beside the lowest number the whole logarithm of the sum.
+template <class S>
+inline void write_lse(const AttentionArgs& a, int64_t id, S maximum, S sum) {
+  if (!a.lse) return;
+  const S low = std::log(sum), lse = sum == S(0) ? minus_infinity<S> : maximum + low, added = lse - maximum;
+  ((S*)a.lse)[id] = lse;
+  if (a.rest) ((S*)a.rest)[id] = sum == S(0) ? S(0) : (maximum - (lse - added)) + (low - added);
 }
 
 // ---- rows and masks ------------------------------------------------------------------------------------------------
@@ -249,10 +285,11 @@ inline KeyRange list_reaches(const Row* rows, int64_t count, int64_t size, Reach
 // What a mask does to a tile.
 enum class Cover { closed, mixed, open };
 
-// out[j] = mask[j * stride] in the exp2 domain, for n keys; returns whether any of them is open.
+// out[j] = mask[j * stride] for n keys; returns whether any of them is open. Not in the exp2 domain, where a large
+// finite number, such as the lowest one, would be infinite.
 template <class V, class M>
 inline bool mask_row(const M* mask, int64_t stride, int64_t n, lane_t<V>* out) {
-  const lane_t<V> log2e = lane_t<V>(1.4426950408889634), lowest = minus_infinity<lane_t<V>>;
+  const lane_t<V> lowest = minus_infinity<lane_t<V>>;
   const V closed = set1<V>(lowest);
   V open{};
   const auto keep = [&](int64_t j, V x, auto k) {
@@ -261,9 +298,9 @@ inline bool mask_row(const M* mask, int64_t stride, int64_t n, lane_t<V>* out) {
   };
   if (stride == 1 && std::is_same_v<vec_of<M>, V>) {
     if constexpr (std::is_same_v<vec_of<M>, V>)
-      for_lanes<V>(n, [&](int64_t j, auto k) { keep(j, load<V>(mask + j, k, lowest) * log2e, k); });
+      for_lanes<V>(n, [&](int64_t j, auto k) { keep(j, load<V>(mask + j, k, lowest), k); });
   } else {
-    for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j * stride])) * log2e;
+    for (int64_t j = 0; j < n; ++j) out[j] = lane_t<V>(to_float(mask[j * stride]));
     for_lanes<V>(n, [&](int64_t j, auto k) { keep(j, load<V>(out + j, k, lowest), k); });
   }
   return reduce_add(open) != 0;
@@ -341,7 +378,7 @@ inline void for_outside(KeyRange keys, int64_t j0, KeyRange part, F&& body) {
 
 // ---- soft cap ------------------------------------------------------------------------------------------------------
 
-// cap tanh(x / cap), in whatever unit both are; its slope there goes to *slope.
+// cap tanh(x / cap); its slope there goes to *slope.
 template <class V>
 inline V soft_cap(V x, lane_t<V> cap, V* slope) {
   const V bounded = tanh(x * (1 / cap));

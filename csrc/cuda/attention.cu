@@ -40,7 +40,7 @@ AttentionParams params_of(const AttentionArgs& a) {
   p.q = a.q, p.k = a.k, p.v = a.v, p.out = a.out, p.dout = a.dout, p.dq = a.dq, p.dk = a.dk, p.dv = a.dv;
   if (a.cu_q)  // sequences differ in their rows alone
     for (Heads* x : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv}) x->b = 0;
-  p.mask = a.mask, p.lse = a.lse, p.dlse = a.dlse, p.stats = a.stats;
+  p.mask = a.mask, p.lse = a.lse, p.rest = a.rest, p.dlse = a.dlse, p.stats = a.stats;
   if (as_large_as_scores(a)) p.dmask = a.dmask.data, p.dmask_type = a.dmask.type;
   p.cu_q = a.cu_q, p.cu_k = a.cu_k;
   p.B = (int)a.B, p.H = (int)a.H, p.Hkv = (int)a.Hkv, p.T = (int)a.T, p.S = (int)a.S, p.D = (int)a.D, p.Dv = (int)a.Dv;

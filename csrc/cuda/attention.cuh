@@ -14,7 +14,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 struct AttentionParams {
   Heads q, k, v, out, dout, dq, dk, dv;
   Mask mask;
-  float* lse;
+  float *lse, *rest;
   const float* dlse;
   float* stats;
   void* dmask;  // the gradient of a mask as large as the scores, or null
@@ -28,6 +28,10 @@ struct AttentionParams {
 
   // Scores that are not just q.k times a positive factor.
   FASTLM_ANY bool general() const { return mask.data || softcap > 0 || !(scale > 0); }
+  // Scores in natural units: under an additive mask, whose lowest number would be infinite in units of log2.
+  FASTLM_ANY bool natural() const { return mask.data && mask.type != kBool; }
+  // What turns scores, or without general() products, into powers of two.
+  FASTLM_ANY float unit() const { return natural() ? kLog2e : general() ? 1.0f : scale * kLog2e; }
 };
 
 // attention_sm90.cu and attention_bwd_sm90.cu: whether a call runs on Hopper's own kernels, and those.
@@ -102,7 +106,7 @@ FASTLM_DEVICE Rows<T> rows_of(const Heads& x, int b, int head, int64_t row, int 
   return {Global<T>((T*)x.data + offset), x.t, rows, width, vectors};
 }
 
-// Turns products q.k of one head into scores, in units of log2: exp2(score) is the softmax's numerator.
+// Turns products q.k of one head into scores, in units of log2 or natural ones (AttentionParams).
 template <class Element>
 struct ScoreRules {
   const AttentionParams& a;
@@ -145,14 +149,23 @@ struct ScoreRules {
       slope = 1 - bent * bent;
     }
     if (mask) x = masked(x, i, j);
-    return x * kLog2e;
+    return a.natural() ? x : x * kLog2e;
   }
 };
 
-// The softmax's weight, both in units of log2: never above 1, which cancellation in huge scores could make infinite.
-FASTLM_DEVICE float weight_of(float score, float lse) {
-  const float x = score - lse;
-  return exp2_approx(x > 0 ? 0 : x);  // fmin would lose a NaN
+// The softmax's weight, of a score and log-sum-exp that are `unit` times powers of two, and of the latter's rest, in
+// powers of two. Never above 1, which cancellation in huge scores could make infinite; 0 for a closed key, even by NaN.
+FASTLM_DEVICE float weight_of(float score, float lse, float rest, float unit) {
+  const float x = fmaf(score - lse, unit, -rest);
+  return score == -kInfinity ? 0 : exp2_approx(x > 0 ? 0 : x);  // fmin would lose a NaN
+}
+
+// The log-sum-exp of a row, given its highest score in natural units and the sum of exponentials relative to it; `rest`
+// receives what rounding takes from it (Knuth's two-sum): beside the lowest number the whole logarithm of the sum.
+FASTLM_DEVICE float log_sum(float highest, float total, float& rest) {
+  const float low = log2f(total) * kLn2, sum = highest + low, added = sum - highest;
+  rest = total == 0 ? 0 : (highest - (sum - added)) + (low - added);
+  return total == 0 ? -kInfinity : sum;
 }
 
 // Dropout's factors of a warp's accumulator (16, 8) whose rows are queries; `row` and `column` are of this lane's group

@@ -34,10 +34,11 @@ struct MaskGradient {
 struct AttentionArgs {
   Heads q, k, v, out, dout, dq, dk, dv;  // k and v have Hkv heads; any of dq, dk and dv may be null
   Mask mask;
-  float* partial;      // forward's workspace of (B, H, T, attention_splits(), Dv + 1) numbers, null without splits
+  float* partial;      // forward's workspace of (B, H, T, attention_splits(), Dv + 2) numbers, null without splits
   float* lse;          // (B, H, T), or (H, T) of packed sequences; null in a forward pass that does not want it
+  float* rest;         // what rounding takes from lse, the same; null where that does not matter
   const float* dlse;   // the same, or null
-  float* stats;        // backward's workspace: (2, B, H, T), and what Hopper's kernel adds to it
+  float* stats;        // backward's workspace: (3, B, H, T), and what Hopper's kernel adds to it
   MaskGradient dmask;
   const int32_t* cu_q;  // (B + 1) first rows of packed sequences, T and S the totals; null for a batch of equal ones
   const int32_t* cu_k;

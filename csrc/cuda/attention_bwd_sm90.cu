@@ -49,7 +49,7 @@ int64_t attention_bwd_workspace(int device, int64_t B, int64_t H, int64_t T, int
                                 bool plain) {
   set_device(device);
   const bool sized = type != (int)DType::f32 && D == Dv && (D == 64 || D == 128);
-  if (!plain || !sized || architecture() != 90) return 2 * B * H * T;
+  if (!plain || !sized || architecture() != 90) return 3 * B * H * T;
   const Plan plan(B, H, T, D);
   return plan.stats + plan.dq + plan.counters;
 }

@@ -9,7 +9,7 @@
 // on the batch.
 //
 // FLOPs: 2 (D + Dv) for each pair of row, of 16, and key. Bytes: keys and values once, and for each row and split
-// 2 x 4 (Dv + 1) of partial results: with 8 rows of 16 bits at most 1/16 of the keys and values, since a split has 256
+// 2 x 4 (Dv + 2) of partial results: with 8 rows of 16 bits at most 1/16 of the keys and values, since a split has 256
 // keys or more.
 //
 // Ladder; the gains are by count, no step has been timed on a GPU:
@@ -81,11 +81,13 @@ FASTLM_DEVICE void load_packed_queries(const Tile<T, D>& tile, const AttentionPa
 }
 
 // Adds up the warps' results of 16 rows in order, and writes `rows` of them, normalized, at `out`, `stride` apart, and
-// their log-sum-exp in units of log2 at `sums`, `sums_stride` apart. The tiles are not used any more; they hold the
-// warps' highest scores and sums in the place of the queries, then their weighted values.
+// their highest scores in natural units and the sums relative to them at `peaks` and `totals`, `sums_stride` apart. The
+// tiles are not used any more; they hold the warps' highest scores and sums in the place of the queries, then their
+// weighted values.
 template <class T, int D, int WARPS>
-FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1>& state, float unit, int rows,
-                                 int width, Global<float> to, int64_t stride, Global<float> sums, int64_t sums_stride) {
+FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1>& state, float to_natural, int rows,
+                                 int width, Global<float> to, int64_t stride, Global<float> peaks,
+                                 Global<float> totals, int64_t sums_stride) {
   constexpr int M = 16;
   float* const stats = shared_memory<float>();  // (2, WARPS, M)
   float* const values = reinterpret_cast<float*>(shared_memory<T>() + M * D);  // (WARPS, M, D)
@@ -95,7 +97,7 @@ FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1
   for (int half = 0; half < 2; ++half) {
     const float total = warp_sum<4>(state.sum[0][half]);
     if (t != 0) continue;
-    stats[warp * M + 8 * half + g] = total == 0 ? -kInfinity : state.highest[0][half] * unit;
+    stats[warp * M + 8 * half + g] = total == 0 ? -kInfinity : state.highest[0][half] * to_natural;
     stats[(WARPS + warp) * M + 8 * half + g] = total;
   }
   sync_threads();
@@ -107,7 +109,7 @@ FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1
     pivot = most == -kInfinity ? 0 : most;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w)
-      total = fmaf(stats[(WARPS + w) * M + row], exp2_approx(stats[w * M + row] - pivot), total);
+      total = fmaf(stats[(WARPS + w) * M + row], exp2_approx((stats[w * M + row] - pivot) * kLog2e), total);
     return total;
   };
 #pragma unroll
@@ -115,7 +117,7 @@ FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1
     const int row = 8 * half + g;
     float pivot;
     const float total = combined(row, pivot);
-    const float factor = total == 0 ? 0 : exp2_approx(stats[warp * M + row] - pivot) / total;
+    const float factor = total == 0 ? 0 : exp2_approx((stats[warp * M + row] - pivot) * kLog2e) / total;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
 #pragma unroll
@@ -134,14 +136,15 @@ FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1
   if (thread_index() >= rows) return;
   float pivot;
   const float total = combined(thread_index(), pivot);
-  sums[thread_index() * sums_stride] = total == 0 ? -kInfinity : pivot + log2f(total);
+  peaks[thread_index() * sums_stride] = total == 0 ? -kInfinity : pivot;
+  totals[thread_index() * sums_stride] = total;
 }
 
-// partial: (B, H, T, splits, Dv); sums: (B, H, T, splits).
+// partial: (B, H, T, splits, Dv); peaks, totals: (B, H, T, splits).
 template <class T, int D, int WARPS, int N>
 __global__ void __launch_bounds__(WARPS* kWarp, 1)
     attention_decode_kernel(const __grid_constant__ AttentionParams a, const DecodePlan plan, Global<float> partial,
-                            Global<float> sums) {
+                            Global<float> peaks, Global<float> totals) {
   constexpr int M = 16, kThreads = WARPS * kWarp;
   const int block = (int)block_index().x, group = a.H / a.Hkv;
   const int first = block % plan.row_tiles * M, split = block / plan.row_tiles % plan.splits;
@@ -160,7 +163,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1)
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int query[2] = {query_of(g), query_of(g + 8)};
   const bool general = a.general();
-  const float unit = general ? 1.0f : a.scale * kLog2e;
+  const float unit = a.unit();
   const bool closed = a.mask.data || !rules_of(0).all_inside(0, a.T, begin, end);
   float out[1][D / 8][4], scores[1][N / 8][4], factor[1][2];
   SoftmaxState<1> state;
@@ -200,7 +203,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1)
               scores[0][n][e] = -kInfinity;
           }
       }
-      softmax_step(scores, state, unit, factor);
+      softmax_step(scores, state, unit, factor, a.natural());
       multiply_rows(out, factor);
       if (a.drops) drop_weights(scores, a.dropout, row + g, j0);
       cp_async_wait<1>();
@@ -214,35 +217,38 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1)
 
   partial += (row * plan.splits + split) * a.Dv;
   const int64_t stride = (int64_t)plan.splits * a.Dv;
-  combine_warps<T, D, WARPS>(out, state, unit, rows, a.Dv, partial, stride, sums + (row * plan.splits + split),
-                             plan.splits);
+  const int64_t place = row * plan.splits + split;
+  combine_warps<T, D, WARPS>(out, state, a.natural() ? 1.0f : unit * kLn2, rows, a.Dv, partial, stride, peaks + place,
+                             totals + place, plan.splits);
   if (closed && sync_threads_or(careful))
     spread_not_finite<WARPS * N, kThreads>(
         values, begin, end, Rows<float>{partial, stride, rows, a.Dv, false}, 0, rows,
         [&](int r, int key) { return rules_of(r).attends(query_of(r), key); });
 }
 
-// out = sum of partial 2^(sums - lse) over the splits: a block a row, whose warps share the splits.
+// out = sum of partial totals exp(peaks - lse) over the splits: a block a row, whose warps share the splits.
 template <class T>
 __global__ void __launch_bounds__(256)
     attention_combine_kernel(const __grid_constant__ AttentionParams a, int splits, Global<const float> partial,
-                             Global<const float> sums) {
+                             Global<const float> peaks, Global<const float> totals) {
   constexpr int WARPS = 8;
   float* const parts = shared_memory<float>();  // (WARPS, Dv)
   const int64_t row = block_index().x;
   partial += row * splits * a.Dv;
-  sums += row * splits;
+  peaks += row * splits;
+  totals += row * splits;
   float most = -kInfinity, total = 0;
-  for (int s = lane_index(); s < splits; s += kWarp) most = fmaxf(most, sums[s]);
+  for (int s = lane_index(); s < splits; s += kWarp) most = fmaxf(most, peaks[s]);
   most = warp_max(most);
   const float pivot = most == -kInfinity ? 0 : most;
-  for (int s = lane_index(); s < splits; s += kWarp) total += exp2_approx(sums[s] - pivot);
+  const auto weight = [&](int s) { return exp2_approx((peaks[s] - pivot) * kLog2e) * totals[s]; };
+  for (int s = lane_index(); s < splits; s += kWarp) total += weight(s);
   total = warp_sum(total);
   for (int d = lane_index(); d < a.Dv; d += kWarp) {
     float sum = 0;
 #pragma unroll 4
     for (int s = warp_index(); s < splits; s += WARPS)
-      sum = fmaf(exp2_approx(sums[s] - pivot), partial[(int64_t)s * a.Dv + d], sum);
+      sum = fmaf(weight(s), partial[(int64_t)s * a.Dv + d], sum);
     parts[warp_index() * a.Dv + d] = sum;
   }
   sync_threads();
@@ -254,8 +260,10 @@ __global__ void __launch_bounds__(256)
     for (int w = 0; w < WARPS; ++w) sum += parts[w * a.Dv + d];
     out[d] = from_float<T>(sum * normalize);
   }
-  if (a.lse && thread_index() == 0)
-    Global<float>(a.lse)[row] = total == 0 ? -kInfinity : (pivot + log2f(total)) * kLn2;
+  if (!a.lse || thread_index() != 0) return;
+  float rest;
+  Global<float>(a.lse)[row] = log_sum(pivot, total, rest);
+  if (a.rest) Global<float>(a.rest)[row] = rest;
 }
 
 template <class T, int D>
@@ -268,11 +276,12 @@ void attention_decode(const AttentionParams& params, const AttentionArgs& args) 
   using C = DecodeTile<T, D>;
   const DecodePlan plan = DecodePlan::of<C>(args);
   const int64_t rows = args.B * args.H * args.T, blocks = args.B * args.Hkv * plan.splits * plan.row_tiles;
-  Global<float> partial = args.partial, sums = args.partial + rows * plan.splits * args.Dv;
+  Global<float> partial = args.partial, peaks = args.partial + rows * plan.splits * args.Dv;
+  Global<float> totals = peaks + rows * plan.splits;
   launch({"attention_decode", {(unsigned)blocks}, C::WARPS * kWarp, C::kSharedBytes, args.stream},
-         attention_decode_kernel<T, D, C::WARPS, C::N>, params, plan, partial, sums);
+         attention_decode_kernel<T, D, C::WARPS, C::N>, params, plan, partial, peaks, totals);
   launch({"attention_combine", {(unsigned)rows}, 256, sizeof(float) * 8 * (size_t)args.Dv, args.stream},
-         attention_combine_kernel<T>, params, plan.splits, partial, sums);
+         attention_combine_kernel<T>, params, plan.splits, partial, peaks, totals);
 }
 
 }  // namespace fastlm::cuda

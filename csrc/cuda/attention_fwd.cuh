@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_fwd_kernel(const __
   const int begin = larger(0, p.first - a.left) / N * N;
   const int end = smaller(p.S, smaller(p.first + M, p.T) + a.right);
   const bool general = a.general();
-  const float unit = general ? 1.0f : a.scale * kLog2e;
+  const float unit = a.unit();
   float out[ROWS][D / 8][4], scores[ROWS][N / 8][4], factor[ROWS][2];
   SoftmaxState<ROWS> state;
 
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_fwd_kernel(const __
       sync_threads();  // the values are there, and the keys have been used
       if (j0 + N < end) load_tile<N, kThreads>(k, keys, j0 + N);
       cp_async_commit();
-      softmax_step(scores, state, unit, factor);
+      softmax_step(scores, state, unit, factor, a.natural());
       multiply_rows(out, factor);
       if (a.drops) drop_weights(scores, a.dropout, p.row(p.head) + i, j0);
       add_weighted(out, scores, v, 0);
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) attention_fwd_kernel(const __
     if (careful || !closed || !sync_threads_or(not_finite(out))) break;
   }
 
-  finish_softmax(state, unit, Global<float>(a.lse ? a.lse + p.row(p.head) : nullptr), i, p.T, factor);
+  finish_softmax(state, a, p.row(p.head), i, p.T, factor);
   multiply_rows(out, factor);
   const auto target = rows_of<T>(a.out, p.b, p.head, p.q_row, p.T, a.Dv, a.vectors);
   store_rows(target, p.first + warp_row, q, warp_row, 0, out);

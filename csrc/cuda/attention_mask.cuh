@@ -123,13 +123,14 @@ __global__ void __launch_bounds__(2 * M, 1)
     load_tile<N, kThreads>(v, rows_of<const T>(a.v, p.b, p.head / group, 0, a.S, a.Dv, a.vectors), j0);
     cp_async_commit();
     const Global<const float> stats(a.stats);
-    float lse[2] = {kInfinity, kInfinity}, delta[2] = {};
+    float lse[2] = {kInfinity, kInfinity}, delta[2] = {}, rest[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = first + warp_row + 8 * half + g;
       if (i >= a.T) continue;
       lse[half] = stats[p.row(p.head) + i];
       delta[half] = stats[a.stat_rows + p.row(p.head) + i];
+      if (a.rest) rest[half] = stats[2 * a.stat_rows + p.row(p.head) + i];
     }
     const ScoreRules<T> rules(a, p, p.head);
     float weights[1][N / 8][4], dweights[1][N / 8][4];
@@ -147,8 +148,9 @@ __global__ void __launch_bounds__(2 * M, 1)
       for (int e = 0; e < 4; ++e) {
         const int i = first + warp_row + 8 * (e / 2) + g, j = j0 + 8 * c + 2 * t + e % 2;
         float slope;
-        const float weight = weight_of(rules.score(weights[0][c][e], i, j, slope), lse[e / 2]);
-        sum[0][c][e] += weight * (dweights[0][c][e] * factor[e] - delta[e / 2]);
+        const float weight =
+            weight_of(rules.score(weights[0][c][e], i, j, slope), lse[e / 2], rest[e / 2], a.natural() ? kLog2e : 1);
+        if (weight != 0) sum[0][c][e] += weight * (dweights[0][c][e] * factor[e] - delta[e / 2]);
       }
     }
   }

@@ -233,7 +233,7 @@ FASTLM_DEVICE void consume(HopperTile<T, D>& tile, const AttentionParams& a, con
     loaded = walk.tiles;
   }
 
-  finish_softmax(state, unit, Global<float>(a.lse ? a.lse + p.row(p.head) : nullptr), i, p.T, factor);
+  finish_softmax(state, a, p.row(p.head), i, p.T, factor);
   multiply_rows(out, factor);
   sync_named(3 + w, kWarpgroup);  // no warp needs the queries any more: their place takes the result
   const auto target = rows_of<T>(a.out, p.b, p.head, 0, p.T, D, true);

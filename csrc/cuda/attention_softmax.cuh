@@ -36,11 +36,12 @@ FASTLM_DEVICE void apply_rules(float (&scores)[ROWS][N][4], const ScoreRules<T>&
       }
 }
 
-// Turns scores, which are `unit` times their value in powers of two, into weights relative to the highest score so far;
-// shrink is what earlier weights have to be multiplied by.
+// Turns scores, which times `unit` are powers of two, into weights relative to the highest score so far; shrink is what
+// earlier weights have to be multiplied by. natural: scores may be as large as numbers are, so that they are multiplied
+// after the highest one is subtracted.
 template <int ROWS, int N>
 FASTLM_DEVICE void softmax_step(float (&scores)[ROWS][N][4], SoftmaxState<ROWS>& state, float unit,
-                                float (&shrink)[ROWS][2]) {
+                                float (&shrink)[ROWS][2], bool natural = false) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -49,9 +50,13 @@ FASTLM_DEVICE void softmax_step(float (&scores)[ROWS][N][4], SoftmaxState<ROWS>&
 #pragma unroll
       for (int n = 0; n < N; ++n) most = fmaxf(most, fmaxf(scores[r][n][2 * half], scores[r][n][2 * half + 1]));
       most = warp_max<4>(most);
-      const float pivot = most == -kInfinity ? 0 : most * unit;  // finite for a row without keys so far
-      shrink[r][half] = exp2_approx(state.highest[r][half] * unit - pivot);
+      const float shift = most == -kInfinity || !natural ? 0 : most;  // finite for a row without keys so far
+      const float pivot = most == -kInfinity || natural ? 0 : most * unit;
+      shrink[r][half] = exp2_approx((state.highest[r][half] - shift) * unit - pivot);
       state.highest[r][half] = most;
+      if (natural)
+#pragma unroll
+        for (int n = 0; n < N; ++n) scores[r][n][2 * half] -= shift, scores[r][n][2 * half + 1] -= shift;
       float added = 0;
 #pragma unroll
       for (int n = 0; n < N; ++n)
@@ -79,10 +84,11 @@ FASTLM_DEVICE void drop_weights(float (&weights)[ROWS][N][4], const Dropout& dro
 }
 
 // Finishes the sums, writes each row's log-sum-exp where it is wanted, and gives the factors that normalize the rows:
-// 0 for a row that attends to nothing. `i` is this lane's first query, of `queries`; lse is of the head's query 0.
+// 0 for a row that attends to nothing. `i` is this lane's first query, of `queries`; `row` is lse's of the head's query 0.
 template <int ROWS>
-FASTLM_DEVICE void finish_softmax(const SoftmaxState<ROWS>& state, float unit, Global<float> lse, int i, int queries,
-                                  float (&normalize)[ROWS][2]) {
+FASTLM_DEVICE void finish_softmax(const SoftmaxState<ROWS>& state, const AttentionParams& a, int64_t row, int i,
+                                  int queries, float (&normalize)[ROWS][2]) {
+  const float to_natural = a.natural() ? 1.0f : a.unit() * kLn2;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -90,8 +96,10 @@ FASTLM_DEVICE void finish_softmax(const SoftmaxState<ROWS>& state, float unit, G
       const float total = warp_sum<4>(state.sum[r][half]);
       const int query = i + 16 * r + 8 * half;
       normalize[r][half] = total == 0 ? 0 : 1 / total;
-      if (lse && lane_index() % 4 == 0 && query < queries)
-        lse[query] = total == 0 ? -kInfinity : (state.highest[r][half] * unit + log2f(total)) * kLn2;
+      if (!a.lse || lane_index() % 4 != 0 || query >= queries) continue;
+      float rest;
+      Global<float>(a.lse)[row + query] = log_sum(state.highest[r][half] * to_natural, total, rest);
+      if (a.rest) Global<float>(a.rest)[row + query] = rest;
     }
 }
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..backends import cpu as _native
 from ..errors import BackendError
-from ..ops.attention import scaled_dot_product_attention
+from ..ops._attention_reference import Options
+from ..ops.attention import rest_of, scaled_dot_product_attention
 
 NAME = "fastlm"
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -92,7 +93,8 @@ def _backward(
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
     mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
-    options = (is_causal, scale, dropout_p, 0, -1, 0 if is_causal else -1, 0.0)
+    options = Options(is_causal, scale, dropout_p, 0, -1, 0 if is_causal else -1, 0.0)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     backward: Any = _native.attention_bwd
-    return backward(grad_out.contiguous(), None, query, key, value, mask, out, logsumexp, *options)[:3]
+    rest = rest_of(_native, query, key, value, mask, logsumexp, options)
+    return backward(grad_out.contiguous(), None, query, key, value, mask, out, logsumexp, *options, rest=rest)[:3]

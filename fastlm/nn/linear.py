@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .._core.dispatch import must_trace, needs_grad
 from ..ops import _products
+from ..ops._thresholds import LONE_COLUMNS, LONE_ROWS, MANY_ROWS
 from ..ops.linear import FASTER_ROWS
 from ..ops.linear import linear as few_rows_linear
 from ._drop_in import DropIn
 
 FEWEST_ROWS = FASTER_ROWS[torch.float32].start
-MANY_ROWS = 512  # from which on a bias inside oneDNN's product in bf16 pays: up to 1.2 times as fast, below 0.8 to 1.0
 
 
 class Linear(torch.nn.Linear, metaclass=DropIn, stands_for=torch.nn.Linear):
@@ -82,7 +82,7 @@ def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return few_rows_linear(x, weight, bias)
     if x.dtype is not torch.bfloat16 or rows < MANY_ROWS:
         return F.linear(x, weight, bias)
-    if rows in _products.LONE_ROWS and columns in _products.LONE_COLUMNS:
+    if _products._has_tiles() and rows in LONE_ROWS and columns in LONE_COLUMNS:
         y = _products.multiply(x.reshape(rows, depth), weight.t())
         y = y if bias is None else y.add_(bias)
         return y.view(*x.shape[:-1], columns)

@@ -78,7 +78,7 @@ def _broadcast(op: str, shapes: list[torch.Size], what: str) -> torch.Size:
 
 
 def check_group(op: str, name: str, heads: int, H: int) -> None:
-    if heads == 0 or H % heads:
+    if heads != H and (heads == 0 or H % heads):
         raise ValueError(f"{op}: {name} has {heads} heads, expected a divisor of query's {H}")
 
 
@@ -87,6 +87,8 @@ def _share_heads(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> 
     H, key_heads, value_heads = q.shape[1], k.shape[1], v.shape[1]
     if H == key_heads == value_heads:
         return q, k, v
+    if enable_gqa and H == 0:
+        return q, k[:, :0], v[:, :0]
     if enable_gqa:
         for name, heads in (("key", key_heads), ("value", value_heads)):
             check_group(op, name, heads, H)

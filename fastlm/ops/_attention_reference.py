@@ -2,6 +2,9 @@
 
 out = dropout(softmax(s)) value and lse = logsumexp(s) with s = cap(scale query key^T) + mask, where
 cap(x) = softcap tanh(x / softcap) (Gemma Team 2024) or x, and keys outside a row's window have s = -inf.
+
+Keys that no row of a head attends to count as 0, whatever they hold: a weight of 0 times NaN would be NaN. Kernels keep
+them from every row that does not attend to them, which products of whole matrices cannot.
 """
 
 from __future__ import annotations
@@ -68,6 +71,22 @@ def _outside(T: int, S: int, options: Options, device: torch.device) -> Tensor |
     return outside | (ahead > right) if right >= 0 else outside
 
 
+def _without_closed_keys(
+    keys: Tensor, values: Tensor, T: int, mask: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Zeros in the place of keys and values that no row attends to."""
+    outside = _outside(T, keys.shape[2], options, keys.device)
+    closed = outside
+    if mask is not None:
+        masked = ~mask if mask.dtype == torch.bool else mask.detach().to(keys.dtype) == -math.inf
+        closed = masked if outside is None else outside | masked
+    if closed is None or 0 in closed.shape:
+        return keys, values
+    closed = closed if closed.dim() > 1 else closed.expand(T, keys.shape[2])
+    unseen = closed.all(-2).unsqueeze(-1)
+    return keys.masked_fill(unseen, 0.0), values.masked_fill(unseen, 0.0)
+
+
 def _weights(scores: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """(softmax weights (B, H, T, S), lse (B, H, T)); weights and lse are 0 and -inf where a row attends to nothing."""
     if mask is not None and mask.dtype == torch.bool:
@@ -104,6 +123,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, gradient of the masked scores), all with the query's heads."""
     queries, keys, values = wide
+    keys, values = _without_closed_keys(keys, values, queries.shape[2], mask, options)
     scores, slope = _scores(queries, keys, options)
     weights, _ = _weights(scores, mask, options)
     dweights = dout @ values.transpose(-2, -1) * factors
@@ -128,6 +148,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *given) 
     options = Options(*given)
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values = _wide(q, k, v)
+        keys, values = _without_closed_keys(keys, values, q.shape[2], mask, options)
         weights, lse = _weights(_scores(queries, keys, options)[0], mask, options)
         return (weights * _dense_factors(queries, k.shape[2], options) @ values).to(q.dtype), lse
 
@@ -187,10 +208,12 @@ def attention_varlen_ref(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Te
         factors = _packed_factors(queries, cu_k, options)
         outs, sums = [values[0, :, :0].transpose(0, 1)], [values[0, :, :0].sum(-1)]  # where there is no sequence
         for rows, columns in _sequences(cu_q, cu_k):
-            weights, lse = _weights(_scores(queries[:, :, rows], keys[:, :, columns], options)[0], None, options)
+            own = keys[:, :, columns], values[:, :, columns]
+            own_keys, own_values = _without_closed_keys(*own, rows.stop - rows.start, None, options)
+            weights, lse = _weights(_scores(queries[:, :, rows], own_keys, options)[0], None, options)
             if factors is not None:
                 weights = weights * factors[:, rows, : weights.shape[-1]]
-            outs.append((weights @ values[:, :, columns])[0].transpose(0, 1))
+            outs.append((weights @ own_values)[0].transpose(0, 1))
             sums.append(lse[0])
         return torch.cat(outs).to(q.dtype), torch.cat(sums, 1)
 

@@ -11,21 +11,15 @@ from torch import Tensor
 from .._core.dispatch import must_trace, needs_grad
 from ..backends import cpu as _native
 from ._autograd import by_reference
-
-# oneDNN 3.12 gives one of two threads nothing to do where the product has about 1024 rows and at most 1024 columns:
-# 1024 x 768 x 3072 ran at 1.1 TFLOP/s, in halves of the rows at 1.9; below and above, the whole is faster.
-LONE_ROWS, LONE_COLUMNS = range(641, 1536), range(1, 1025)
-# Terms of a sum, and terms where those of a lie below each other, up to which ours leads in bf16. Its sums are made at
-# one go, since they are rounded: with more of b to keep at hand it took up to 1.5 times as long as oneDNN.
-DEEPEST, DEEPEST_BELOW = 8192, 4096
-# Multiplications in a product, beyond which ours is worth its call where it leads.
-SMALL_PRODUCT = 2**22
-# The same in training, where an autograd class of our own costs more than better products save: with 64 rows of 128, a
-# step of BERT under autocast took 1.2 times as long with it.
-SMALL_IN_TRAINING = 2**26
-# Outputs of a layer from which on the rows that a loss ignores are looked for. In BERT base's training on 15 % of
-# 1024 tokens, with 30522 classes, two of the output layer's three products are then of 154 rows.
-MANY_CLASSES = 4096
+from ._thresholds import (
+    DEEPEST,
+    DEEPEST_BELOW,
+    LONE_COLUMNS,
+    LONE_ROWS,
+    MANY_CLASSES,
+    SMALL_IN_TRAINING,
+    SMALL_PRODUCT,
+)
 
 
 class Copy:

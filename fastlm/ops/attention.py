@@ -31,6 +31,7 @@ from ._attention_inputs import (
 )
 from ._attention_reference import Options, attention_backward_ref, attention_ref
 from ._autograd import by_reference, reference_gradients
+from ._thresholds import SHORT_DECODE
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -69,20 +70,19 @@ def cuda_attention_unsupported(request: Request) -> str | None:
     return _too_wide(request) or cuda_unsupported(request)
 
 
-# Keys of all heads and sequences, measured on one thread, heads of 64: with 192 to 1536 of them one query took 1.2 to
-# 1.5 times PyTorch's time (1.6 to 2.4 with a mask), with 12288 as long (1.1 to 1.3), with 98304 0.9 times (0.9 to 1.0).
-# Where heads share keys PyTorch reads these once a head, and took 1.0 to 1.2 times our time with 80 keys or more.
-_SHORT_DECODE = 2**14
-
-
 def _slower(request: Request) -> str | None:
     short = dict(request.features).get("short_decode", False)
     return "PyTorch's is faster for one query without gradients and few keys" if short else None
 
 
+def _is_short(keys: int, dtype: torch.dtype, mask: Tensor | None) -> bool:
+    """Whether PyTorch's kernel is the faster one for one query and so many keys of all heads and sequences."""
+    return 0 < keys <= SHORT_DECODE.get(dtype, (0, 0))[mask is not None]
+
+
 def _is_short_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     B, H, T, D = q.shape
-    if T != 1 or k.shape[1] != H or not 0 < B * H * k.shape[2] <= _SHORT_DECODE:
+    if T != 1 or k.shape[1] != H or not _is_short(B * H * k.shape[2], q.dtype, mask):
         return False
     if v.shape[3] != D or needs_grad(q, k, v, mask):
         return False
@@ -99,18 +99,39 @@ register(
 )
 
 
+def _rest_like(q: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Room for what rounding takes from the log-sum-exp; None without an additive mask, where that does not show.
+
+    Beside the lowest number of a dtype it takes the logarithm of the sum, and the weights of a row with nothing else
+    would come back from the log-sum-exp as ones.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return None
+    return q.new_empty(q.shape[:3], dtype=_native.compute_dtype(q.dtype))
+
+
+def rest_of(kernels: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, options: Options):
+    """The same, made anew for a backward pass that got the log-sum-exp alone; None where it is small on a CPU."""
+    rest = _rest_like(q, mask)
+    if rest is None or (lse.is_cpu and not ((lse.abs() > 2**12) & lse.isfinite()).any()):
+        return None
+    kernels.attention_fwd(q, k, v, mask, *options, rest=rest)
+    return rest
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, options, backend):
-        out, lse = KERNELS[backend].attention_fwd(q, k, v, mask, *options)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
+        rest = _rest_like(q, mask)
+        out, lse = KERNELS[backend].attention_fwd(q, k, v, mask, *options, rest=rest)
+        ctx.save_for_backward(q, k, v, mask, out, lse, rest)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, mask, out, lse = ctx.saved_tensors
+        q, k, v, mask, out, lse, rest = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
         if by_reference(dout, dlse):
             grads = reference_gradients(
@@ -120,7 +141,7 @@ class _Attention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         dq, dk, dv, dmask = KERNELS[ctx.backend].attention_bwd(
             dout, None if dlse is None else dlse.contiguous(), q, k, v, mask, out, lse, *ctx.options,
-            inputs=any(need[:3]), mask_grad=need[3],
+            inputs=any(need[:3]), mask_grad=need[3], rest=rest,
         )  # fmt: skip
         return dq, dk, dv, None if dmask is None else dmask.to(mask.dtype), None, None
 
@@ -198,8 +219,9 @@ def _attention_backward_op(
     dout, q, k, v = map(unit_stride, (dout, q, k, v))
     dlse = None if dlse is None else dlse.contiguous()
     if backend in KERNELS:
+        rest = rest_of(KERNELS[backend], q, k, v, mask, lse, options)
         dq, dk, dv, dmask = KERNELS[backend].attention_bwd(
-            dout, dlse, q, k, v, mask, out, lse, *options, mask_grad=mask_grad
+            dout, dlse, q, k, v, mask, out, lse, *options, mask_grad=mask_grad, rest=rest
         )
     else:
         dq, dk, dv, dmask = attention_backward_ref(dout, dlse, q, k, v, mask, options, mask_grad)
@@ -313,7 +335,13 @@ def scaled_dot_product_attention(
 
     Returns:
         (..., H, T, Dv) over (..., T, H, Dv) memory; with return_lse also lse (..., H, T), float32 (float64
-        for float64 inputs). A row that attends to nothing gives 0, its lse -inf.
+        for float64 inputs). A row that attends to nothing gives 0, its lse -inf. Any extent may be 0.
+
+    Keys that a row does not attend to, by window or by a mask of False or -inf, count for nothing in it: their
+    infinities and NaN reach neither its output nor its query's gradient, nor the gradients of keys and values that no
+    row shares with them. The reference promises that of keys that no row of a head attends to, PyTorch's operator
+    nothing, and Hopper's own CUDA kernels not for gradients. A finite number in a mask closes no key, be it the lowest
+    one: a row of it alone gives the mean of the values.
 
     Raises:
         ValueError: if shapes or devices disagree, dropout_p is no probability, is_causal meets a mask, or window or
@@ -375,7 +403,7 @@ def _quick(
         return None
     if mask is not None and (is_causal or not _spans(mask, (B, H, T, keys[2]), dtype)):
         return None
-    short = T == 1 and not grouped and 0 < B * H * keys[2] <= _SHORT_DECODE
+    short = T == 1 and not grouped and _is_short(B * H * keys[2], dtype, mask)
     kind = dtype, D, short, None if mask is None else mask.dtype
     request = _PLAIN_REQUESTS.get(kind)
     if request is None:

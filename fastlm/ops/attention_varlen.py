@@ -279,6 +279,7 @@ def attention_varlen(
     """
     q, k, v = autocast(query, key, value)
     _check_shapes(q, k, v)
+    k, v = (x[:, :0] for x in (k, v)) if q.shape[1] == 0 else (k, v)
     cu_q, cu_k = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check_offsets("cu_seqlens_q", cu_q, q)
     _check_offsets("cu_seqlens_k", cu_k, q)

@@ -17,6 +17,7 @@ from .._core.dispatch import Backend, Request, always, choose, must_trace, needs
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported
 from . import _products
+from ._thresholds import ROWS_IN_FP32, ROWS_IN_HALF, SMALL_WEIGHT
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,25 +38,19 @@ def _unsupported(request: Request) -> str | None:
 
 
 def faster_rows_in_fp32() -> range:
-    """Where MKL makes little of AVX-512, it took 1.7 to 5 times as long as the kernel, whatever the rows."""
-    return range(1 if _products.mkl_lags() else 4, _native.LINEAR_ROWS + 1)
+    return ROWS_IN_FP32[_products.mkl_lags()]
 
 
-# Rows at which the kernel reads a weight faster than PyTorch's product does. On two threads, over weights from
-# 768 x 768 to 50257 x 768, it was 1.1 to 5.5 times as fast in 16 bits, over all instruction sets that both had to do
-# with; 1.0 to 1.9 times in fp32, where fewer rows took 0.8 to 1.1 times PyTorch's speed, and fp64 0.7 to 1.3 times.
+# Rows at which the kernel reads a weight faster than PyTorch's product does.
 FASTER_ROWS = {
     torch.float32: faster_rows_in_fp32(),
-    torch.bfloat16: range(1, _native.LINEAR_ROWS + 1),
-    torch.float16: range(1, _native.LINEAR_ROWS + 1),
+    torch.bfloat16: ROWS_IN_HALF,
+    torch.float16: ROWS_IN_HALF,
 }
-# Elements of a weight; on one thread one row took 1.6 times PyTorch's time at 256 x 256 in fp32 and as long at
-# 512 x 512; 2.3 times at 64 x 64 in bf16 and 0.4 times at 128 x 128.
-_SMALL_WEIGHT = {torch.float32: 2**17, torch.bfloat16: 2**12, torch.float16: 2**12}
 
 
 def _library_faster(dtype: torch.dtype, rows: int, size: int) -> bool:
-    return rows not in FASTER_ROWS.get(dtype, ()) or size <= _SMALL_WEIGHT[dtype]
+    return rows not in FASTER_ROWS.get(dtype, ()) or size <= SMALL_WEIGHT[dtype]
 
 
 def _slower(request: Request) -> str | None:

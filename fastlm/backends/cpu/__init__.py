@@ -431,18 +431,19 @@ def attention_fwd(
     window_right: int = -1,
     softcap: float = 0.0,
     lse: bool = True,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, H, T, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), last dimensions contiguous -> (out, lse or None).
 
     out is (B, H, T, Dv) over (B, T, H, Dv) memory, lse (B, H, T) in compute dtype. is_causal says no more than
-    window_right does.
+    window_right does. rest, like lse, receives what rounding takes from lse, which is then made.
     """
     B, H, _, T, S, _, Dv = sizes = _attention_sizes(q, k, v)
     out = q.new_empty(B, T, H, Dv).transpose(1, 2)
     sums = q.new_empty(B, H, T, dtype=compute_dtype(q.dtype)) if lse else None
     _cpu.attention_fwd(
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
-        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), _ptr(sums), 0, 0,
+        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), _ptr(sums), _ptr(rest), 0, 0,
         sizes, scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
     )  # fmt: skip
     return out, sums
@@ -490,8 +491,9 @@ def attention_varlen_fwd(
     out = q.new_empty(Tq, H, Dv)
     sums = q.new_empty(H, Tq, dtype=compute_dtype(q.dtype)) if lse else None
     _cpu.attention_fwd(
-        *_packed(q), *_packed(k), *_packed(v), 0, (), 0, *_packed(out), _ptr(sums), cu_q.data_ptr(), cu_k.data_ptr(),
-        sizes, scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
+        *_packed(q), *_packed(k), *_packed(v), 0, (), 0, *_packed(out), _ptr(sums), 0,
+        cu_q.data_ptr(), cu_k.data_ptr(), sizes,
+        scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
     )  # fmt: skip
     return out, sums
 
@@ -500,6 +502,11 @@ def heads_like(x: Tensor) -> Tensor:
     """An empty tensor for x's gradient: dense, in x's order of dimensions, its last dimension contiguous."""
     grad = torch.empty_like(x)
     return grad if grad.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def zeros_like_heads(x: Tensor) -> Tensor:
+    """`heads_like` where there is no pair of query and key, and no kernel to write it."""
+    return heads_like(x).zero_()
 
 
 def attention_bwd(
@@ -520,14 +527,24 @@ def attention_bwd(
     softcap: float = 0.0,
     inputs: bool = True,
     mask_grad: bool = False,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """-> (dq, dk, dv) like q, k and v where `inputs`, and dmask in mask's shape and compute dtype where `mask_grad`."""
+    """-> (dq, dk, dv) like q, k and v where `inputs`, and dmask in mask's shape and compute dtype where `mask_grad`.
+
+    rest is what the forward pass made of it; None stands for zeros.
+    """
     B, H, _, T, S, _, _ = sizes = _attention_sizes(q, k, v)
-    dq, dk, dv = (heads_like(x) if inputs else None for x in (q, k, v))
-    dmask = torch.empty(mask.shape, dtype=lse.dtype) if mask is not None and mask_grad else None
+    empty = 0 in (B, H, T, S)
+    like = zeros_like_heads if empty else heads_like
+    dq, dk, dv = (like(x) if inputs else None for x in (q, k, v))
+    dmask = None
+    if mask is not None and mask_grad:
+        dmask = (torch.zeros if empty else torch.empty)(mask.shape, dtype=lse.dtype)
+    if empty:
+        return dq, dk, dv, dmask
     _cpu.attention_bwd(
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
-        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), lse.data_ptr(), 0, 0,
+        *_attention_mask(mask, (B, H, T, S)), out.data_ptr(), out.stride(), lse.data_ptr(), _ptr(rest), 0, 0,
         dout.data_ptr(), dout.stride(), _ptr(dlse), *_heads(dq), *_heads(dk), *_heads(dv),
         _ptr(dmask), () if dmask is None else tuple(dmask.shape),
         sizes, scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
@@ -554,12 +571,15 @@ def attention_varlen_bwd(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (dq, dk, dv) like q, k and v."""
-    dq, dk, dv = (heads_like(x) for x in (q, k, v))
+    B, H, _, Tq, Tk, _, _ = sizes = _packed_sizes(q, k, v, cu_q)
+    empty = 0 in (B, H, Tq, Tk)
+    dq, dk, dv = ((zeros_like_heads if empty else heads_like)(x) for x in (q, k, v))
+    if empty:
+        return dq, dk, dv
     _cpu.attention_bwd(
-        *_packed(q), *_packed(k), *_packed(v), 0, (), 0, *_packed(out), lse.data_ptr(),
+        *_packed(q), *_packed(k), *_packed(v), 0, (), 0, *_packed(out), lse.data_ptr(), 0,
         cu_q.data_ptr(), cu_k.data_ptr(), *_packed(dout), _ptr(dlse), *_packed(dq), *_packed(dk), *_packed(dv), 0, (),
-        _packed_sizes(q, k, v, cu_q),
-        scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
+        sizes, scale, dropout_p, seed, window_left, window_right, softcap, TYPE_CODE[q.dtype],
     )  # fmt: skip
     return dq, dk, dv
 

@@ -289,21 +289,23 @@ def _decode_workspace(q: Tensor, k: Tensor, v: Tensor, window_right: int) -> Ten
         return None
     sizes = H, k.shape[1], T, k.shape[2], max(D, width)
     splits = _call(_cuda.attention_splits, q, *sizes, window_right, TYPE_CODE[q.dtype])
-    return q.new_empty(B * H * T * splits * (width + 1), dtype=torch.float32) if splits else None
+    return q.new_empty(B * H * T * splits * (width + 2), dtype=torch.float32) if splits else None
 
 
-def _attention_fwd(q, k, v, mask, cu_q, cu_k, options, lse) -> tuple[Tensor, Tensor | None]:
+def _attention_fwd(q, k, v, mask, cu_q, cu_k, options, lse, rest=None) -> tuple[Tensor, Tensor | None]:
     B, H, T, _ = q.shape
     width = v.shape[3]
     out = q.new_empty_strided((B, H, T, width), (T * H * width, width, H * width, 1))
     sums = q.new_empty(B, H, T, dtype=torch.float32) if lse else None
     partial = _decode_workspace(q, k, v, options[5]) if cu_q is None and T <= _FEW_QUERIES else None
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
-    _call(_cuda.attention_fwd, q, *arguments, *_attention_heads(out), _ptr(sums), _ptr(partial))
+    _call(_cuda.attention_fwd, q, *arguments, *_attention_heads(out), _ptr(sums), _ptr(rest), _ptr(partial))
     return out, sums
 
 
-def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, grads, mask_grad) -> Tensor | None:
+def _attention_bwd(
+    dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, grads, mask_grad, rest=None
+) -> Tensor | None:
     """Writes dq, dk and dv into `grads`, those that are not None, and returns the mask's."""
     B, H, T, D = q.shape
     plain = mask is None and cu_q is None and options[2] == 0
@@ -315,18 +317,19 @@ def _attention_bwd(dout, dlse, q, k, v, mask, cu_q, cu_k, out, lse, options, gra
         dmask, partial = _mask_gradient(q, k.shape[2], max(D, v.shape[3]), mask, everywhere)
     arguments = _attention_arguments(q, k, v, mask, cu_q, cu_k, options)
     _call(
-        _cuda.attention_bwd, q, *arguments, *_attention_heads(out), _ptr(lse), *_attention_heads(dout), _ptr(dlse),
-        *(part for grad in grads for part in _attention_heads(grad)), _ptr(stats), _ptr(dmask),
+        _cuda.attention_bwd, q, *arguments, *_attention_heads(out), _ptr(lse), _ptr(rest),
+        *_attention_heads(dout), _ptr(dlse), *(part for grad in grads for part in _attention_heads(grad)),
+        _ptr(stats), _ptr(dmask),
         *((0, 0, ()) if dmask is None else (TYPE_CODE[dmask.dtype], _ptr(partial), tuple(dmask.shape))),
     )  # fmt: skip
     return dmask
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options, lse: bool = True, rest: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As fastlm.backends.cpu.attention_fwd."""
-    return _attention_fwd(q, k, v, mask, None, None, options, lse)
+    return _attention_fwd(q, k, v, mask, None, None, options, lse, rest)
 
 
 def attention_bwd(
@@ -341,10 +344,11 @@ def attention_bwd(
     *options,
     inputs: bool = True,
     mask_grad: bool = False,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.attention_bwd."""
     grads = (heads_like(q), heads_like(k), heads_like(v)) if inputs else (None, None, None)
-    dmask = _attention_bwd(dout, dlse, q, k, v, mask, None, None, out, lse, options, grads, mask_grad)
+    dmask = _attention_bwd(dout, dlse, q, k, v, mask, None, None, out, lse, options, grads, mask_grad, rest)
     return *grads, dmask
 
 
