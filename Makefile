@@ -6,11 +6,11 @@ BIN    := $(VENV)/bin
 # The tests compile the CUDA kernels themselves; FASTLM_CUDA=1 installs them too, which takes longer.
 export FASTLM_CUDA ?= 0
 
-.PHONY: demo test test-gpu-code lint bench bench-cpu gpu-check clean
+.PHONY: demo test test-gpu-code test-no-compiler lint bench bench-cpu gpu-check environment clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(MAKE) --no-print-directory environment
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c tests/constraints.txt -e '.[$*]'
 	touch $@
@@ -27,6 +27,10 @@ test: $(VENV)/.test
 test-gpu-code: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m gpu_code
 
+# Every verb where fastlm was installed without a compiler, and without Python's headers.
+test-no-compiler: $(VENV)/.test
+	$(BIN)/python tests/no_compiler.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -42,6 +46,27 @@ bench-cpu: $(VENV)/.bench
 gpu-check:
 	FASTLM_CUDA= $(PYTHON) -m pip install -q --no-build-isolation --no-deps .
 	$(PYTHON) tests/gpu_check.py
+
+# A virtual environment with pip, whole or not at all: one that was left half made is made anew.
+# Of its 3 GB, 2.1 stay with torch's build for CPUs; CUDA's libraries, which PyPI's brings on Linux, are more.
+DISK_MB := 3000
+environment:
+	@say() { echo "make: $$*" >&2; }; fail() { say "$$@"; exit 1; }; \
+	command -v $(PYTHON) >/dev/null || fail "$(PYTHON) is not there: install Python 3.10 or newer, or give PYTHON="; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  fail "$(PYTHON) is too old, fastlm needs Python 3.10 or newer: install it, or give PYTHON="; \
+	command -v $${CXX:-g++} >/dev/null || command -v c++ >/dev/null || \
+	  say "no C++ compiler, so no CPU kernels: install one (apt: g++) and give FASTLM_CPU=1 to see that it works"; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_paths()["include"] + "/Python.h")' \
+	  2>/dev/null || say "no Python.h, so no CPU kernels: install Python's headers (apt: python3-dev)"; \
+	$(BIN)/python -m pip --version >/dev/null 2>&1 && exit 0; \
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  fail "$(PYTHON) can make no virtual environment: install its venv module (apt: python3-venv)"; \
+	test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || rmdir $(VENV) 2>/dev/null || fail "$(VENV) is there and no virtual environment: remove it"; \
+	mkdir -p $(VENV) || exit 1; free=$$(df -Pm $(VENV) | awk 'END { print $$4 }'); \
+	test "$$free" -ge $(DISK_MB) || { rmdir $(VENV) 2>/dev/null; \
+	  fail "$$free MB of disk are free for $(VENV), $(DISK_MB) are needed: make room, or give VENV="; }; \
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); fail "$(PYTHON) -m venv $(VENV) failed, as said above"; }
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

@@ -2,8 +2,9 @@
 
 torch is neither imported nor needed here: kernels take raw pointers, so one build serves every torch
 release. FASTLM_CPU=0 skips the CPU module, FASTLM_CUDA=0 the CUDA module, =1 makes a failed build an
-error; unset, a failed build leaves a working package without that module, and the CUDA module is tried
-where nvcc is found: by CUDA_HOME, on PATH, or in /usr/local/cuda. FASTLM_CUDA_ARCHS="80;90a" names what
+error; unset, a failed build leaves a working package without that module. pip shows nothing of that, so the
+reason why there is no CPU module is written beside where it would be, and the commands show it. The CUDA
+module is tried where nvcc is found: by CUDA_HOME, on PATH, or in /usr/local/cuda. FASTLM_CUDA_ARCHS="80;90a" names what
 to compile it for. FASTLM_JOBS is how many files are compiled at a time.
 """
 
@@ -14,16 +15,21 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 ParallelCompile("FASTLM_JOBS").install()
+
+REASON = "_cpu_missing.txt"  # beside the CPU module that is not there
 
 CPU_FLAGS = [
     "-O3",
@@ -135,11 +141,64 @@ def compile_cuda(folder: Path) -> list[str]:
         return [*pool.map(compiled, sorted(glob("csrc/cuda/*.cu"))), cuda_runtime(nvcc)]
 
 
+def why_it_failed(error: Exception, said: str) -> str:
+    """One line for a build that failed: what to install where that is known, else the compiler's first error."""
+    if isinstance(error.__cause__ or error, FileNotFoundError) or "No such file or directory" in str(error):
+        return f"there was no C++ compiler ({error})"
+    if "Python.h" in said:
+        return "Python's headers (Python.h) were not there"
+    lines = [line for line in said.splitlines() if "error" in line.lower()]
+    return f"its build failed ({(lines or [str(error)])[0].strip()[:300]})"
+
+
+@contextmanager
+def output_of_children():
+    """A function that returns what commands have written since; they write it out at the end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        for descriptor in (1, 2):
+            os.dup2(kept.fileno(), descriptor)
+
+        def said() -> bytes:
+            kept.seek(0)
+            return kept.read()
+
+        try:
+            yield lambda: said().decode(errors="replace")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, copy in zip((1, 2), before, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+            os.write(2, said())
+
+
 class BuildExtensions(build_ext):
     def build_extension(self, ext):
         if ext.name == "fastlm._cuda":
             ext.extra_objects = compile_cuda(Path(self.build_temp) / "cuda")
-        super().build_extension(ext)
+        if ext.name != "fastlm._cpu":
+            return super().build_extension(ext)
+        reason = Path(self.get_ext_fullpath(ext.name)).parent / REASON
+        reason.unlink(missing_ok=True)
+        with output_of_children() as said:
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                reason.parent.mkdir(parents=True, exist_ok=True)
+                reason.write_text(why_it_failed(error, said()) + "\n", encoding="utf-8")
+                raise CompileError(str(error)) from error
+
+
+class BuildPython(build_py):
+    def run(self):
+        super().run()
+        if os.environ.get("FASTLM_CPU") == "0":
+            folder = Path("." if self.editable_mode else self.build_lib) / "fastlm"
+            (folder / REASON).write_text("it was installed with FASTLM_CPU=0\n", encoding="utf-8")
 
 
 class SourceDistribution(sdist):
@@ -153,5 +212,5 @@ setup(
         *([cpu_extension()] if os.environ.get("FASTLM_CPU", "") != "0" else []),
         *filter(None, [cuda_extension()]),
     ],
-    cmdclass={"build_ext": BuildExtensions, "sdist": SourceDistribution},
+    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython, "sdist": SourceDistribution},
 )

@@ -37,7 +37,7 @@ def give_gradients(parameters, seed, grad_dtype=None):
 
 def gradients_like(parameters, others):
     for p, q in zip(parameters, others, strict=True):
-        p.grad = q.grad.double()
+        p.grad = q.grad.double().clone()
 
 
 def groups(parameters):
@@ -151,8 +151,10 @@ def test_norm_of_gradients_that_are_not_finite(isa, bad):
     assert math.isnan(norm) if math.isnan(bad) else norm == math.inf
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+@pytest.mark.parametrize("grad_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["float64", "amsgrad", "strided", "missing"])
-def test_what_the_kernel_does_not_take_runs_on_torch(kind, monkeypatch):
+def test_what_the_kernel_does_not_take_runs_on_torch(kind, grad_dtype, fused, monkeypatch):
     dtype = torch.float64 if kind == "float64" else torch.float32
     parameters = make(dtype, [(6, 4), (9,)])
     if kind == "strided":
@@ -160,13 +162,18 @@ def test_what_the_kernel_does_not_take_runs_on_torch(kind, monkeypatch):
     if kind == "missing":
         monkeypatch.setattr(_native, "missing_reason", "not built")
     truth = doubles(parameters)
-    options = {"amsgrad": kind == "amsgrad"}
+    options = {"amsgrad": kind == "amsgrad", "fused": fused}
     optimizer, expected = AdamW(parameters, **options), torch.optim.AdamW(truth, **options)
-    give_gradients(parameters, 0)
-    gradients_like(truth, parameters)
-    torch.nn.utils.clip_grad_norm_(truth, 0.5)
-    optimizer.step(max_norm=0.5)
-    expected.step()
+    for step in range(2):
+        give_gradients(parameters, step, grad_dtype)
+        gradients_like(truth, parameters)
+        given = [p.grad for p in parameters]
+        norm = torch.nn.utils.clip_grad_norm_(truth, 0.5).item()
+        assert optimizer.gradient_norm() == pytest.approx(norm, rel=1e-6)
+        optimizer.step(max_norm=0.5, norm=norm)
+        expected.step()
+        assert all(p.grad is grad for p, grad in zip(parameters, given, strict=True))
+        assert all(p.grad.dtype == p.grad_dtype for p in parameters)
     for p, q in zip(parameters, truth, strict=True):
         torch.testing.assert_close(p.double(), q, rtol=1e-6, atol=1e-6)
 

@@ -54,6 +54,7 @@ def _run(argv: list[str]) -> int:
     if verb not in VERBS:
         print(f"fastlm: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    _warn_of_missing_kernels(rest)
     module = None
     try:
         module = importlib.import_module(f".{verb}", __name__)
@@ -84,3 +85,15 @@ def _spelled(error: Exception, module: Any) -> str:
     if options is None or not isinstance(error, FastlmError) or isinstance(error, ConfigFileError):
         return message
     return spelled(message, options)
+
+
+def _warn_of_missing_kernels(arguments: list[str]) -> None:
+    """One line, loud: without its kernels everything works, but slowly, and nothing else would say so."""
+    from ..backends import cpu
+
+    if cpu.missing_reason and not {"-h", "--help"} & set(arguments):
+        print(
+            f"fastlm: WITHOUT ITS CPU KERNELS, so slow: {cpu.missing_reason}; with a C++17 compiler and Python's"
+            f" headers (apt: g++ python3-dev) get them by  {cpu.HOW_TO_BUILD}",
+            file=sys.stderr,
+        )

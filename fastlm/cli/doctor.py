@@ -72,7 +72,7 @@ def _served_by(op: str, device: str, dtype: torch.dtype) -> dict[str, str]:
 def _advice(report: dict) -> list[str]:
     advice = []
     if report["cpu"]["extension"] != "loaded":
-        advice.append("build the CPU kernels:  FASTLM_CPU=1 pip install --force-reinstall --no-deps fastlm")
+        advice.append(f"with a C++17 compiler and Python's headers, build the CPU kernels:  {_native.HOW_TO_BUILD}")
     if len(report["cpu"]["openmp_runtimes"]) > 1:
         advice.append("two OpenMP runtimes are loaded; set the threads of both:  export OMP_NUM_THREADS=$(nproc)")
     if missing := [name for name in ("tokenizers", "safetensors", "rich", "tyro") if not report["packages"][name]]:

@@ -73,5 +73,8 @@ def _remarks(done: dict) -> Iterator[str]:
         yield f"skipped {len(skipped)} files that do not decode, first {skipped[0]}"
     if done["duplicates_dropped"]:
         yield f"dropped {done['duplicates_dropped']} duplicate documents"
+    if done["unknown_tokens"] or done["characters_lost"]:
+        unknown, lost = done["unknown_tokens"], done["characters_lost"]
+        yield f"{unknown} unknown tokens, {lost} characters that do not come back, first {done['first_lost']}"
     if done["forced_cuts"]:
         yield f"{done['forced_cuts']} cuts where tokens may differ from encoding the whole text"

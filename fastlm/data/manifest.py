@@ -50,29 +50,15 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, source: str = "manifest.json") -> Manifest:
         """Read the text of a manifest.json; DataError if it is not one of this version."""
-        try:
-            values = json.loads(text)
-            version = values.get("format_version")
-            if version != FORMAT_VERSION:
-                raise DataError(f"{source}: format_version is {shown(version)}, expected {FORMAT_VERSION}")
-            manifest = cls(**{f.name: values[f.name] for f in fields(cls)})
-            for split in SPLITS:
-                _check_split(manifest.splits[split], f"{source}: {split}")
-        except KeyError as error:
-            raise DataError(f"{source}: the entry {error} is missing") from None
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise DataError(f"{source}: not a manifest ({error})") from None
-        if manifest.dtype not in list(DTYPES):
-            raise DataError(f"{source}: dtype is {shown(manifest.dtype)}, expected one of {', '.join(DTYPES)}")
-        ids = 1 << 8 * DTYPES[manifest.dtype].itemsize
-        if type(manifest.vocab_size) is not int or not 1 <= manifest.vocab_size <= ids:
-            raise DataError(
-                f"{source}: vocab_size is {shown(manifest.vocab_size)}, expected 1 to the {ids} of {manifest.dtype}"
-            )
-        if not isinstance(manifest.tokenizer_fingerprint, str):
-            raise DataError(
-                f"{source}: tokenizer_fingerprint is {shown(manifest.tokenizer_fingerprint)}, expected text"
-            )
+        values = _parse(text, source)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise DataError(f"{source}: format_version is {shown(version)}, expected {FORMAT_VERSION}")
+        missing = [f.name for f in fields(cls) if f.name not in values]
+        if missing:
+            raise DataError(f"{source}: the entry {missing[0]!r} is missing")
+        manifest = cls(**{f.name: values[f.name] for f in fields(cls)})
+        _check_values(manifest, source)
         return manifest
 
     def hashes(self) -> dict[str, str]:
@@ -80,15 +66,58 @@ class Manifest:
         return {split: self.splits[split]["sha256"] for split in SPLITS}
 
 
-def _check_split(entry: dict[str, Any], name: str) -> None:
-    """Raise DataError unless a split's entry has what is read and divided by; KeyError where it lacks it."""
-    for key in COUNTS:
-        if type(entry[key]) is not int or not 0 <= entry[key] < 1 << 63:
-            raise DataError(f"{name} has {shown(entry[key])} {key}, expected a count")
-    if not isinstance(entry["sha256"], str):
-        raise DataError(f"{name} has the sha256 {shown(entry['sha256'])}, expected text")
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{source}: not a manifest (nested too deeply)") from None
+    except ValueError as error:  # not JSON, or a number of too many digits
+        raise DataError(f"{source}: not a manifest ({error})") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{source}: not a manifest (a {type(values).__name__}, expected an object)")
+    return values
+
+
+def _check_values(manifest: Manifest, source: str) -> None:
+    dtype = manifest.dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise DataError(f"{source}: dtype is {shown(dtype)}, expected one of {', '.join(DTYPES)}")
+    largest = 1 << 8 * DTYPES[dtype].itemsize
+    if not _is_count(manifest.vocab_size) or not 0 < manifest.vocab_size <= largest:
+        raise DataError(f"{source}: vocab_size is {shown(manifest.vocab_size)}, expected 1 to {largest} for {dtype}")
+    eot = manifest.eot_id
+    if eot is not None and (not _is_count(eot) or eot >= manifest.vocab_size):
+        raise DataError(f"{source}: eot_id is {shown(eot)}, expected null or less than {manifest.vocab_size}")
+    for name, kind, word in (
+        ("tokenizer_fingerprint", str, "text"), ("splits", dict, "an object"), ("sources", list, "a list"),
+        ("preparation", dict, "an object"),
+    ):  # fmt: skip
+        value = getattr(manifest, name)
+        if not isinstance(value, kind):
+            raise DataError(f"{source}: {name} is {shown(value)}, expected {word}")
+    for split in SPLITS:
+        _check_split(manifest.splits, split, source)
+
+
+def _check_split(splits: dict[str, Any], split: str, source: str) -> None:
+    if split not in splits:
+        raise DataError(f"{source}: the entry {split!r} is missing")
+    entry = splits[split]
+    if not isinstance(entry, dict):
+        raise DataError(f"{source}: {split} is {shown(entry)}, expected an object")
+    for name in COUNTS:
+        if name not in entry:
+            raise DataError(f"{source}: the entry {name!r} of {split} is missing")
+        if not _is_count(entry[name]):
+            raise DataError(f"{source}: {split} has {shown(entry[name])} {name}, expected a count")
     if entry["tokens"] and not (entry["bytes"] and entry["chars"]):
-        raise DataError(f"{name} has {entry['tokens']} tokens of no text")
+        raise DataError(f"{source}: {split} has {entry['tokens']} tokens of no text")
+    if not isinstance(entry.get("sha256"), str):
+        raise DataError(f"{source}: sha256 of {split} is {shown(entry.get('sha256'))}, expected text")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def load_manifest(folder: str | os.PathLike[str], verify: bool | Literal["changed"] = False) -> Manifest:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,16 @@ import numpy as np
 from .._core.files import naming, staging, sync
 from ..errors import ConfigError, DataError
 from . import reading
+from .losses import Losses, Piece
 from .manifest import DTYPES, SPLITS, Manifest
 from .pieces import PieceCutter
 from .scan import Corpus, Progress
-from .tokenizer import Tokenizer, describe
+from .tokenizer import Tokenizer
 
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
-BATCH_CHARS = 1 << 20  # encoded at once, so that every thread has pieces to work on
+BATCH_CHARS = 1 << 19  # of one byte each, encoded at once, so that every thread has pieces to work on
+PIECE_COST = 256  # as many characters does a piece count for beside its own: one of a letter takes 1 KB until written
+WRITE_TOKENS = 1 << 16
 
 
 @dataclass
@@ -54,6 +58,8 @@ class PrepareConfig:
     """Unicode normalisation."""
     line_endings: Literal["keep", "lf"] = "keep"
     """lf turns CR LF and CR into LF."""
+    allow_lossy: bool = False
+    """Take a tokenizer that does not give the text back, and count what is lost."""
     deduplicate: Literal["none", "exact"] = "none"
     """exact drops documents equal to an earlier one."""
     overwrite: bool = False
@@ -98,34 +104,37 @@ def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, tota
 
     Files of any size are read in chunks. The tokens of a document equal those of encoding it whole, as far as
     `PieceCutter` says; each document, and each part of one that was cut, is followed by the tokenizer's
-    end-of-text token. Equal input gives equal bytes. The four files are written to a temporary folder inside
+    end-of-text token. A tokenizer must give the text back, up to canonical equivalence (NFC) and a blank before it, or
+    have an unknown token for what it lacks; `allow_lossy` takes any, and the manifest counts what is lost. Equal input
+    gives equal bytes. The four files are written to a temporary folder inside
     `config.out` and moved into place when all are complete, so a failure leaves an earlier prepared folder as
     it was.
 
     Raises:
         ConfigError: an option is out of range.
-        DataError: nothing to read, undecodable text (with file and byte offset), a character outside an
-            existing character vocabulary, a split without text, or a prepared folder in the way.
+        DataError: nothing to read, undecodable text (with file and byte offset), a tokenizer that does not give the
+            text back (with the first character lost and its place), a split without text, or a prepared folder in
+            the way.
         OSError: a file cannot be read or written.
     """
     config.check()
     _check_out(config)
     existing = Tokenizer.load(config.tokenizer) if config.tokenizer not in ("bpe", "characters") else None
-    corpus = Corpus(config, progress)
-    corpus.scan()
-    created = not config.out.exists()
-    config.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with staging(config.out / "prepare") as temporary:
-            tokenizer = existing or corpus.make_tokenizer()
-            manifest = _write(corpus, tokenizer, temporary)
-            for name in FILES:  # the manifest last: with another's token files it would be refused
-                os.replace(temporary / name, config.out / name)
-    except BaseException:
-        if created:
-            with suppress(OSError):  # not ours alone any more
-                config.out.rmdir()
-        raise
+    with closing(Corpus(config, progress)) as corpus:
+        corpus.scan()
+        created = not config.out.exists()
+        config.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with staging(config.out / "prepare") as temporary:
+                tokenizer = existing or corpus.make_tokenizer()
+                manifest = _write(corpus, tokenizer, temporary)
+                for name in FILES:  # the manifest last: with another's token files it would be refused
+                    os.replace(temporary / name, config.out / name)
+        except BaseException:
+            if created:
+                with suppress(OSError):  # not ours alone any more
+                    config.out.rmdir()
+            raise
     return manifest
 
 
@@ -137,6 +146,7 @@ class SplitWriter:
         self.entry: dict[str, Any] = {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0, "sha256": ""}
         self._eot = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
         self._dtype = dtype
+        self._pending = array("H" if dtype.itemsize == 2 else "I")
         self._digest = hashlib.sha256()
         self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
 
@@ -151,42 +161,46 @@ class SplitWriter:
         """Append a piece of a document."""
         self.entry["bytes"] += len(text.encode())
         self.entry["chars"] += len(text)
-        self._append(ids)
+        self._pending.extend(ids)
+        if len(self._pending) >= WRITE_TOKENS:
+            self._write()
 
     def end_document(self) -> None:
         """Append the end-of-text token, if there is one."""
         self.entry["documents"] += 1
-        self._append(self._eot)
+        self._pending.extend(self._eot)
 
     def finish(self) -> dict:
         """Flush to the disk and return the manifest's entry."""
+        self._write()
         with naming(self.path):
             sync(self._file)
         self.entry["sha256"] = self._digest.hexdigest()
         return self.entry
 
-    def _append(self, ids: list[int]) -> None:
-        data = np.asarray(ids, dtype=self._dtype).tobytes()
+    def _write(self) -> None:
+        data = np.asarray(self._pending, dtype=self._dtype).tobytes()
         self._digest.update(data)
-        self.entry["tokens"] += len(ids)
+        self.entry["tokens"] += len(self._pending)
         with naming(self.path):
             self._file.write(data)
+        del self._pending[:]
 
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    cutter = PieceCutter(lambda text: tokenizer.encode_batch([text])[0])
+    cutter = PieceCutter(lambda text: _probe(tokenizer, text))
+    losses = Losses(tokenizer, corpus.config)
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(SplitWriter(folder / f"{split}.bin", tokenizer, DTYPES[dtype]))
             for split in SPLITS
         }
-        for batch in _batches(corpus, tokenizer, cutter):
-            ids = tokenizer.encode_batch([text for _, text, _ in batch])
-            for (split, text, last), piece in zip(batch, ids, strict=True):
-                writers[split].add(text, piece)
-                if last:
-                    writers[split].end_document()
+        for batch in _batches(corpus, cutter):
+            for piece, ids in zip(batch, losses.encode(batch), strict=True):
+                writers[piece.split].add(piece.text, ids)
+                if piece.last:
+                    writers[piece.split].end_document()
         splits = {split: writer.finish() for split, writer in writers.items()}
     _check_splits(splits, corpus)
     manifest = Manifest(
@@ -196,7 +210,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
         eot_id=tokenizer.eot_id,
         splits=splits,
         sources=corpus.sources,
-        preparation=_preparation(corpus, cutter),
+        preparation=_preparation(corpus, cutter) | losses.report(),
     )
     tokenizer.save(folder / "tokenizer.json")
     with naming(folder / "manifest.json"), open(folder / "manifest.json", "w", encoding="utf-8") as file:
@@ -205,31 +219,32 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
     return manifest
 
 
-def _batches(corpus: Corpus, tokenizer: Tokenizer, cutter: PieceCutter) -> Iterator[list[tuple[str, str, bool]]]:
-    """Pieces as (split, text, whether the document ends here), about BATCH_CHARS at a time."""
-    batch: list[tuple[str, str, bool]] = []
-    chars = 0
-    for path, split, texts in corpus.stretches("tokens"):
-        seen = 0
+def _probe(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode_lossy([text])[0]
+    except DataError:  # said of the whole piece, with its place
+        return []
+
+
+def _batches(corpus: Corpus, cutter: PieceCutter) -> Iterator[list[Piece]]:
+    """Pieces, about BATCH_CHARS at a time."""
+    batch: list[Piece] = []
+    cost = start = 0
+    before = None
+    for source, split, texts in corpus.stretches("tokens"):
+        start = start if source == before else 0
+        before, begun = source, start
         for text in cutter(texts):
-            _check_known(tokenizer, text, path, seen)
-            batch.append((split, text, False))
-            seen += len(text)
-            chars += len(text)
-            if chars >= BATCH_CHARS:
+            batch.append(Piece(source, start, split, text, False))
+            start += len(text)
+            cost += len(text.encode()) + PIECE_COST
+            if cost >= BATCH_CHARS:
                 # the last piece stays behind: whether its document ends is not known yet
                 yield batch[:-1]
-                batch, chars = batch[-1:], len(text)
-        if seen:
-            batch[-1] = (split, batch[-1][1], True)
+                batch, cost = batch[-1:], 0
+        if start > begun:
+            batch[-1] = batch[-1]._replace(last=True)
     yield batch
-
-
-def _check_known(tokenizer: Tokenizer, text: str, path: Path, before: int) -> None:
-    unknown = tokenizer.find_unknown(text)
-    if unknown is not None:
-        where = f"{path}: {describe(text[unknown])} at character {before + unknown} of the document"
-        raise DataError(f"{where} is not in the tokenizer's vocabulary of characters")
 
 
 def _check_splits(splits: dict[str, dict], corpus: Corpus) -> None:
@@ -237,8 +252,8 @@ def _check_splits(splits: dict[str, dict], corpus: Corpus) -> None:
     for split in SPLITS:
         if splits[split]["chars"] == 0 and not (split == "val" and fraction == 0):
             raise DataError(
-                f"no text for the {split} split: {sum(corpus.plan.kept)} documents of"
-                f" {sum(corpus.plan.chars)} characters at val_fraction={fraction}, split={corpus.plan.rule}"
+                f"no text for the {split} split: {corpus.plan.kept} documents of"
+                f" {corpus.plan.chars} characters at val_fraction={fraction}, split={corpus.plan.rule}"
             )
 
 
@@ -248,8 +263,8 @@ def _preparation(corpus: Corpus, cutter: PieceCutter) -> dict:
         del options[name]
     return options | {
         "split": corpus.plan.rule,
-        "documents_read": len(corpus.plan.kept),
-        "duplicates_dropped": corpus.duplicates,
+        "documents_read": corpus.plan.documents,
+        "duplicates_dropped": corpus.plan.duplicates,
         "empty_dropped": corpus.empty,
         "files_skipped": corpus.skipped,
         "forced_cuts": cutter.forced,

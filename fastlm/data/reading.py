@@ -15,6 +15,9 @@ from typing import Literal
 from ..errors import ConfigError, DataError
 from .pieces import PieceCutter
 
+LONGEST_BLANK = 1 << 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 # In a stream of events a string is text and None is the end of a document.
 Events = Iterator["str | None"]
 
@@ -50,7 +53,7 @@ def check_encoding(name: str) -> None:
         b"a".decode(name)
     except UnicodeDecodeError:
         pass  # half a character of a known encoding
-    except LookupError:
+    except (LookupError, ValueError):  # of a name with a null character, and of the codec "undefined"
         raise ConfigError(f"encoding={name!r} is not a text encoding that Python knows") from None
 
 
@@ -71,7 +74,7 @@ def read_text(
         DataError: names the file and the offset of the first byte that cannot be decoded.
     """
     decoder = codecs.getincrementaldecoder(encoding)(errors)
-    end = 0
+    end = chars = 0
     with open(path, "rb") as file:
         while True:
             data = file.read(chunk_bytes)
@@ -86,6 +89,13 @@ def read_text(
                     f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding} text"
                     f" ({error.reason}); give the file's encoding, or errors=replace"
                 ) from None
+            except UnicodeError as error:  # no byte order mark, for one
+                raise DataError(f"{path}: not {encoding} text ({error}); give the file's encoding") from None
+            if lone := None if text.isascii() else _SURROGATE.search(text):  # unicode_escape and utf-7 give them
+                if errors == "strict":
+                    raise DataError(f"{path}: character {chars + lone.start()} ({lone[0]!a}) is a lone surrogate")
+                text = _SURROGATE.sub("\ufffd", text)
+            chars += len(text)
             if text:
                 yield text
             if not data:
@@ -110,16 +120,25 @@ def normalized(texts: Iterable[str], form: Literal["NFC", "NFKC"]) -> Iterator[s
 
 
 class Separator:
-    """What stands between two documents of one file: a string, or "blank-line" for blank lines."""
+    """What stands between two documents of one file: a string, or "blank-line" for blank lines.
+
+    Of blank lines, `LONGEST_BLANK` characters at most are one separator, so that no text makes a reader wait for more.
+    """
 
     def __init__(self, text: str) -> None:
         self._blank_line = text == "blank-line"
-        self._length = len(text)
-        self.pattern = re.compile(r"\n(?:[ \t\r]*\n)+" if self._blank_line else re.escape(text))
+        self._length = LONGEST_BLANK if self._blank_line else len(text)
+        # Not a repeated group, which would keep a place to return to for every line: 100 bytes a line.
+        blank = rf"\n[ \t\r\n]{{0,{LONGEST_BLANK - 2}}}\n"
+        self.pattern = re.compile(blank if self._blank_line else re.escape(text))
 
     def settled(self, text: str) -> int:
         """Length of the part of `text` in which no later text can begin or extend a separator."""
-        return len(text.rstrip()) if self._blank_line else max(0, len(text) - self._length)
+        near = max(0, len(text) - self._length + 1)
+        if not self._blank_line:
+            return near
+        begins = text.find("\n", max(near, len(text.rstrip(" \t\r\n"))))
+        return len(text) if begins < 0 else begins
 
 
 def split_documents(texts: Iterable[str], separator: Separator | None) -> Events:
@@ -133,9 +152,8 @@ def split_documents(texts: Iterable[str], separator: Separator | None) -> Events
         settled = separator.settled(buffer)
         start = 0
         for match in separator.pattern.finditer(buffer):
-            if match.end() > settled:
-                settled = match.start()  # later text may extend this one
-                break
+            if match.start() >= settled:
+                break  # later text may extend this one
             yield buffer[start : match.start()]
             yield None
             start = match.end()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DataError
 from . import reading
@@ -18,8 +18,18 @@ from .tokenizer import Tokenizer, byte_level_words
 if TYPE_CHECKING:
     from .prepare import PrepareConfig
 
+TRAINING_PIECE = 1 << 11
+UNBROKEN = 1 << 21  # characters; training takes 80 bytes for each where no word occurs twice
+
 # Called as progress(stage, bytes done, bytes in all); the stages are "scan", "tokenizer" and "tokens".
 Progress = Callable[[str, int, int], None]
+
+
+class Source(NamedTuple):
+    """A document: its file, and which one of that it is, from 1 on."""
+
+    path: Path
+    document: int
 
 
 @dataclass
@@ -28,36 +38,45 @@ class Corpus:
 
     config: PrepareConfig
     progress: Progress
+    plan: Plan = field(init=False)
     files: list[Path] = field(default_factory=list)
     sources: list[dict] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # for each file, the number of documents up to its end
     alphabet: set[str] = field(default_factory=set)
     skipped: list[str] = field(default_factory=list)
-    duplicates: int = 0
     empty: int = 0
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.plan = Plan(config.val_fraction, config.seed, config.split, _existing(config.out))
+
+    def close(self) -> None:
+        """Remove what was kept of the scan."""
+        self.plan.close()
 
     def scan(self) -> None:
         """Read everything once: check that it decodes, hash it, and plan the split."""
         config = self.config
-        self.plan = Plan(config.val_fraction, config.seed, config.split)
-        self._seen: set[bytes] = set()
         found = reading.find_files(config.inputs, config.glob)
         self._sizes = {path: path.stat().st_size for path in found}
         self._starts = dict(zip(found, accumulate(self._sizes.values(), initial=0), strict=False))
         self._total = sum(self._sizes.values())
         for path in found:
             self._scan_file(path)
+        self.empty = self.plan.documents - self.plan.kept
+        if config.deduplicate == "exact":
+            self.plan.drop_duplicates()
         self.plan.settle()
-        if not any(self.plan.kept):
+        if not self.plan.kept:
             raise DataError(f"no text in {len(found)} files ({len(self.skipped)} skipped): nothing to prepare")
 
     def _scan_file(self, path: Path) -> None:
-        first, new = len(self.plan.kept), _Counts()
+        first = self.plan.documents
         alphabet: set[str] = set()
         digest = hashlib.sha256()
         try:
             for texts in reading.documents(self._events("scan", path, digest.update)):
-                self._scan_document(texts, new, alphabet)
+                self._scan_document(texts, alphabet)
         except DataError:
             if self.config.errors != "skip-file":
                 raise
@@ -66,13 +85,10 @@ class Corpus:
             return
         self.files.append(path)
         self.sources.append({"path": str(path), "bytes": self._sizes[path], "sha256": digest.hexdigest()})
-        self.ends.append(len(self.plan.kept))
+        self.ends.append(self.plan.documents)
         self.alphabet |= alphabet
-        self._seen |= new.seen
-        self.duplicates += new.duplicates
-        self.empty += new.empty
 
-    def _scan_document(self, texts: Iterator[str], new: _Counts, alphabet: set[str]) -> None:
+    def _scan_document(self, texts: Iterator[str], alphabet: set[str]) -> None:
         digest, chars, blank = hashlib.blake2b(digest_size=16), 0, True
         for text in texts:
             digest.update(text.encode("utf-8", "surrogatepass"))
@@ -80,36 +96,32 @@ class Corpus:
             blank = blank and (not text or text.isspace())
             if self.config.tokenizer == "characters":
                 alphabet.update(text)
-        key = digest.digest()
-        twin = self.config.deduplicate == "exact" and not blank and (key in self._seen or key in new.seen)
-        if self.config.deduplicate == "exact":
-            new.seen.add(key)
-        new.duplicates += twin
-        new.empty += blank
-        self.plan.add(key, chars, not (blank or twin))
+        self.plan.add(digest.digest(), chars, not blank)
 
     def make_tokenizer(self) -> Tokenizer:
         """Train a BPE on the training split, or take every character that occurs."""
         if self.config.tokenizer == "characters":
             return Tokenizer.characters(self.alphabet)
         # Training takes the square of a word's length: 3 minutes for 262,144 letters without a break.
-        cutter = PieceCutter(byte_level_words, size=1 << 11)
+        cutter = PieceCutter(byte_level_words, TRAINING_PIECE)
         train = (texts for _, split, texts in self.stretches("tokenizer") if split == "train")
-        return Tokenizer.train_bpe(chain.from_iterable(map(cutter, train)), self.config.vocab_size)
+        pieces = for_training(chain.from_iterable(map(cutter, train)))
+        return Tokenizer.train_bpe(pieces, self.config.vocab_size)
 
-    def stretches(self, stage: str) -> Iterator[tuple[Path, str, Iterator[str]]]:
-        """All text as (file, split, texts), each to be read before the next.
+    def stretches(self, stage: str) -> Iterator[tuple[Source, str, Iterator[str]]]:
+        """All text as (where it is from, split, texts), each to be read before the next.
 
         Raises:
             DataError: a file is no longer what the scan read.
         """
-        first = 0
+        first, rows = 0, self.plan.rows()
         for path, source, end in zip(self.files, self.sources, self.ends, strict=True):
             digest = hashlib.sha256()
             events = self._events(stage, path, digest.update)
-            for texts, index in zip(reading.documents(events), range(first, end), strict=False):
-                for split, stretch in self.plan.stretches(index, texts):
-                    yield path, split, stretch
+            found = zip(reading.documents(events), islice(rows, end - first), strict=False)
+            for number, (texts, row) in enumerate(found, start=1):
+                for split, stretch in self.plan.stretches(row, texts):
+                    yield Source(path, number), split, stretch
             if digest.hexdigest() != source["sha256"]:
                 raise DataError(f"{path}: the file changed while it was being prepared")
             first = end
@@ -138,10 +150,15 @@ class Corpus:
         return report
 
 
-@dataclass
-class _Counts:
-    """What one file adds to a scan, kept apart until the file is known to be readable."""
+def for_training(pieces: Iterable[str]) -> Iterator[str]:
+    """What a BPE is trained on: all pieces but those without a word's end, of which the first `UNBROKEN` characters."""
+    unbroken = 0
+    for piece in pieces:
+        unbroken += len(piece) if len(piece) > 2 * TRAINING_PIECE else 0
+        if len(piece) <= 2 * TRAINING_PIECE or unbroken <= UNBROKEN:
+            yield piece
 
-    seen: set[bytes] = field(default_factory=set)
-    duplicates: int = 0
-    empty: int = 0
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there: where the output will be, there is room."""
+    return next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("."))

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+import struct
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
 
 from .reading import Events, documents
 
 # Below this many expected validation documents, a choice among whole ones is too coarse.
 MIN_DOCUMENTS = 10
 _LINE_SLACK = 1000
+_ROW = struct.Struct("<16sQ?")
+IN_MEMORY = 1 << 25  # bytes: 1.3 million documents
+DIGESTS = 1 << 20  # about 150 MB
 
 
-@dataclass
+class Row(NamedTuple):
+    """What the scan notes of one document: the digest of its text, its length, and whether it is used."""
+
+    digest: bytes
+    chars: int
+    kept: bool
+
+
 class Plan:
     """A split that depends on the seed and on each document's own text, so not on the order of files.
+
+    The rows of the documents are kept in memory up to `IN_MEMORY` bytes, and beyond in a file without a name.
 
     Args:
         fraction: share of the text that validates.
@@ -25,46 +39,95 @@ class Plan:
         rule: "documents" (each whole one goes to one side; equal ones to the same), "spans" (of each, one
             contiguous span at a place drawn by the seed validates, cut at line ends where lines are short),
             or "auto" until `settle` chooses.
-        chars: length of each document.
-        places: for each document, where in [0, 1) its draw fell.
-        kept: for each document, 0 if it is dropped.
+        folder: where the file is made; None for the system's folder of temporary files.
     """
 
-    fraction: float
-    seed: int
-    rule: str = "auto"
-    chars: array[int] = field(default_factory=lambda: array("Q"))
-    places: array[float] = field(default_factory=lambda: array("d"))
-    kept: bytearray = field(default_factory=bytearray)
+    def __init__(self, fraction: float, seed: int, rule: str = "auto", folder: Path | None = None) -> None:
+        self.fraction, self.seed, self.rule = fraction, seed, rule
+        self.documents = self.chars = self.kept = self.duplicates = 0
+        self._folder = folder
+        self._file = self._new_file()
+
+    def close(self) -> None:
+        """Forget everything, and remove the file."""
+        self._file.close()
 
     def add(self, digest: bytes, chars: int, kept: bool) -> None:
-        """Note one document, known by the digest of its text."""
-        self.chars.append(chars)
-        self.places.append(_uniform(self.seed, digest))
-        self.kept.append(kept)
+        """Note one document, known by the 16 bytes that are the digest of its text."""
+        self._file.write(_ROW.pack(digest, chars, kept))
+        self._count(chars, kept, 1)
 
     def truncate(self, count: int) -> None:
         """Forget all documents but the first `count`."""
-        for column in (self.chars, self.places, self.kept):
-            del column[count:]
+        for row in self.rows(count):
+            self._count(row.chars, row.kept, -1)
+        self._file.seek(count * _ROW.size)
+        self._file.truncate()
+
+    def drop_duplicates(self) -> None:
+        """Keep of equal documents the first alone.
+
+        At most `DIGESTS` of them are held; while there are more, the rows are gone through again.
+        """
+        undecided = 0  # number of the first row whose digest was not looked for yet
+        while undecided < self.documents:
+            seen: set[bytes] = set()
+            first, undecided = undecided, self.documents
+            file = self._new_file()
+            for number, row in enumerate(self.rows()):
+                twin = row.kept and row.digest in seen
+                if row.kept and not twin and number >= first:
+                    if len(seen) < DIGESTS:
+                        seen.add(row.digest)
+                    else:
+                        undecided = min(undecided, number)
+                self.kept -= twin
+                self.duplicates += twin
+                file.write(_ROW.pack(row.digest, row.chars, row.kept and not twin))
+            self._file.close()
+            self._file = file
 
     def settle(self) -> None:
         """Choose the rule, once all documents are known."""
         if self.rule == "auto":
-            self.rule = "documents" if self.fraction * sum(self.kept) >= MIN_DOCUMENTS else "spans"
+            self.rule = "documents" if self.fraction * self.kept >= MIN_DOCUMENTS else "spans"
 
-    def stretches(self, index: int, texts: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
+    def rows(self, first: int = 0) -> Iterator[Row]:
+        """The documents from number `first` on, in the order in which they were added."""
+        at = first * _ROW.size
+        while True:
+            self._file.seek(at)
+            data = self._file.read(4096 * _ROW.size)
+            if not data:
+                return
+            at += len(data)
+            yield from map(Row._make, _ROW.iter_unpack(data))
+
+    def place(self, row: Row) -> float:
+        """Where in [0, 1) a document's draw fell."""
+        return _uniform(self.seed, row.digest)
+
+    def stretches(self, row: Row, texts: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
         """One document's text as (split, texts): each to be read before the next."""
-        if not self.kept[index]:
+        if not row.kept:
             return
+        place = self.place(row)
         if self.rule == "documents":
-            yield ("val" if self.places[index] < self.fraction else "train"), iter(texts)
+            yield ("val" if place < self.fraction else "train"), iter(texts)
             return
-        span = round(self.chars[index] * self.fraction)
-        start = int(self.places[index] * (self.chars[index] - span + 1))
+        span = round(row.chars * self.fraction)
+        start = int(place * (row.chars - span + 1))
         cuts = [start, start + span] if span else []
         parts = documents(carve(texts, cuts, slack=min(_LINE_SLACK, span // 10)))
         yield from zip(("train", "val", "train"), parts, strict=False)
+
+    def _new_file(self) -> IO[bytes]:
+        return tempfile.SpooledTemporaryFile(IN_MEMORY, dir=None if self._folder is None else str(self._folder))
+
+    def _count(self, chars: int, kept: bool, sign: int) -> None:
+        self.documents += sign
+        self.chars += sign * chars
+        self.kept += sign * kept
 
 
 def carve(texts: Iterable[str], cuts: list[int], slack: int) -> Events:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from .._core.files import replace_bytes
 from ..errors import ConfigError, DataError
+from .library import check_vocabulary, encodes_all_bytes, library_errors, quiet_panics, unknown_id
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -37,27 +39,23 @@ class Tokenizer:
     """
 
     def __init__(self, definition: str, source: str = "tokenizer") -> None:
-        try:
+        with quiet_panics(), library_errors(f"{source}: not a tokenizer.json that the tokenizers library reads"):
             backend = tokenizers.Tokenizer.from_str(definition)
             backend.no_padding()
             backend.no_truncation()
             backend.encode_special_tokens = True
+            vocabulary = backend.get_vocab(with_added_tokens=True)
             start_ids = _start_ids(backend)
-        except BaseException as error:  # the library raises bare Exception, and panics with something else
-            if not damages(error):
-                raise
-            reason = str(error).partition("\n")[0][:200]
-            raise DataError(f"{source}: not a tokenizer.json that the tokenizers library reads ({reason})") from None
+        check_vocabulary(vocabulary, source)
         self._definition = definition.encode()
         self._backend = backend
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise DataError(f"{source}: the tokenizer has an empty vocabulary")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eot_id: int | None = next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
         self.start_ids: list[int] = start_ids
+        self.unknown_id: int | None = unknown_id(backend)
         self.fingerprint: str = hashlib.sha256(self._definition).hexdigest()
         self._alphabet = _alphabet(backend)
+        self._lossless = encodes_all_bytes(backend)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
@@ -142,36 +140,83 @@ class Tokenizer:
             special_tokens: read the names of special tokens in the text as those tokens, not as plain text.
 
         Raises:
-            DataError: a character that the vocabulary cannot express, with its position.
+            DataError: a character that the vocabulary cannot express, with its position. A tokenizer that has an
+                unknown token puts that in its place.
         """
         if not special_tokens:
             return self.encode_batch([text])[0]
         if self._alphabet:  # hide the names behind a known character, so that positions stay right
-            self._check(text.replace(END_OF_TEXT, next(iter(self._alphabet)) * len(END_OF_TEXT)))
+            self._check_alphabet(text.replace(END_OF_TEXT, next(iter(self._alphabet)) * len(END_OF_TEXT)))
+        check_surrogates(text)
         self._backend.encode_special_tokens = False
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            with library_errors("the tokenizer cannot encode the text"):
+                ids = self._backend.encode(text, add_special_tokens=False).ids
+            if not self._alphabet:
+                self._check_returned(text, ids)
         finally:
             self._backend.encode_special_tokens = True
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, on several threads where the tokenizer can.
 
         Raises:
-            DataError: a character that the vocabulary cannot express, with its position.
+            DataError: as `encode`.
         """
         for text in texts:
-            self._check(text)
+            self._check_alphabet(text)
+            check_surrogates(text)
         if self._alphabet is not None:
-            # 50 times faster than the library's regular expression over single characters.
-            return [list(map(self._alphabet.__getitem__, text)) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return self.encode_lossy(texts)
+        try:
+            encoded = self.encode_lossy(texts)
+        except DataError as error:
+            raise next(filter(None, map(self._unknown, texts)), error) from None
+        for text, ids in zip(texts, encoded, strict=True):
+            self._check_returned(text, ids)
+        return encoded
 
-    def find_unknown(self, text: str) -> int | None:
-        """Index of the first character that a character vocabulary lacks; None if there is none."""
-        if self._alphabet is None or self._alphabet.keys() >= set(text):
+    def encode_lossy(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts without lone surrogates, whatever of them comes back; see `decode_changed`.
+
+        Raises:
+            DataError: the tokenizers library refuses one of them.
+        """
+        if self._alphabet is None:
+            return self._encode(texts)
+        # 50 times faster than the library's regular expression over single characters.
+        try:
+            return [list(map(self._alphabet.__getitem__, text)) for text in texts]
+        except KeyError:
+            return [[self._alphabet[c] for c in text if c in self._alphabet] for text in texts]
+
+    def decode_changed(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[str | None]:
+        """For each text that does not come back from its ids, what comes back in its place; else None.
+
+        Texts that Unicode holds for the same (NFC), and a blank more or less at the start, do not count.
+        """
+        if self._lossless or (self._alphabet and all(map(_same_length, texts, encoded))):
+            return [None] * len(texts)
+        with library_errors("the tokenizer cannot decode its own tokens"):
+            decoded = self._backend.decode_batch(encoded, skip_special_tokens=False)
+        return [None if _same(text, other) else other for text, other in zip(texts, decoded, strict=True)]
+
+    def find_unknown(self, text: str, normalized: bool = False) -> int | None:
+        """Index of the first character that does not come back, or for which the unknown token stands.
+
+        Args:
+            normalized: let the tokenizer's own normalizer change the text.
+        """
+        if self._lossless or (self._alphabet and self._alphabet.keys() >= set(text)):
             return None
-        return next(index for index, character in enumerate(text) if character not in self._alphabet)
+        if self._alphabet is not None:
+            return next(index for index, character in enumerate(text) if character not in self._alphabet)
+        good, bad = 0, len(text) + 1
+        while bad - good > 1:
+            end = (good + bad) // 2
+            good, bad = (end, bad) if self._returns(text[:end], normalized) else (good, end)
+        return None if good == len(text) else good
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD.
@@ -183,20 +228,50 @@ class Tokenizer:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             bad = next(index for index in ids if not 0 <= index < self.vocab_size)
             raise DataError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
-        return self._backend.decode(ids, skip_special_tokens=False)
+        with library_errors("the tokenizer cannot decode its own tokens"):
+            return self._backend.decode(ids, skip_special_tokens=False)
 
     def stream(self) -> TokenStream:
         """A decoder that takes one id at a time."""
         return TokenStream(self)
 
-    def _check(self, text: str) -> None:
-        unknown = self.find_unknown(text)
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        with library_errors("the tokenizer cannot encode the text"):
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _check_alphabet(self, text: str) -> None:
+        unknown = None if self._alphabet is None else self.find_unknown(text)
         if unknown is not None:
             raise DataError(f"{describe(text[unknown])} at character {unknown} is not in the vocabulary")
+
+    def _check_returned(self, text: str, ids: list[int]) -> None:
+        if self.unknown_id is None and not self._is_returned(text, ids, normalized=True):
+            raise self._unknown(text) or DataError("the tokenizer does not give the text back")
+
+    def _unknown(self, text: str) -> DataError | None:
+        index = self.find_unknown(text, normalized=True)
+        if index is None:
+            return None
+        return DataError(f"{describe(text[index])} at character {index} is not in the tokenizer's vocabulary")
+
+    def _returns(self, text: str, normalized: bool) -> bool:
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{describe(text[error.start])} at character {error.start} is a lone surrogate") from None
+            ids = self._encode([text])[0]
+        except DataError:
+            return False
+        return self.unknown_id not in ids and self._is_returned(text, ids, normalized)
+
+    def _is_returned(self, text: str, ids: list[int], normalized: bool) -> bool:
+        changed = self.decode_changed([text], [ids])[0]
+        if changed is None or not normalized:
+            return changed is None
+        normalizer = self._backend.normalizer
+        if normalizer is not None and _same(normalizer.normalize_str(text), changed):
+            return True
+        # A decoder may put blanks between tokens; added tokens may take the blanks beside them.
+        takes_blanks = any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values())
+        same_words = "".join(text.split()) == "".join(changed.split())
+        return same_words and (takes_blanks or _blanks(text.removeprefix(" ")) <= _blanks(changed))
 
 
 class TokenStream:
@@ -232,11 +307,6 @@ class TokenStream:
         return new
 
 
-def damages(error: BaseException) -> bool:
-    """Whether an error of the tokenizers library tells of what it was given: its panics are no `Exception`."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
 def _start_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """What the definition puts before every text, such as Llama's <s>; `Tokenizer.encode` leaves it out."""
     if backend.post_processor is None:
@@ -244,6 +314,31 @@ def _start_ids(backend: tokenizers.Tokenizer) -> list[int]:
     encoding = backend.encode("a")
     marks = itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
     return [token for token, _ in marks]
+
+
+def check_surrogates(text: str) -> None:
+    """Raise DataError if a text holds a lone surrogate, with its position."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{describe(text[error.start])} at character {error.start} is a lone surrogate") from None
+
+
+def _same_length(text: str, ids: list[int]) -> bool:
+    return len(text) == len(ids)
+
+
+def _blanks(text: str) -> int:
+    return sum(map(str.isspace, text))
+
+
+def same_form(text: str) -> str:
+    """Equal for texts that are taken to be the same: canonically equivalent, or one with a blank before it."""
+    return unicodedata.normalize("NFC", text).removeprefix(" ")
+
+
+def _same(text: str, other: str) -> bool:
+    return text == other or same_form(text) == same_form(other)
 
 
 def byte_level_words(text: str) -> list[str]:
@@ -264,12 +359,11 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _read_gpt2_pair(vocabulary: Path, merges: Path) -> str:
-    try:
+    with quiet_panics(), library_errors(f"{vocabulary} and {merges.name}: not a byte-level BPE"):
         backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{vocabulary} and {merges.name}: not a byte-level BPE ({error})") from None
-    if backend.token_to_id(END_OF_TEXT) is not None:
-        backend.add_special_tokens([END_OF_TEXT])
+        check_vocabulary(backend.get_vocab(), str(vocabulary))  # to_str goes through all ids up to the largest
+        if backend.token_to_id(END_OF_TEXT) is not None:
+            backend.add_special_tokens([END_OF_TEXT])
     return backend.to_str(pretty=True)
 
 

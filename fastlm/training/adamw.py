@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class AdamW(torch.optim.AdamW):
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients together, the same bits for any number of threads; 0 without any."""
         fused, others = self._split()
-        norms = [_total_norm([p.grad for p in parameters]) for parameters in others]
+        # In the parameter's dtype: PyTorch rounds the norm of a bf16 gradient to bf16.
+        norms = [_total_norm([p.grad.to(p.dtype) for p in parameters]) for parameters in others]
         if fused:
             norms.append(math.sqrt(_native.gradient_square_sum([p.grad.contiguous() for _, p in fused])))
         return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
@@ -61,9 +63,10 @@ class AdamW(torch.optim.AdamW):
         if fused:
             self._fused_step(fused, scale)
         for parameters in others:
-            if max_norm is not None and norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
-            self._torch_step(parameters)
+            with _cast_gradients(parameters):
+                if max_norm is not None and norm is not None:
+                    nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+                self._torch_step(parameters)
         return loss
 
     def _split(self) -> tuple[list[tuple[dict[str, Any], Any]], list[list[Any]]]:
@@ -118,6 +121,21 @@ class AdamW(torch.optim.AdamW):
         copy = copy_of(p)
         scalars = _scalars(group, float(state["step"]), scale)
         return p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], copy, scalars
+
+
+@contextlib.contextmanager
+def _cast_gradients(parameters: list[Tensor]) -> Iterator[None]:
+    """Cast gradients to their parameters' dtypes for a while: PyTorch's step takes no bf16 gradient of an fp32 one."""
+    cast = [(p, p.grad, p.grad_dtype) for p in parameters if p.grad is not None and p.grad.dtype != p.dtype]
+    try:
+        for p, grad, _ in cast:
+            p.grad_dtype = None
+            p.grad = grad.to(p.dtype)
+        yield
+    finally:
+        for p, grad, dtype in cast:
+            p.grad = grad
+            p.grad_dtype = dtype
 
 
 def _fused_takes(group: dict[str, Any], p: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,25 @@ from torch import Tensor
 
 from ...errors import BackendError
 
+HOW_TO_BUILD = "FASTLM_CPU=1 pip install --force-reinstall --no-deps fastlm"
+
+
+def _why_missing(error: ImportError) -> str:
+    """What the build left to say, if the module is not there at all; else why it does not load."""
+    try:
+        built = (Path(__file__).parents[2] / "_cpu_missing.txt").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        built = ""
+    why = built if built and isinstance(error, ModuleNotFoundError) else str(error)
+    return f"the CPU extension is not there: {why}"
+
+
 _cpu: Any = None
 missing_reason: str | None = None
 try:
     _cpu = importlib.import_module("fastlm._cpu")
 except ImportError as error:  # not built, or built for another Python
-    missing_reason = f"the CPU extension is not there ({error}); install from source with a C++17 compiler"
+    missing_reason = _why_missing(error)
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 TYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

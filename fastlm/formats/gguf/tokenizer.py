@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from ...data import Tokenizer
-from ...data.tokenizer import damages
+from ...data.library import damages, quiet_panics
 from ...errors import CheckpointError, DataError
 from ...models.common.config import shown
 from .model import CONTROL, END_NAMES, USER_DEFINED, read_fields
@@ -102,7 +102,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"expected gpt2 with one of {', '.join(RULES)}; put the model's tokenizer.json beside the file"
         )
     try:
-        definition = _definition(fields, RULES[name])
+        with quiet_panics():
+            definition = _definition(fields, RULES[name])
     except BaseException as error:  # the library raises bare Exception, and panics with something else
         if not damages(error):
             raise
