@@ -19,7 +19,7 @@ from .case import Built, Case, Counts, Unavailable
 from .kernel import each_dtype
 
 CLIP = 1.0
-OPTIONS = {"lr": 1e-3, "weight_decay": 0.1}
+LR, WEIGHT_DECAY = 1e-3, 0.1
 CHECKED = 4  # parameters, from the last: small ones, a matrix and its bias
 FLOPS = 16  # a parameter: square and add; scale, two moments, root, quotient, decay
 PROVIDERS = ("fastlm", "torch")
@@ -90,10 +90,10 @@ class AdamWSession:
                 for p in parameters:
                     p.grad_dtype = self.case.torch_dtype
             self._give_gradients(parameters)
-            ours = AdamW(parameters, fused=True, **OPTIONS)
+            ours = AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
             return lambda: ours.step(max_norm=CLIP)
         grads = self._give_gradients(parameters)
-        theirs = torch.optim.AdamW(parameters, fused=True, **OPTIONS)
+        theirs = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 
         def step() -> list[Tensor]:
             if self.low:

@@ -7,6 +7,7 @@ With "+dropout" weights are dropped as well, which "dropout" does under a causal
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 import fastlm
 
 from .case import Case, Counts, Unavailable
-from .kernel import Inputs, KernelBenchmark, each_dtype
+from .kernel import Function, Inputs, KernelBenchmark, each_dtype
 from .peers import attribute
 from .providers import need_cuda
 
@@ -129,7 +130,7 @@ def _stock_varlen(case: Case):
     def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
         parts = (x.split(_lengths(case)) for x in (q, k, v))
         each = zip(*([x.transpose(0, 1)[None] for x in part] for part in parts), strict=True)
-        outs = [F.scaled_dot_product_attention(*sequence, is_causal=True) for sequence in each]
+        outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in each]
         return torch.cat([out[0].transpose(0, 1) for out in outs])
 
     return run
@@ -213,7 +214,7 @@ def _flash(case: Case, device: str):
     return run
 
 
-PEERS = {
+PEERS: dict[str, Callable[[Case, str], Function]] = {
     "sdpa-flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
     "sdpa-cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
     "sdpa-efficient": functools.partial(_sdpa, "EFFICIENT_ATTENTION"),

@@ -108,9 +108,14 @@ class Session(Protocol):
 class Benchmark(Protocol):
     """An op or a part of the engine that can be timed."""
 
-    name: str
-    dims: tuple[str, ...]
-    variants: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dims(self) -> tuple[str, ...]: ...
+
+    @property
+    def variants(self) -> tuple[str, ...]: ...
 
     def cases(self, device: str, quick: bool) -> list[Case]: ...
 

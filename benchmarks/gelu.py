@@ -80,7 +80,7 @@ def _transformers(case: Case, device: str):
 
 
 def _onnxruntime(case: Case, device: str):
-    return onnx_session(case, device, "Gelu", {"approximate": FORMS[case.variant]}, list(_inputs(case, device).tensors))
+    return onnx_session(case, device, "Gelu", {"approximate": FORMS[case.variant]}, _inputs(case, device))
 
 
 PEERS = {"transformers": _transformers, "onnxruntime": _onnxruntime}

@@ -48,9 +48,9 @@ class Goal:
         return float(shown) <= float(wanted) if self.at_most else float(shown) >= float(wanted)
 
 
-def row(results: Results, op: str, which: str, provider: str = "fastlm", **wanted: object) -> Row | None:
+def row(results: Results, op: str, which: str, provider: str = "fastlm", **case: str) -> Row | None:
     """The timed row with these attributes; freed memory is kept and threads are the most unless said otherwise."""
-    wanted = {"allocator": "kept", "variant": ""} | wanted
+    wanted = {"allocator": "kept", "variant": ""} | case
     found = [
         r
         for r in results.rows
@@ -67,7 +67,7 @@ def _provider(r: Row) -> str:
     return "transformers" if r.label == "transformers" else r.provider
 
 
-def speed(op: str, which: str, against: str = "torch", **case: object) -> Measure:
+def speed(op: str, which: str, against: str = "torch", **case: str) -> Measure:
     """Times the speed of `against` in the same case."""
 
     def measure(results: Results) -> float | None:
@@ -77,7 +77,7 @@ def speed(op: str, which: str, against: str = "torch", **case: object) -> Measur
     return measure
 
 
-def roof(op: str, which: str, **case: object) -> Measure:
+def roof(op: str, which: str, **case: str) -> Measure:
     """Percent of the copy, read or GEMM rate of the same run."""
 
     def measure(results: Results) -> float | None:
@@ -87,12 +87,16 @@ def roof(op: str, which: str, **case: object) -> Measure:
     return measure
 
 
-def memory(op: str, which: str, **case: object) -> Measure:
+def memory(op: str, which: str, **case: str) -> Measure:
     """Percent of PyTorch's peak memory."""
 
     def measure(results: Results) -> float | None:
         ours, theirs = row(results, op, which, **case), row(results, op, which, "torch", **case)
-        return 100 * ours.peak_bytes / theirs.peak_bytes if ours and theirs and ours.peak_bytes else None
+        return (
+            100 * ours.peak_bytes / theirs.peak_bytes
+            if ours and theirs and ours.peak_bytes and theirs.peak_bytes
+            else None
+        )
 
     return measure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +48,7 @@ class KernelBenchmark:
     stock: Callable[[Case], Function]
     counts: Callable[[Case, str], Counts]
     terms: Callable[[Case], int]
-    peers: dict[str, Callable[[Case, str], Function]] = field(default_factory=dict)
+    peers: Mapping[str, Callable[[Case, str], Function]] = field(default_factory=dict)
 
     def cases(self, device: str, quick: bool) -> list[Case]:
         return self.table(quick, device)
@@ -83,11 +83,14 @@ class KernelSession:
         """Outputs, and gradients of `tensors` if these are given, by name."""
         results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
         if self.gradients and tensors is not None:
-            leaves = [tensors[i] for i in self.differentiable]
+            leaves = self._leaves_of(tensors)
             grads = [g.to(out.dtype) for g, out in zip(self.grads, outputs, strict=True)]
             found = torch.autograd.grad(outputs, leaves, grads)
             results |= {f"gradient {i}": g for i, g in zip(self.differentiable, found, strict=True)}
         return results
+
+    def _leaves_of(self, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+        return [t for i in self.differentiable if (t := tensors[i]) is not None]
 
     def providers(self) -> Iterable[str]:
         return self.op.providers()
@@ -121,7 +124,7 @@ class KernelSession:
             runs["fwd"] = lambda: _without_gradients(function, self.tensors)
         if not self.gradients or forward_only:
             return runs
-        leaves = [self.tensors[i] for i in self.differentiable]
+        leaves = self._leaves_of(self.tensors)
         if "bwd" in self.case.passes:
             outputs = _tuple(function(*self.tensors))
             runs["bwd"] = lambda: torch.autograd.grad(outputs, leaves, self.grads, retain_graph=True)

@@ -93,8 +93,7 @@ def _flash(case: Case, device: str):
 
 
 def _onnxruntime(case: Case, device: str):
-    tensors = _inputs(case, device).tensors
-    return onnx_session(case, device, "LayerNormalization", {"axis": -1, "epsilon": EPS}, list(tensors))
+    return onnx_session(case, device, "LayerNormalization", {"axis": -1, "epsilon": EPS}, _inputs(case, device))
 
 
 def _flash_add(case: Case, device: str):

@@ -45,11 +45,11 @@ def peak(run: Callable[[], Any], device: str, before: int | None = None) -> int 
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated() if before is None else before
         result = run()
         torch.cuda.synchronize()
         del result
-        return torch.cuda.max_memory_allocated() - (start if before is None else before)
+        return torch.cuda.max_memory_allocated() - before
     start = resident()
     if start is None:
         return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .case import Case, Unavailable
+from .kernel import Inputs
 
 
 def attribute(module: str, name: str) -> Any:
@@ -20,17 +21,18 @@ def attribute(module: str, name: str) -> Any:
         raise Unavailable(f"{module}.{name}: {str(error).splitlines()[0]}") from error
 
 
-def onnx_session(case: Case, device: str, op: str, attributes: dict[str, Any], inputs: list[Tensor]) -> Callable:
+def onnx_session(case: Case, device: str, op: str, attributes: dict[str, Any], inputs: Inputs) -> Callable:
     """One ONNX operator in onnxruntime, with torch's thread count; inference on the CPU in fp32 only."""
     if device != "cpu" or case.dtype != "float32":
         raise Unavailable("run through onnxruntime in float32 on the CPU only")
     onnx, runtime = attribute("onnx", "helper"), importlib.import_module("onnxruntime")
     kind = attribute("onnx", "TensorProto").FLOAT
-    names = [f"x{i}" for i in range(len(inputs))]
+    tensors = [t for t in inputs.tensors if t is not None]
+    names = [f"x{i}" for i in range(len(tensors))]
     graph = onnx.make_graph(
         [onnx.make_node(op, names, ["y"], **attributes)],
         "op",
-        [onnx.make_tensor_value_info(n, kind, list(t.shape)) for n, t in zip(names, inputs, strict=True)],
+        [onnx.make_tensor_value_info(n, kind, list(t.shape)) for n, t in zip(names, tensors, strict=True)],
         [onnx.make_tensor_value_info("y", kind, None)],
     )
     model = onnx.make_model(graph, opset_imports=[onnx.make_opsetid("", 20)], ir_version=10)

@@ -122,7 +122,7 @@ class Results:
 
 def _told(row: Row) -> dict[str, Any]:
     """A row as JSON has it: most of a run on a CPU are peers that it cannot run."""
-    usual = {f.name: {} if f.name == "work" else f.default for f in dataclasses.fields(Row)}
+    usual: dict[str, Any] = {f.name: {} if f.name == "work" else f.default for f in dataclasses.fields(Row)}
     return {name: value for name, value in dataclasses.asdict(row).items() if value != usual[name]}
 
 

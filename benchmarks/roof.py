@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +70,6 @@ def measure(device: str, dtypes: list[str]) -> Roof:
     rates = {}
     for name in dtypes:
         a, b = (torch.randn(n, n, device=device).to(DTYPES[name]) for _ in range(2))
-        products = [torch.matmul, multiply] if a.is_cpu else [torch.matmul]
+        products: list[Callable] = [torch.matmul, multiply] if a.is_cpu else [torch.matmul]
         rates[name] = 2 * n**3 / min(_best(functools.partial(by, a, b), device) for by in products) / 1e12
     return Roof(copy, read, rates)

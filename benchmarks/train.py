@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ class TrainSession:
         forward = providers.compiled(model) if provider == "compile" else model
         return Built({"full": lambda: self._step(forward, model, optimizer)}, results, provider)
 
-    def _engine(self, model: nn.Module) -> AdamW:
+    def _engine(self, model: Any) -> AdamW:
         """The optimizer of `fastlm train`, and the weights as it keeps them."""
         if self.device == "cpu" and self.case.dtype == "bfloat16":
             prepare_weights(model.product_weights(), accumulate=False)
@@ -97,7 +98,7 @@ class TrainSession:
         self._loss(model, self.tokens, self.targets).backward()
         optimizer.step(max_norm=CLIP)
 
-    def _loss(self, forward: Callable[..., Tensor], tokens: Tensor, targets: Tensor, enabled: bool = True) -> Tensor:
+    def _loss(self, forward: Callable[..., Any], tokens: Tensor, targets: Tensor, enabled: bool = True) -> Tensor:
         lower = enabled and self.case.dtype != "float32"
         with torch.autocast(torch.device(self.device).type, self.case.torch_dtype, enabled=lower):
             if "transformers" in type(forward).__module__:
@@ -105,7 +106,7 @@ class TrainSession:
                 return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             return forward(tokens, targets)
 
-    def _step(self, forward: Callable[..., Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, forward: Callable[..., Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
         self._loss(forward, self.tokens, self.targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -117,7 +118,7 @@ class TrainSession:
         loss = self._loss(model, self.tokens[:1, part], self.targets[:1, part], enabled)
         loss.backward()
         found = {"output 0": loss.detach()}
-        named = {n.removeprefix("transformer."): p.grad for n, p in model.named_parameters()}
+        named: dict[str, Any] = {n.removeprefix("transformer."): p.grad for n, p in model.named_parameters()}
         foreign = hasattr(model, "transformer")
         for name in CHECKED:
             grad = named[name]

@@ -267,8 +267,8 @@ def attention_varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options, lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """As fastlm.backends.cpu.attention_varlen_fwd."""
-    packed = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out, sums = _forward(*packed, None, cu_q, cu_k, cu_q.shape[0] - 1, options, lse)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, sums = _forward(q, k, v, None, cu_q, cu_k, cu_q.shape[0] - 1, options, lse)
     return out[0], sums if sums is None else sums[0]
 
 
@@ -286,7 +286,7 @@ def attention_varlen_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As fastlm.backends.cpu.attention_varlen_bwd."""
     grads = heads_like(q), heads_like(k), heads_like(v)
-    dout, q, k, v, out, *packed = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out, *grads))
+    dout, q, k, v, out, dq, dk, dv = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out, *grads))
     size = geometry(q, k, v, cu_q.shape[0] - 1, *options[4:6])
-    backward(dout, dlse, q, k, v, None, cu_q, cu_k, out, lse, size, options, tuple(packed), False)
+    backward(dout, dlse, q, k, v, None, cu_q, cu_k, out, lse, size, options, (dq, dk, dv), False)
     return grads

@@ -98,15 +98,15 @@ def test_read_text_in_chunks_equals_decoding_the_whole(text, encoding, size, tmp
     assert b"".join(seen) == path.read_bytes()
 
 
-BAD = {
-    "utf-8": ["é北🙂x", b"\xff"],
-    "utf-8 overlong": ["é北🙂x", b"\xc0\x80"],
-    "utf-8 cut": ["é北🙂x", b"\xf0\x9f\x99"],
-    "utf-8-sig": ["é北🙂x", b"\xff"],
-    "ascii": ["abcdef", b"\x80"],
-    "gb18030": ["é北京x", b"\xff\xff"],
-    "shift_jis": ["日本x", b"\xfd"],
-    "utf-16": ["é北🙂x", b"\x00\xd8a\x00"],
+BAD: dict[str, tuple[str, bytes]] = {
+    "utf-8": ("é北🙂x", b"\xff"),
+    "utf-8 overlong": ("é北🙂x", b"\xc0\x80"),
+    "utf-8 cut": ("é北🙂x", b"\xf0\x9f\x99"),
+    "utf-8-sig": ("é北🙂x", b"\xff"),
+    "ascii": ("abcdef", b"\x80"),
+    "gb18030": ("é北京x", b"\xff\xff"),
+    "shift_jis": ("日本x", b"\xfd"),
+    "utf-16": ("é北🙂x", b"\x00\xd8a\x00"),
 }
 
 

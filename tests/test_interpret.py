@@ -28,7 +28,7 @@ def plain_weights(q, k, mask=None, scale=None):
     return scores.softmax(-1), scores
 
 
-OPTIONS = {
+OPTIONS: dict[str, tuple[dict, torch.Tensor | None]] = {
     "full": ({}, None),
     "causal": ({"is_causal": True}, torch.ones(T, S, dtype=torch.bool).tril()),
     "window": ({"window": (2, 1)}, torch.ones(T, S, dtype=torch.bool).tril(1).triu(-2)),

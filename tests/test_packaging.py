@@ -71,7 +71,7 @@ print(fastlm.__file__, fastlm.explain(fastlm.layer_norm, x, 33).selected)
 
 @pytest.mark.skipif(not fastlm.cpu_isas() or sys.platform != "linux", reason="no CPU extension, or not Linux")
 def test_extension_needs_no_torch_and_shares_its_openmp():
-    from fastlm import _cpu
+    from fastlm import _cpu  # type: ignore[attr-defined]
 
     libraries = _run("ldd", _cpu.__file__, cwd=ROOT)
     assert "libtorch" not in libraries
@@ -79,7 +79,7 @@ def test_extension_needs_no_torch_and_shares_its_openmp():
     code = """
 import torch, fastlm
 torch.set_num_threads(1)
-from fastlm import _native
+from fastlm.backends import cpu as _native
 lines = {l.split()[-1] for l in open("/proc/self/maps") if "libgomp" in l}
 print(len(lines), _native.omp_threads())
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -30,7 +30,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop_token: int | Iterable[int] | Literal["folder"] | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Continue each row of `tokens`, yielding every new token as it is drawn.
 
     Generation does not end where the context does. Positions are absolute, so a full cache cannot be
@@ -133,7 +133,7 @@ def _ends(said: Generation, vocab_size: int, stop_token: int | Iterable[int] | s
     return ends  # type: ignore[return-value]
 
 
-def _evaluating(model: GPT | Llama, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+def _evaluating(model: GPT | Llama, steps: Iterator[Tensor]) -> Generator[Tensor, None, None]:
     with evaluating(model):
         yield from steps
 
