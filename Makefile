@@ -32,7 +32,7 @@ test-no-compiler: $(VENV)/.test
 	$(BIN)/python tests/no_compiler.py
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 bench: $(VENV)/.bench
 	$(BIN)/fastlm bench all --quick

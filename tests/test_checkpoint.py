@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from fastlm._core.tensor_writer import NAMES, damage, write_tensors
 from fastlm.data import Tokenizer
 from fastlm.errors import CheckpointError, DataError
-from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.training import TrainConfig, rng
-from fastlm.training.checkpoint import (
+from fastlm.formats.checkpoint import (
     load_checkpoint,
     load_model,
     restore_model,
     restore_optimizer,
     save_checkpoint,
 )
+from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.training import TrainConfig, rng
 from fastlm.training.optimizer import build_optimizer
 
 SIZES = {"vocab_size": 31, "context_length": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -170,7 +170,7 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path):
         import torch
         from fastlm.errors import CheckpointError
         from fastlm.models.gpt import GPT, GPTConfig
-        from fastlm.training.checkpoint import save_checkpoint
+        from fastlm.formats.checkpoint import save_checkpoint
         model = GPT(GPTConfig(**{SIZES!r}))
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, {resource.RLIM_INFINITY}))
         try:

@@ -168,7 +168,7 @@ def test_prompt_comes_from_argument_file_or_standard_input(model_folder, monkeyp
 
 
 def test_run_folder_and_checkpoint_give_what_their_model_gives(bytes_tokenizer, monkeypatch, tmp_path):
-    checkpoint = pytest.importorskip("fastlm.training.checkpoint")
+    checkpoint = pytest.importorskip("fastlm.formats.checkpoint")
     _, exported = bytes_tokenizer
     model = random_model(GPTConfig(257, 32, 2, 2, 16))
     model.save_huggingface(exported)

@@ -8,11 +8,11 @@ import torch
 
 import fastlm
 from fastlm.errors import CheckpointError, ConfigError
+from fastlm.formats.checkpoint import save_checkpoint
 from fastlm.inference import beam_search, generate, greedy_search, load_quantized, quantize, save_quantized
 from fastlm.inference.sampling import Cuts, candidates, cut
 from fastlm.models import GPT, GPTConfig
 from fastlm.models.common.generation import Generation, carry, generation_of
-from fastlm.training.checkpoint import save_checkpoint
 from hf import CLOSE, perturbed, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints:UserWarning")

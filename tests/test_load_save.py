@@ -16,9 +16,9 @@ import fastlm
 import fastlm.data
 from fastlm.cli import main as cli
 from fastlm.errors import CheckpointError, ConfigError
+from fastlm.formats.checkpoint import save_checkpoint
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
 from fastlm.models.llama import rotary_frequencies
-from fastlm.training.checkpoint import save_checkpoint
 from hf import CLOSE, perturbed, reload_as_theirs, transformers
 
 MODELS = {

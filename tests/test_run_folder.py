@@ -18,8 +18,8 @@ from fastlm._core.files import TEMPORARY, remove_leftovers, replace_text, replac
 from fastlm.cli import main
 from fastlm.data import PrepareConfig, prepare
 from fastlm.errors import CheckpointError, ConfigError, DataError
+from fastlm.formats.checkpoint import load_checkpoint, load_model
 from fastlm.training import DivergenceError, TrainConfig, train
-from fastlm.training.checkpoint import load_checkpoint, load_model
 from fastlm.training.lock import run_lock
 from fastlm.training.metrics import read_metrics
 from fastlm.training.progress import Reporter

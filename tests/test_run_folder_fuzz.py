@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from fastlm.data import PrepareConfig, load_manifest, prepare
 from fastlm.errors import CheckpointError, ConfigError, DataError
+from fastlm.formats.checkpoint import load_checkpoint
 from fastlm.training import TrainConfig, train
-from fastlm.training.checkpoint import load_checkpoint
 from fastlm.training.loader import WindowLoader, evaluation_batches
 from fastlm.training.loop import Trainer
 from fastlm.training.metrics import MetricsLog, plot_losses, read_metrics

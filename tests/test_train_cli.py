@@ -16,8 +16,8 @@ from fastlm.cli import demo, main
 from fastlm.cli.spelling import spelled
 from fastlm.cli.train import Arguments
 from fastlm.data import PrepareConfig, load_tokens, prepare
+from fastlm.formats.checkpoint import load_checkpoint, load_model
 from fastlm.training import TrainConfig
-from fastlm.training.checkpoint import load_checkpoint, load_model
 
 FLAGS = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=16", "--batch-size=2"]
 FLAGS += ["--warmup-steps=2", "--eval-interval=50", "--log-interval=2"]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from fastlm.data import PrepareConfig, load_manifest, load_tokens, prepare
 from fastlm.errors import CheckpointError, ConfigError, DataError
+from fastlm.formats.checkpoint import load_checkpoint
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.runtime import choose_device, choose_dtype, choose_threads, cpu_bfloat16_feature
 from fastlm.training import DivergenceError, TrainConfig, train
-from fastlm.training.checkpoint import load_checkpoint
 from fastlm.training.evaluation import evaluate
 from fastlm.training.loader import WindowLoader, evaluation_batches
 from fastlm.training.metrics import read_metrics

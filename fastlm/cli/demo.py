@@ -17,11 +17,11 @@ from .._core.files import replace_text
 from ..data import PrepareConfig, Tokenizer, load_manifest, prepare
 from ..data.corpora import demo_corpus
 from ..errors import ConfigError
+from ..formats.checkpoint import load_model
 from ..inference import generate
 from ..models.gpt import GPT
 from ..runtime import DTYPES, choose_device, keep_freed_memory, refuse_ranks
 from ..training import TrainConfig, TrainResult, train
-from ..training.checkpoint import load_model
 from ..training.lock import run_lock
 from ..training.progress import ConsoleReporter, Reporter
 from .flags import parse

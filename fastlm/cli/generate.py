@@ -108,8 +108,8 @@ def load(source: str, check_tensors: bool = False) -> tuple[GPT | Llama, Tokeniz
         DataError: for a missing or damaged tokenizer.
     """
     from ..formats import load as loading
+    from ..formats.checkpoint import check_tokenizer, load_checkpoint
     from ..models import GPT, Llama
-    from ..training.checkpoint import check_tokenizer, load_checkpoint
 
     path = loading.resolve(source)
     plain = path.suffix == ".safetensors" and not is_quantized_file(path)

@@ -26,7 +26,7 @@ from .hf.layout import save as save_folder
 from .saving import state_to_save
 
 if TYPE_CHECKING:
-    from ..training.checkpoint import Checkpoint
+    from .checkpoint import Checkpoint
 
 MODELS: dict[str, tuple[type[nn.Module], Any]] = {
     "GPT": (GPT, GPTConfig),
@@ -108,7 +108,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: if there is nothing at `path`, or a folder that holds none of these.
     """
-    from ..training.checkpoint import BEST, LAST, PREVIOUS
+    from .checkpoint import BEST, LAST, PREVIOUS
 
     path = Path(path)
     if not path.exists():
@@ -130,7 +130,7 @@ def restore(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Mo
     Raises:
         CheckpointError: for a class or a configuration that is not known, and tensors that do not fit it.
     """
-    from ..training.checkpoint import check_fit
+    from .checkpoint import check_fit
 
     name = checkpoint.state.get("model", "GPT")  # training's own checkpoints are of GPTs
     kind, config = described(name, checkpoint.model_config, checkpoint.path)
@@ -228,7 +228,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", sha
 
 
 def _load_checkpoint(path: Path, dtype: torch.dtype) -> nn.Module:
-    from ..training.checkpoint import load_checkpoint
+    from .checkpoint import load_checkpoint
 
     if form := FORMS.get(open_safetensors(path).metadata.get("format", "")):
         return form.read(path)
@@ -236,7 +236,7 @@ def _load_checkpoint(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _save_checkpoint(model: nn.Module, path: Path) -> None:
-    from ..training.checkpoint import BEST, save_checkpoint
+    from .checkpoint import BEST, save_checkpoint
 
     name = type(model).__name__
     if type(model) not in [kind for kind, _ in MODELS.values()]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from .._core.files import remove_leftovers, replacing
 from ..data import Tokenizer, load_manifest, load_tokens
 from ..errors import CheckpointError, ConfigError, DataError, FastlmError, shown
+from ..formats import checkpoint as ckpt
 from ..models.gpt import GPT, GPTConfig
 from ..ops._products import prepare_weights
 from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads, refuse_ranks
-from . import checkpoint as ckpt
 from . import rng
 from .config import TrainConfig, check_memory
 from .evaluation import Evaluation, evaluate

@@ -205,7 +205,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
         DataError: if the tokenizer file is missing or damaged.
     """
     from ..data import Tokenizer
-    from ..formats.load import restore
+    from .load import restore
 
     path = Path(path)
     if path.is_dir():
