@@ -192,14 +192,14 @@ def _attention_fwd_kernel(
         tl.debug_barrier()  # what the program's other threads stored is read
         for part in range(first, tl.minimum(first + M, T_own), ROWS):
             own = part + tl.arange(0, ROWS)
-            total, peak, again = attend_again(
+            own_total, own_peak, again = attend_again(
                 q_own, own * stride_qt, out_own, own * stride_ot, own < T_own,
                 k_own, v_own, mask_ptr, own, mask_start + own * stride_mt, numbers + own, start, end,
                 stride_ks, stride_vs, stride_ms, T_own, S_own, scale, softcap,
                 window_left, window_right, seed, threshold, dropout_scale,
                 D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, DROPOUT,
             )  # fmt: skip
-            store_lse(lse_ptr, rest_ptr, total, peak, numbers + own, again, natural(mask_ptr))
+            store_lse(lse_ptr, rest_ptr, own_total, own_peak, numbers + own, again, natural(mask_ptr))
 
 
 def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse, rest=None):

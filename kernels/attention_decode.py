@@ -157,15 +157,15 @@ def _attention_decode_kernel(
                 part, b, kv_head, group, stride_mb, stride_mh, stride_mt, H, T, ROWS
             )
             own_place = own_number * splits + split
-            total, peak, again = attend_again(
+            own_total, own_peak, again = attend_again(
                 q_ptr, b * stride_qb + own_h * stride_qh + own * stride_qt, partial_ptr, own_place * DV, own_there,
                 k_ptr + b * stride_kb + kv_head * stride_kh, v_ptr + b * stride_vb + kv_head * stride_vh,
                 mask_ptr, own, own_mask, own_number, split * split_keys, end, stride_ks, stride_vs, stride_ms,
                 T, S, scale, softcap, window_left, window_right, seed, threshold, dropout_scale,
                 D, DV, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, DROPOUT,
             )  # fmt: skip
-            tl.store(peaks_ptr + own_place, peak * UNIT, again)
-            tl.store(totals_ptr + own_place, total, again)
+            tl.store(peaks_ptr + own_place, own_peak * UNIT, again)
+            tl.store(totals_ptr + own_place, own_total, again)
 
 
 @triton.jit(do_not_specialize=["H", "T", "splits"])

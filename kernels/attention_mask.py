@@ -104,8 +104,8 @@ def _attention_bwd_mask_kernel(
     ONE_COLUMN: tl.constexpr,  # mask.shape[3] == 1
 ):
     program = tl.program_id(0).to(tl.int64)
-    tile_s, rest = program % tiles_s, program // tiles_s
-    tile_t, matrix = rest % tiles_t, rest // tiles_t  # matrix: which (batch, head) of the mask
+    tile_s, tiles = program % tiles_s, program // tiles_s
+    tile_t, matrix = tiles % tiles_t, tiles // tiles_t  # matrix: which (batch, head) of the mask
     row = tile_t * M + tl.arange(0, M)
     col = tile_s * N + tl.arange(0, N)
     inside = (row < T)[:, None] & (col < S)[None, :]
