@@ -100,6 +100,17 @@ def forced_backend() -> str | None:
     return mode.forced if isinstance(mode, _Explaining) else mode
 
 
+def products_are_watched() -> bool:
+    """Whether a layer's matrix product is to be chosen as the op `linear`: it is explained, or is to be plain PyTorch.
+
+    Without that, and under a backend of kernels, which multiply few shapes, it is whichever library's is the fastest.
+    """
+    if _is_compiling():
+        return False
+    mode = _mode.get()
+    return mode is not None and (isinstance(mode, _Explaining) or mode in ("torch", "reference"))
+
+
 class backend:
     """Force every fastlm op called inside onto one backend; None restores the automatic choice.
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import must_trace, needs_grad
+from .._core.dispatch import must_trace, needs_grad, products_are_watched
 from ..ops import _products
 from ..ops._thresholds import LONE_COLUMNS, LONE_ROWS, MANY_ROWS
-from ..ops.linear import FASTER_ROWS
+from ..ops.linear import FASTER_ROWS, chosen
 from ..ops.linear import linear as few_rows_linear
 from ._drop_in import DropIn
 
@@ -28,13 +28,15 @@ class Linear(torch.nn.Linear, metaclass=DropIn, stands_for=torch.nn.Linear):
         if not torch.compiler.is_compiling() and input.dtype is torch.float32:
             held = self._parameters
             few = input.numel() < FEWEST_ROWS * self.in_features and "weight" in held and "bias" in held
-            if few and not torch.is_autocast_enabled("cpu"):
+            if few and not torch.is_autocast_enabled("cpu") and not products_are_watched():
                 return F.linear(input, held["weight"], held["bias"])  # type: ignore[arg-type]
         return linear(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on a CPU by the product that suits its dtype and number of rows."""
+    if products_are_watched():
+        return chosen(x, weight, bias)
     if not _has_choice(x) or must_trace(x, weight, bias):
         if weight.shape[0] < _products.MANY_CLASSES or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import must_trace, needs_grad
+from .._core.dispatch import must_trace, needs_grad, products_are_watched
 from ..backends import cpu as _native
 from ._autograd import by_reference
 from ._thresholds import (
@@ -195,6 +195,10 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by the faster library, with the weight's bf16 copy under autocast to bfloat16 in training on a CPU."""
+    if products_are_watched():
+        from .linear import chosen
+
+        return chosen(x, weight, bias)
     if x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and serves(x, weight, bias):
         return _Linear.apply(x, weight, bias)
     if weight.dim() == 2 and (suits(x, x.numel() * weight.shape[0]) or trains_classes(x, weight)):

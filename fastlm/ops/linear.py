@@ -130,6 +130,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not _usual(x, weight, bias):
         _check(x, weight, bias)
+    return _served(x, weight, bias, device)
+
+
+def chosen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A layer's product by the backend that is asked for, and by PyTorch where this op does not take its arguments."""
+    device = "cpu" if x.is_cpu else x.device.type
+    if must_trace(x, weight, bias) or torch.is_autocast_enabled(device) or not _usual(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return _served(x, weight, bias, device)
+
+
+def _served(x: Tensor, weight: Tensor, bias: Tensor | None, device: str) -> Tensor:
     size = weight.numel()
     rows = x.numel() // max(1, weight.shape[1])
     few = 1 <= rows <= _native.LINEAR_ROWS and size > 0
