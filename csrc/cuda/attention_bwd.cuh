@@ -239,7 +239,7 @@ void attention_bwd(const AttentionParams& params, const AttentionArgs& args) {
   if (params.stat_rows > 0)
     launch({"attention_delta", {(unsigned)divided_up<int64_t>(params.stat_rows, 8)}, 256, 0, args.stream},
            attention_delta_kernel<T>, params);
-  if (args.dk.data) attention_bwd_pass<T, D, true>(params, args);
+  if (args.dk.data || args.dv.data) attention_bwd_pass<T, D, true>(params, args);  // either may be empty
   if (args.dq.data || params.dmask) attention_bwd_pass<T, D, false>(params, args);
   if (args.dmask.data && !params.dmask) attention_bwd_mask<T, D>(params, args);
 }

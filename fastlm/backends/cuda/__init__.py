@@ -264,8 +264,6 @@ def _attention_arguments(
 def _mask_gradient(q: Tensor, S: int, D: int, mask: Tensor, wholly_written: bool) -> tuple[Tensor, Tensor | None]:
     """(the gradient's tensor, a workspace of partial sums or None); D: the larger head size."""
     B, H, T, _ = q.shape
-    if 0 in (B, H, T, S):
-        return torch.zeros_like(mask, dtype=torch.float32), None
     partials = _call(_cuda.attention_mask_partials, q, tuple(mask.shape), (B, H, T, S, D), TYPE_CODE[q.dtype])
     if partials == 0:  # as large as the scores, in its own dtype
         dtype = mask.dtype if mask.dtype == q.dtype else torch.float32
@@ -308,6 +306,11 @@ def _attention_bwd(
 ) -> Tensor | None:
     """Writes dq, dk and dv into `grads`, those that are not None, and returns the mask's."""
     B, H, T, D = q.shape
+    if 0 in (B, H, T, k.shape[2]):
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return None if mask is None or not mask_grad else torch.zeros_like(mask, dtype=torch.float32)
     plain = mask is None and cu_q is None and options[2] == 0
     sizes = B, H, T, D, v.shape[3], TYPE_CODE[q.dtype], plain
     stats = lse.new_empty(_call(_cuda.attention_bwd_workspace, q, *sizes))
