@@ -177,19 +177,22 @@ def output_of_children():
 
 
 class BuildExtensions(build_ext):
+    def run(self):
+        self.reason = ""
+        super().run()
+        if self.ext_map.get("fastlm._cpu"):
+            write_reason("." if self.inplace or self.editable_mode else self.build_lib, self.reason)
+
     def build_extension(self, ext):
         if ext.name == "fastlm._cuda":
             ext.extra_objects = compile_cuda(Path(self.build_temp) / "cuda")
         if ext.name != "fastlm._cpu":
             return super().build_extension(ext)
-        reason = Path(self.get_ext_fullpath(ext.name)).parent / REASON
-        reason.unlink(missing_ok=True)
         with output_of_children() as said:
             try:
                 super().build_extension(ext)
             except Exception as error:
-                reason.parent.mkdir(parents=True, exist_ok=True)
-                reason.write_text(why_it_failed(error, said()) + "\n", encoding="utf-8")
+                self.reason = why_it_failed(error, said())
                 raise CompileError(str(error)) from error
 
 
@@ -197,8 +200,16 @@ class BuildPython(build_py):
     def run(self):
         super().run()
         if os.environ.get("FASTLM_CPU") == "0":
-            folder = Path("." if self.editable_mode else self.build_lib) / "fastlm"
-            (folder / REASON).write_text("it was installed with FASTLM_CPU=0\n", encoding="utf-8")
+            write_reason("." if self.editable_mode else self.build_lib, "it was installed with FASTLM_CPU=0")
+
+
+def write_reason(folder: str, reason: str) -> None:
+    """Say beside the CPU module's place why it is not there, or nothing where it is."""
+    path = Path(folder) / "fastlm" / REASON
+    path.unlink(missing_ok=True)
+    if reason:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(reason + "\n", encoding="utf-8")
 
 
 class SourceDistribution(sdist):

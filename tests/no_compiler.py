@@ -38,6 +38,8 @@ def main() -> None:
         assert "Python's headers (Python.h) were not there" in reason, reason
         reason = install(source, python, place, compiler=None, FASTLM_CPU="0")
         assert "FASTLM_CPU=0" in reason, reason
+        reason = install(source, python, place, compiler=None, editable=True)
+        assert "there was no C++ compiler" in reason, reason
     print("every verb runs without the CPU extension")
 
 
@@ -63,7 +65,9 @@ def environment(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def install(source: Path, python: Path, place: Path, compiler: str | None, **variables: str) -> str:
+def install(
+    source: Path, python: Path, place: Path, compiler: str | None, editable: bool = False, **variables: str
+) -> str:
     """Install with this script in the compiler's place, or with none; the reason that `fastlm doctor` gives."""
     tools = Path(tempfile.mkdtemp(dir=place))
     for name in ("cc", "c++", "gcc", "g++") if compiler else ():
@@ -74,7 +78,8 @@ def install(source: Path, python: Path, place: Path, compiler: str | None, **var
     shutil.rmtree(source / "build", ignore_errors=True)
     env = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "FASTLM_CPU")}
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--force-reinstall"]
-    done = run([*command, "--no-build-isolation", source], place, env | {"PATH": path, "FASTLM_CUDA": "0"} | variables)
+    command += ["--no-build-isolation", *(["--editable"] if editable else []), source]
+    done = run(command, place, env | {"PATH": path, "FASTLM_CUDA": "0"} | variables)
     assert "Traceback" not in done.stderr, done.stderr
     report = json.loads(run([python, "-m", "fastlm.cli", "doctor", "--json"], place).stdout)
     assert report["cpu"]["isas"] == [], "the CPU extension is there"
