@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._functorch.config
 
 import fastlm
+from fastlm._core.torch_private import keep_compiled_buffers
 from fastlm.errors import BackendError
 
 from .case import Unavailable
@@ -96,6 +96,6 @@ def label(provider: str, device: str) -> str:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` through torch.compile, for the shapes that it is called with."""
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # one graph's backward pass is timed many times over
+    torch.compiler.reset()
+    keep_compiled_buffers()  # one graph's backward pass is timed many times over
     return torch.compile(function, dynamic=False)

@@ -39,9 +39,9 @@ MODELS = {
 }
 
 
-def damaged(data: bytes, random: random.Random, end: int | None = None) -> bytes:
+def damaged(original: bytes, random: random.Random, end: int | None = None) -> bytes:
     """Bits flipped, blocks cut, zeroed, filled or doubled, or the end lost, within the first `end` bytes."""
-    data = bytearray(data)
+    data = bytearray(original)
     for _ in range(random.choice((1, 1, 1, 3))):
         at, size = random.randrange(min(len(data), end or len(data)) or 1), random.choice((1, 1, 2, 4, 8, 64))
         block = data[at : at + size]

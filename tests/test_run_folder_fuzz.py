@@ -52,9 +52,9 @@ def run(tmp_path_factory):
     return folder
 
 
-def damaged(data: bytes, random: random.Random) -> bytes:
+def damaged(original: bytes, random: random.Random) -> bytes:
     """Bits flipped, blocks zeroed, exchanged, cut out or doubled, the end lost; nested deeper than any parser goes."""
-    data = bytearray(data)
+    data = bytearray(original)
     for _ in range(random.choice((1, 1, 2, 5))):
         at, size = random.randrange(len(data) + 1), random.choice((1, 1, 2, 8, 64))
         kind = random.randrange(8)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
+from .torch_private import transforms_active
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
 
@@ -183,7 +184,6 @@ def _choose(op: str, request: Request, forced: str | None) -> str:
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 _is_compiling = torch.compiler.is_compiling
-transforms_active = torch._C._are_functorch_transforms_active
 
 
 def held_back(op: str, row: Backend, request: Request) -> str | None:

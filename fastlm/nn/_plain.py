@@ -7,9 +7,9 @@ from typing import Any, TypeGuard, TypeVar
 from torch import nn
 
 from .._core.dispatch import PLAIN_TENSORS
+from .._core.torch_private import module_hooks as _hooks
 
 Module = TypeVar("Module", bound=nn.Module)
-_hooks = nn.modules.module
 
 
 def plain(module: Any, *types: type[Module]) -> TypeGuard[Module]:

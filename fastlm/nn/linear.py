@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.dispatch import must_trace, needs_grad, products_are_watched
+from .._core.torch_private import has_pointwise_linear, pointwise_linear
 from ..ops import _products
 from ..ops._thresholds import LONE_COLUMNS, LONE_ROWS, MANY_ROWS
 from ..ops.linear import FASTER_ROWS, chosen
@@ -88,13 +87,6 @@ def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = _products.multiply(x.reshape(rows, depth), weight.t())
         y = y if bias is None else y.add_(bias)
         return y.view(*x.shape[:-1], columns)
-    if bias is None or not _has_bfloat16_products():
+    if bias is None or not has_pointwise_linear():
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@functools.cache
-def _has_bfloat16_products() -> bool:
-    """Whether oneDNN multiplies in bf16 here, and this PyTorch has its product with a bias inside."""
-    mkldnn = torch.ops.mkldnn
-    return hasattr(mkldnn, "_linear_pointwise") and bool(mkldnn._is_mkldnn_bf16_supported())
+    return pointwise_linear(x, weight, bias)

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.torch_private import WeightedLoss
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ._drop_in import DropIn
@@ -28,7 +29,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, metaclass=DropIn, stands_for=nn.Cros
         return cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing)
 
 
-class _LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
+class _LinearCrossEntropyLoss(WeightedLoss):
     """The constructor and state of torch's class, for a torch without it."""
 
     def __init__(

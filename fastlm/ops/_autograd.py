@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._core.dispatch import transforms_active
-
-_is_batch = torch._C._functorch.is_legacy_batchedtensor
+from .._core.torch_private import is_legacy_batch, transforms_active
 
 
 def by_reference(*grads: Tensor | None) -> bool:
@@ -29,7 +27,7 @@ def is_batch(*grads: Tensor | None) -> bool:
     if transforms_active():
         return True
     for grad in grads:
-        if grad is not None and _is_batch(grad):
+        if grad is not None and is_legacy_batch(grad):
             return True
     return False
 

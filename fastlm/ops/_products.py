@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.dispatch import must_trace, needs_grad, products_are_watched
+from .._core.torch_private import version_of
 from ..backends import cpu as _native
 from ._autograd import by_reference
 from ._thresholds import (
@@ -27,7 +28,7 @@ class Copy:
 
     def __init__(self, parameter: Tensor):
         self.tensor = parameter.detach().to(torch.bfloat16)
-        self.version = parameter._version
+        self.version = version_of(parameter)
 
 
 def attach_copy(parameter: Tensor) -> None:
@@ -46,7 +47,7 @@ def copy_of(parameter: Tensor) -> Tensor | None:
 def rounded(parameter: Tensor) -> Tensor:
     """A parameter in bf16, without gradient: its copy where that is up to date, else newly made."""
     tensor = copy_of(parameter)
-    if tensor is not None and parameter.fastlm_copy.version == parameter._version:  # type: ignore[attr-defined]
+    if tensor is not None and parameter.fastlm_copy.version == version_of(parameter):  # type: ignore[attr-defined]
         return tensor
     return parameter.detach().to(torch.bfloat16)
 

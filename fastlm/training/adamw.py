@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.dispatch import PLAIN_TENSORS
+from .._core.torch_private import version_of
 from ..backends import cpu as _native
 from ..ops._products import copy_of
 
@@ -109,7 +110,7 @@ class AdamW(torch.optim.AdamW):
             torch.autograd.graph.increment_version(p)
             if copy is not None:
                 torch.autograd.graph.increment_version(copy)
-                p.fastlm_copy.version = p._version  # type: ignore[attr-defined]
+                p.fastlm_copy.version = version_of(p)  # type: ignore[attr-defined]
 
     def _row(self, group: dict[str, Any], p: Tensor, scale: float) -> _native.AdamWRow:
         assert p.grad is not None

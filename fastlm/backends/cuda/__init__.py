@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._core.dropout import DeviceSeed
+from ..._core.torch_private import current_device, current_raw_stream
 from .. import cpu as _native
 from ..cpu import _BOOL, TYPE_CODE, _weight_type, heads_like
 
@@ -73,8 +74,8 @@ def _call(function: Callable, x: Tensor, *arguments: Any) -> Any:
     if not x.is_cuda:
         return function(0, 0, *arguments)
     index = x.get_device()
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    if index == torch._C._cuda_getDevice():
+    stream = current_raw_stream(index)
+    if index == current_device():
         return function(index, stream, *arguments)
     with torch.cuda.device(index):
         return function(index, stream, *arguments)
