@@ -81,6 +81,7 @@ def _layer_norm_fwd_kernel(
     z = _residual_stream(x_ptr, residual_ptr, z_ptr, row, 0, offsets, mask, seed, threshold, scale, DROPOUT)
     # centred values: a one-pass variance would lose everything to a large mean
     mean = tl.sum(z, 1) / N
+    mean += tl.sum(tl.where(mask, z - mean[:, None], 0.0), 1) / N  # the mean of equal numbers is that number
     centred = tl.where(mask, z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / N + eps)
     y = _scaled(centred * rstd[:, None], w_ptr, b_ptr, col, col < N)
@@ -185,6 +186,7 @@ def _layer_norm_fwd_split_kernel(
     z = _residual_stream(x_ptr, residual_ptr, z_ptr, row, first_column, offsets, mask, seed, threshold, scale, DROPOUT)
     count = tl.minimum(N - first_column, BLOCK_N)
     mean = tl.sum(z) / count
+    mean += tl.sum(tl.where(mask, z - mean, 0.0)) / count
     centred = tl.where(mask, z - mean, 0.0)
     tl.store(partial_ptr + program * 2, mean)
     tl.store(partial_ptr + program * 2 + 1, tl.sum(centred * centred))
@@ -213,6 +215,7 @@ def _layer_norm_fwd_join_kernel(
     count = tl.where(s < S, tl.minimum(N - s.to(tl.int64) * BLOCK_N, BLOCK_N), 0).to(tl.float32)
     means = tl.load(partial, s < S, 0.0)
     mean = tl.sum(means * count) / N
+    mean += tl.sum((means - mean) * count) / N
     squares = tl.load(partial + 1, s < S, 0.0) + count * (means - mean) * (means - mean)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(squares) / N + eps)
     first_column = (program % S) * BLOCK_N
@@ -321,7 +324,7 @@ def layer_norm_fwd(
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.layer_norm_fwd."""
-    M = x.numel() // N
+    M = x.numel() // N if N else 0
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
     z = None if residual is None else torch.empty_like(residual)
@@ -364,7 +367,7 @@ def layer_norm_bwd(
     weight_grads: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.layer_norm_bwd."""
-    M = z.numel() // N
+    M = z.numel() // N if N else 0
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None

@@ -216,7 +216,7 @@ def rms_norm_fwd(
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.rms_norm_fwd."""
-    M = x.numel() // N
+    M = x.numel() // N if N else 0
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
     z = None if residual is None else torch.empty_like(residual)
@@ -251,7 +251,7 @@ def rms_norm_bwd(
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As fastlm.backends.cpu.rms_norm_bwd."""
-    M = z.numel() // N
+    M = z.numel() // N if N else 0
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if x_dtype not in (None, z.dtype) else None
     tile, rows, block, S = backward_plan(N, dx is not None, architecture(z.device))

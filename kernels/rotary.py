@@ -6,10 +6,11 @@ The inverse, with -sin, is also the gradient. Elements beyond 2 R are copied.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastlm._native import heads_like
 
 from ._common import on_device_of
 
@@ -70,7 +71,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
     """As fastlm.backends.cpu.rotary."""
     B, H, L, D = x.shape
     R = cos.shape[-1]
-    y = torch.empty_like(x)
+    y = heads_like(x)
     if x.numel() == 0:
         return y
     block = max(16, triton.next_power_of_2(R))

@@ -171,6 +171,53 @@ def test_extreme_values(kernels):
         assert_as_close_as_torch(fastlm.layer_norm(x * scale, 100), truth, None, 100)
 
 
+CONSTANTS = (1000.3, -3.3, 1e-3, 1e-30)
+
+
+def _of_equal_numbers(M, N, dtype):
+    return torch.tensor(CONSTANTS).repeat(-(-M // len(CONSTANTS)))[:M, None].expand(M, N).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (4, 3), (9, 37), (5, 768), (4, 4096), (4, 4099), (1, 70000)])
+def test_a_row_of_equal_numbers_gives_the_bias(kernels, M, N, dtype):
+    """The mean of equal numbers is that number: nothing of them reaches the output or the weight's gradient."""
+    x = _of_equal_numbers(M, N, dtype).requires_grad_()
+    weight, bias = (torch.randn(N).to(dtype).requires_grad_() for _ in range(2))
+    for y in (
+        fastlm.layer_norm(x, N, weight, bias),
+        fastlm.add_layer_norm(x, torch.zeros_like(x), weight, bias)[0],
+        fastlm.add_layer_norm(torch.zeros_like(x), x, weight, bias, dropout_p=0.5)[0],
+    ):
+        assert torch.equal(y, bias.expand(M, N))
+        dw, db = torch.autograd.grad(y, (weight, bias), torch.ones_like(y))
+        assert not dw.any()
+        assert torch.equal(db, torch.full_like(db, M))
+    with torch.no_grad():
+        assert not fastlm.layer_norm(x, N).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_reference_of_equal_numbers_gives_the_bias(dtype):
+    x = _of_equal_numbers(4, 4099, dtype).requires_grad_()
+    weight, bias = (torch.randn(4099).to(dtype).requires_grad_() for _ in range(2))
+    with fastlm.backend("reference"):
+        y = fastlm.layer_norm(x, 4099, weight, bias)
+        y, mean, _ = y, *torch.ops.fastlm.layer_norm(x, weight, bias, 4099, 1e-5)[1:]
+    assert torch.equal(y, bias.expand(4, -1))
+    assert torch.equal(mean, x.detach()[:, 0].to(mean.dtype))
+    assert not torch.autograd.grad(y, weight, torch.ones_like(y))[0].any()
+
+
+@pytest.mark.parametrize("deviation", [2.0**-8, 2.0**-12, 2.0**-16])
+def test_small_deviations_from_a_large_mean(kernels, deviation):
+    """Where a mean of many deviations has rounding of their size: the error stays PyTorch's."""
+    x = 1000 + torch.randn(5, 1023) * 1000 * deviation
+    truth = F.layer_norm(x.double(), (1023,), eps=1e-12)
+    y = fastlm.layer_norm(x, 1023, eps=1e-12)
+    assert_as_close_as_torch(y, truth, F.layer_norm(x, (1023,), eps=1e-12), 1023)
+
+
 def test_nan_stays_in_its_row(kernels):
     x = torch.randn(9, 40)
     clean = fastlm.layer_norm(x, 40)

@@ -125,6 +125,10 @@ def test_one_row_in_fp32_is_ours_where_mkl_lags(monkeypatch, lags):
 
 def test_empty():
     assert fastlm.linear(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)
+    with fastlm.backend("cpu"):
+        bias = torch.randn(3)
+        for rows in (2, 100):
+            assert torch.equal(fastlm.linear(torch.zeros(rows, 0), torch.zeros(3, 0), bias), bias.expand(rows, 3))
     assert torch.equal(fastlm.linear(torch.zeros(2, 0), torch.zeros(3, 0), torch.ones(3)), torch.ones(2, 3))
     assert fastlm.linear(torch.zeros(2, 4), torch.zeros(0, 4)).shape == (2, 0)
 

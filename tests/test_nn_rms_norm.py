@@ -55,6 +55,17 @@ def test_outputs_and_gradients_are_torchs(options, dtype, poisoned):
         assert_as_close_as_torch(result, results[2][name], results[1][name], size, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_default_eps_survives_accelerate(dtype):
+    model = torch.nn.Sequential(torch.nn.RMSNorm(8, dtype=dtype))
+    x = torch.full((4, 8), 1e-2, dtype=dtype)
+    expected = model(x)
+    fastlm.accelerate(model)
+    assert isinstance(model[0], fastlm.nn.RMSNorm)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fastlm.nn.RMSNorm(8, dtype=dtype)(x), expected)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_is_torchs_class_with_its_state_and_repr(options):
     ours, theirs = fastlm.nn.RMSNorm(**options), torch.nn.RMSNorm(**options)

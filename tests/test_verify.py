@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,21 @@ def test_the_printed_command_repeats_the_failure(monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setattr("fastlm.cli.verify._survive_crashes", lambda work: work(lambda command: None))
     assert main(command.split()[1:]) == 0
+
+
+@pytest.mark.parametrize(("backend", "status", "word"), [("torch", 0, "NOTED"), ("reference", 1, "FAILED")])
+def test_only_what_is_ours_fails(monkeypatch, capsys, backend, status, word):
+    """PyTorch's own operator, made wrong, is reported with its command, and the exit status stays 0."""
+    monkeypatch.setattr("fastlm.cli.verify._survive_crashes", lambda work: work(lambda command: None))
+    stock, ours = torch.nn.functional.gelu, gelu_module.gelu_ref
+    monkeypatch.setattr(gelu_module, "F", SimpleNamespace(gelu=lambda x, **how: stock(x, **how) * 2))
+    monkeypatch.setattr(gelu_module, "gelu_ref", lambda x, *how: ours(x, *how) * 2)
+    assert main(["verify", "--op", "gelu", "--backend", backend, "--seed", "3", "--samples", "4"]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{word} gelu on {backend}, ")
+    assert lines[1].startswith(f"  fastlm verify --op gelu --backend {backend} --seed ")
+    assert ("0 failures" in lines[-1]) is (status == 0)
+    assert ("noted in PyTorch's own operators" in lines[-1]) is (status == 0)
 
 
 def test_command_line(capfd):

@@ -46,6 +46,7 @@ struct Fwd {
   using V = vec_of<TR>;
   using S = scalar_of<TR>;
   static constexpr bool kWiden = sizeof(TR) < sizeof(S);
+  static constexpr S kNearlyConstant = 1 << 24;  // a mean of 4096 standard deviations
   const TX* x;
   const TR* residual;
   const S *w, *b;
@@ -87,17 +88,19 @@ struct Fwd {
     if (residual) add(i);
     const TR* in = residual ? z + i * N : reinterpret_cast<const TR*>(x) + i * N;
     TY* out = y + i * N;
-    const S mean = row_sum<V>(N, [&](int64_t j, auto n) {
-                     prefetch(in + N, j);
-                     const V v = load<V>(in + j, n);
-                     if constexpr (kWiden) store(wide + j, v, n);
-                     return v;
-                   }) / N;
-    const S var = row_sum<V>(N, [&](int64_t j, auto n) {
-                    if constexpr (!STREAM) prefetch(out + N, j);
-                    const V d = (kWiden ? load<V>(wide + j, n, mean) : load<V>(in + j, n, mean)) - mean;
-                    return d * d;
-                  }) / N;
+    const S rough = row_sum<V>(N, [&](int64_t j, auto n) {
+                      prefetch(in + N, j);
+                      const V v = load<V>(in + j, n);
+                      if constexpr (kWiden) store(wide + j, v, n);
+                      return v;
+                    }) / N;
+    const S spread = row_sum<V>(N, [&](int64_t j, auto n) {
+                       if constexpr (!STREAM) prefetch(out + N, j);
+                       const V d = (kWiden ? load<V>(wide + j, n, rough) : load<V>(in + j, n, rough)) - rough;
+                       return d * d;
+                     }) / N;
+    const bool nearly_constant = __builtin_expect(spread * kNearlyConstant <= rough * rough && rough != 0, 0);
+    const auto [mean, var] = nearly_constant ? corrected(in, rough) : std::pair{rough, spread};
     const S rstd = S(1) / std::sqrt(var + S(eps));
     const auto normed = [&](int64_t j, auto n) __attribute__((always_inline)) {
       const V v = ((kWiden ? load<V>(wide + j, n) : load<V>(in + j, n)) - mean) * rstd;
@@ -114,6 +117,17 @@ struct Fwd {
       mean_out[i] = mean;
       rstd_out[i] = rstd;
     }
+  }
+
+  // The mean and variance of a row whose deviations are so small that the mean's own rounding shows in them. The mean of
+  // equal numbers becomes that number.
+  __attribute__((noinline)) std::pair<S, S> corrected(const TR* row, S rough) const {
+    const S mean = rough + row_sum<V>(N, [&](int64_t j, auto n) { return V(load<V>(row + j, n, rough) - rough); }) / N;
+    const S var = row_sum<V>(N, [&](int64_t j, auto n) {
+                    const V d = load<V>(row + j, n, mean) - mean;
+                    return V(d * d);
+                  }) / N;
+    return {mean, var};
   }
 
   S* room() const { return kWiden ? (S*)attention_scratch(N * sizeof(S)) : nullptr; }

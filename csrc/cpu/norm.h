@@ -2,22 +2,30 @@
 
 namespace fastlm::FASTLM_ISA::norm {
 
-// Sum of term(j, n) over the row; four accumulators hide the latency of the additions.
+// Sum of term(j, n) over elements j to `end` of a row; four accumulators hide the latency of the additions.
 template <class V, class F>
-inline __attribute__((always_inline)) lane_t<V> row_sum(int64_t N, F&& term) {
+inline __attribute__((always_inline)) V part_sum(int64_t j, int64_t end, F&& term) {
   constexpr int64_t L = lanes<V>;
   using whole = std::integral_constant<int64_t, L>;
   V a0{}, a1{}, a2{}, a3{};
-  int64_t j = 0;
-  for (; j + 4 * L <= N; j += 4 * L) {
+  for (; j + 4 * L <= end; j += 4 * L) {
     a0 += term(j, whole{});
     a1 += term(j + L, whole{});
     a2 += term(j + 2 * L, whole{});
     a3 += term(j + 3 * L, whole{});
   }
-  for (; j + L <= N; j += L) a0 += term(j, whole{});
-  if (j < N) a1 += term(j, N - j);
-  return reduce_add((a0 + a1) + (a2 + a3));
+  for (; j + L <= end; j += L) a0 += term(j, whole{});
+  if (j < end) a1 += term(j, end - j);
+  return (a0 + a1) + (a2 + a3);
+}
+
+// The same over a row of N; parts keep the rounding small where rows are long.
+template <class V, class F>
+inline __attribute__((always_inline)) lane_t<V> row_sum(int64_t N, F&& term) {
+  constexpr int64_t kPart = 8192;
+  V sum = part_sum<V>(0, std::min(N, kPart), term);
+  for (int64_t j = kPart; j < N; j += kPart) sum += part_sum<V>(j, std::min(N, j + kPart), term);
+  return reduce_add(sum);
 }
 
 // Asks for the cache line that begins at element j of a row; between two lines, nothing. LOCALITY 3 is the first-level

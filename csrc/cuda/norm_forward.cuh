@@ -34,6 +34,24 @@ FASTLM_DEVICE void store_statistics(const ForwardArgs& a, int64_t row, float mea
   a.rstd[row] = rstd;
 }
 
+// Sums over the elements d of a row without its mean: of d^2, and CENTRED also of d, which is what rounding left of the
+// mean. With it, the mean of equal numbers is that number.
+template <bool CENTRED>
+struct Moments {
+  float sums[CENTRED ? 2 : 1];
+  FASTLM_DEVICE void add(float d) {
+    sums[0] += d * d;
+    if constexpr (CENTRED) sums[1] += d;
+  }
+  // The variance; corrects the mean.
+  FASTLM_DEVICE float finish(const Length& length, float& mean) const {
+    if constexpr (!CENTRED) return length.divide(sums[0]);
+    const float rest = length.divide(sums[CENTRED]), spread = sums[0] - sums[CENTRED] * rest;
+    mean += rest;
+    return spread < 0 ? 0 : length.divide(spread);
+  }
+};
+
 template <class Z, int PER, bool CENTRED>
 __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(ForwardArgs a, Global<Z> z) {
   constexpr int VEC = kVec<Z>;
@@ -44,7 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(ForwardArgs a, 
   const Rows rows = rows_of_grid(a.warps);
   for (int64_t row = rows.row; row < a.M; row += rows.step) {
     Vec<float, VEC> v[PER];
-    float sum[1] = {0}, squares[1] = {0}, mean = 0;
+    float sum[1] = {0}, mean = 0;
     load_row(a.x, row * a.N, mine, v);
     if (a.residual.present()) {
       Vec<float, VEC> r[PER];
@@ -61,21 +79,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(ForwardArgs a, 
       row_sums(sum, a.warps, buffer);
       mean = a.length.divide(sum[0]);
     }
+    Moments<CENTRED> left{};
 #pragma unroll
     for (int j = 0; j < PER; ++j)
       if (mine.holds(j))
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          v[j][i] -= mean;
-          squares[0] += v[j][i] * v[j][i];
-        }
-    row_sums(squares, a.warps, buffer + sums);
-    const float rstd = inverse_root(a.length.divide(squares[0]) + a.eps);
+        for (int i = 0; i < VEC; ++i) left.add(v[j][i] - mean);
+    row_sums(left.sums, a.warps, buffer + sums);
+    const float rstd = inverse_root(left.finish(a.length, mean) + a.eps);
 #pragma unroll
     for (int j = 0; j < PER; ++j)
       if (mine.holds(j)) {
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) v[j][i] *= rstd;
+        for (int i = 0; i < VEC; ++i) v[j][i] = (v[j][i] - mean) * rstd;
         scale_and_shift(a.w, a.b, (int64_t)mine.vector(j) * VEC, v[j]);
         store_floats(a.y, row * a.N + (int64_t)mine.vector(j) * VEC, v[j]);
       }
@@ -93,7 +109,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_any_kernel(ForwardArgs
   const Floats again = a.residual.present() ? Floats{recast<char>(z), a.residual.type} : a.x;
   float* buffer = shared_memory<float>();
   for (int64_t row = rows.row; row < a.M; row += rows.step) {
-    float sum[1] = {0}, squares[1] = {0}, mean = 0;
+    float sum[1] = {0}, mean = 0;
+    Moments<CENTRED> left{};
     for (int64_t column = first; column < a.N; column += threads * VEC) {
       Vec<float, VEC> v = load_floats<VEC>(a.x, row * a.N + column);
       if (a.residual.present())
@@ -101,7 +118,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_any_kernel(ForwardArgs
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         sum[0] += v[i];
-        if (!CENTRED) squares[0] += v[i] * v[i];
+        if (!CENTRED) left.add(v[i]);
       }
     }
     if constexpr (CENTRED) {
@@ -110,11 +127,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_any_kernel(ForwardArgs
       for (int64_t column = first; column < a.N; column += threads * VEC) {
         const Vec<float, VEC> v = load_floats<VEC, Cache::coherent>(again, row * a.N + column);
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) squares[0] += (v[i] - mean) * (v[i] - mean);
+        for (int i = 0; i < VEC; ++i) left.add(v[i] - mean);
       }
     }
-    row_sums(squares, a.warps, buffer + a.warps);
-    const float rstd = inverse_root(a.length.divide(squares[0]) + a.eps);
+    row_sums(left.sums, a.warps, buffer + a.warps);
+    const float rstd = inverse_root(left.finish(a.length, mean) + a.eps);
     for (int64_t column = first; column < a.N; column += threads * VEC) {
       Vec<float, VEC> v = load_floats<VEC, Cache::coherent>(again, row * a.N + column);
 #pragma unroll

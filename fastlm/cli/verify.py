@@ -31,7 +31,8 @@ class Options:
     Shapes, memory layouts, masks, dtypes, dropout and empty batches are drawn from the seed. Values and
     gradients are compared with the fp64 reference; on kernels also: memory around every buffer, exactness on
     small integers, the same bits again, for any number of threads and in any batch. Exit status 1 if a check
-    fails; each failure comes with the command that repeats it.
+    fails; each failure comes with the command that repeats it. What PyTorch's own operators, the torch backend, get
+    wrong is printed likewise, as NOTED, but fails nothing.
     """
 
     seconds: float = 60.0
@@ -106,16 +107,19 @@ def _wait(child: int) -> int:
 
 def _verify(options: Options, pairs: list, absent: dict, note: Callable[[str], None]) -> int:
     shown: Counter = Counter()
-    printed = 0
+    printed = Counter[str]()
 
-    def step(report: fuzz.Report, command: str) -> None:
-        nonlocal printed
-        note(command)
-        for op, backend, kind, message, reproduce in report.failures[printed:]:
+    def show(word: str, findings: list[fuzz.Finding]) -> None:
+        for op, backend, kind, message, reproduce in findings[printed[word] :]:
             shown[op, backend, kind] += 1
             if shown[op, backend, kind] <= SHOWN:
-                print(f"FAILED {op} on {backend}, {kind}: {message}\n  {reproduce}", flush=True)
-        printed = len(report.failures)
+                print(f"{word} {op} on {backend}, {kind}: {message}\n  {reproduce}", flush=True)
+        printed[word] = len(findings)
+
+    def step(report: fuzz.Report, command: str) -> None:
+        note(command)
+        show("FAILED", report.failures)
+        show("NOTED", report.foreign)
         status(report)
 
     with _status(options) as status:
@@ -126,9 +130,14 @@ def _verify(options: Options, pairs: list, absent: dict, note: Callable[[str], N
             print(f"... and {count - SHOWN} more of {', '.join(key)}")
     _print_absent(absent)
     _print_errors(report)
-    failures = len(report.failures)
-    print(f"{report.samples} samples, {failures} failure{'' if failures == 1 else 's'}")
-    return 1 if failures else 0
+    noted = f", {len(report.foreign)} noted in PyTorch's own operators" if report.foreign else ""
+    print(f"{report.samples} samples, {_failures(report)}{noted}")
+    return 1 if report.failures else 0
+
+
+def _failures(report: fuzz.Report) -> str:
+    count = len(report.failures)
+    return f"{count} failure{'' if count == 1 else 's'}"
 
 
 @contextlib.contextmanager
@@ -144,7 +153,7 @@ def _status(options: Options) -> Iterator[Callable[[fuzz.Report], None]]:
         now = time.monotonic()
         if now - last > 0.2:
             left = f"{max(options.seconds - now + start, 0):.0f} s left" if options.samples is None else ""
-            sys.stderr.write(f"\r\x1b[K{report.samples} samples, {len(report.failures)} failures  {left}")
+            sys.stderr.write(f"\r\x1b[K{report.samples} samples, {_failures(report)}  {left}")
             sys.stderr.flush()
             last = now
 

@@ -10,6 +10,11 @@ from torch import Tensor
 from .._core.torch_private import is_legacy_batch, transforms_active
 
 
+def rows_of(x: Tensor, N: int) -> Tensor:
+    """x in rows of N elements, (M, N); no row where N is 0, of which `reshape(-1, 0)` could not say how many."""
+    return x.reshape(x.numel() // N if N else 0, N)
+
+
 def by_reference(*grads: Tensor | None) -> bool:
     """Whether a backward pass has to be made of plain torch operators, as `reference_gradients` is.
 

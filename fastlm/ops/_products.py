@@ -162,6 +162,11 @@ def _rows_that_count(d: Tensor, x: Tensor) -> Tensor | None:
     return (~zero).nonzero().squeeze(1)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(..., K) -> (M, K), also where K is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 class _Linear(torch.autograd.Function):
     """y = x weight^T + bias in x's dtype, fp32 or bf16, for weights in it or in fp32."""
 
@@ -170,7 +175,7 @@ class _Linear(torch.autograd.Function):
         w = rounded(weight) if x.dtype is torch.bfloat16 else weight
         ctx.save_for_backward(x, w, weight)
         ctx.with_bias = bias is not None
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         y = x.new_empty(*x.shape[:-1], w.shape[0])  # a view made here could not be edited in place afterwards
         multiply(rows, w.t(), None if bias is None else bias.to(x.dtype), y.view(rows.shape[0], w.shape[0]))
         return y
@@ -178,7 +183,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w, weight = ctx.saved_tensors
-        rows, d = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        rows, d = _rows(x), _rows(grad)
         bias_grad = d.sum(0) if ctx.with_bias and ctx.needs_input_grad[2] else None
         if by_reference(grad):
             return (d @ weight.to(d.dtype)).view_as(x), d.t() @ rows, bias_grad
@@ -220,7 +225,7 @@ def _large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not fits or torch.is_autocast_enabled("cpu") or must_trace(x, weight, bias):
         return F.linear(x, weight, bias)
     if not needs_grad(x, weight, bias):
-        return multiply(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+        return multiply(_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
     if not (suits(x, x.numel() * weight.shape[0], gradient=True) or trains_classes(x, weight)):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
@@ -244,7 +249,7 @@ class _TiedEmbedding(torch.autograd.Function):
         weight, tokens = ctx.saved_tensors
         if d_rows is None:
             return d_table, None, None
-        flat, d_rows = tokens.flatten(), d_rows.reshape(-1, weight.shape[1])
+        flat, d_rows = tokens.flatten(), _rows(d_rows)
         if d_table is None:
             return torch.ops.aten.embedding_dense_backward(d_rows, flat, weight.shape[0], -1, False), None, None
         wanted = getattr(weight, "grad_dtype", weight.dtype) if weight.is_leaf else weight.dtype

@@ -310,8 +310,6 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     if input.dim() == 0:
         raise ValueError(f"{op}: input has no dimensions, expected (C,), (N, C) or (N, C, d1, ...)")
     dim = min(1, input.dim() - 1)
-    if input.shape[dim] == 0:
-        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected at least one class in dimension {dim}")
     check_target(op, target, input, input.shape, input.shape[:dim] + input.shape[dim + 1 :])
     check_class_weight(op, "weight", weight, input, input.shape[dim])
 
@@ -353,6 +351,7 @@ def cross_entropy(
     Raises:
         ValueError: if shapes, devices or options are wrong, or a target is outside [0, C) and not ignored. On a
             GPU, which nothing here waits for, such a row's loss and gradient are NaN instead.
+        IndexError: PyTorch's, for any target that counts where there are no classes.
         TypeError: if a dtype is wrong.
         BackendError: if a forced backend cannot serve the call.
     """
@@ -363,18 +362,18 @@ def cross_entropy(
         target = target.long()
     compiling = torch.compiler.is_compiling()
     args = (weight, ignore_index, reduction, label_smoothing)
-    if must_trace(input, target, weight) and not (compiling and not probabilities):
+    C = input.shape[min(1, input.dim() - 1)]
+    if must_trace(input, target, weight) and not (compiling and not probabilities and C):
         return _by_torch(input, target, *args)
     if inplace_backward and input.is_leaf and needs_grad(input):
         raise ValueError("cross_entropy: input is a leaf that requires a gradient; inplace_backward would overwrite it")
     if not compiling or probabilities:
         features = (("target", "probabilities"),) if probabilities else ()
         backend = choose("cross_entropy", Request(input.device.type, input.dtype, features))
-        if backend == "torch":
+        if backend == "torch" or C == 0:
             return _by_torch(input, target, *args)
         if backend == "reference":
             return cross_entropy_ref(input, target, *args).to(loss_dtype(input))
-    C = input.shape[min(1, input.dim() - 1)]
     x = (input.movedim(1, -1) if input.dim() > 2 else input).reshape(-1, C).contiguous()
     rows = target.reshape(-1).contiguous()
     weight = None if weight is None else weight.detach().contiguous()

@@ -16,7 +16,7 @@ from .._core import dropout as _dropout
 from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients
+from ._autograd import by_reference, reference_gradients, rows_of
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -117,7 +117,7 @@ def _gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: s
         dx, db = KERNELS[backend].gelu_bwd(dy, x, bias, approximate == "tanh")
     else:
         wide = dy.to(_native.compute_dtype(x.dtype)) * _derivative_ref(x, bias, approximate)
-        dx, db = wide.to(x.dtype), None if bias is None else wide.reshape(-1, bias.shape[0]).sum(0)
+        dx, db = wide.to(x.dtype), None if bias is None else rows_of(wide, bias.shape[0]).sum(0)
     return dx, dx.new_empty(0) if bias is None or db is None else db.to(bias.dtype)
 
 

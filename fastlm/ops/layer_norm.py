@@ -17,7 +17,7 @@ from .._core import dropout as _dropout
 from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients, stored
+from ._autograd import by_reference, reference_gradients, rows_of, stored
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -28,11 +28,20 @@ PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in
 PROVED_CUDA: frozenset[int] = frozenset()
 
 
+def row_means(rows: Tensor) -> Tensor:
+    """(M, N) -> (M, 1), in which the mean of equal numbers is that number.
+
+    The second sum takes back what rounding did to the first; its derivative is 0.
+    """
+    mean = rows.mean(-1, keepdim=True)
+    return mean + (rows - mean).mean(-1, keepdim=True).detach()
+
+
 def layer_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, eps: float) -> Tensor:
     """The definition, with statistics in fp32 or wider, over rows of N elements."""
     wide = _native.compute_dtype(x.dtype)
-    rows = x.reshape(-1, N).to(wide)
-    centred = rows - rows.mean(-1, keepdim=True)
+    rows = rows_of(x, N).to(wide)
+    centred = rows - row_means(rows)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.reshape(-1).to(wide)
@@ -151,14 +160,14 @@ def _layer_norm_op(
     if backend in KERNELS:
         y, _, mean, rstd = KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps)
         return y, mean, rstd
-    rows = x.reshape(-1, N).to(_native.compute_dtype(x.dtype))
+    rows = rows_of(x, N).to(_native.compute_dtype(x.dtype))
     rstd = torch.rsqrt(rows.var(-1, correction=0) + eps)
-    return layer_norm_ref(x, weight, bias, N, eps), rows.mean(-1), rstd
+    return layer_norm_ref(x, weight, bias, N, eps), row_means(rows).squeeze(-1), rstd
 
 
 @_layer_norm_op.register_fake
 def _(x, weight, bias, N, eps):
-    statistics = x.new_empty(x.numel() // N, dtype=_native.compute_dtype(x.dtype))
+    statistics = x.new_empty(x.numel() // N if N else 0, dtype=_native.compute_dtype(x.dtype))
     return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
 
 
@@ -172,7 +181,7 @@ def _layer_norm_backward_op(
         _, dx, dw, db = KERNELS[backend].layer_norm_bwd(dy, x, weight, mean, rstd, N)
         return dx, dw, db
     # Written out: autograd does not record inside a custom op.
-    rows, dy_rows = (t.reshape(-1, N).to(mean.dtype) for t in (x, dy))
+    rows, dy_rows = (rows_of(t, N).to(mean.dtype) for t in (x, dy))
     xhat = (rows - mean[:, None]) * rstd[:, None]
     g = dy_rows if weight is None else dy_rows * weight.reshape(-1).to(mean.dtype)
     dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[:, None]
@@ -219,14 +228,14 @@ def _add_layer_norm_op(
         y, z, mean, rstd = KERNELS[backend].layer_norm_fwd(x, residual, weight, bias, N, eps, out_dtype=residual.dtype)
         return y, z, mean, rstd
     y, z = add_layer_norm_ref(x, residual, weight, bias, eps, 0.0, 0)
-    rows = z.reshape(-1, N).to(_native.compute_dtype(z.dtype))
-    return y, z, rows.mean(-1), torch.rsqrt(rows.var(-1, correction=0) + eps)
+    rows = rows_of(z, N).to(_native.compute_dtype(z.dtype))
+    return y, z, row_means(rows).squeeze(-1), torch.rsqrt(rows.var(-1, correction=0) + eps)
 
 
 @_add_layer_norm_op.register_fake
 def _(x, residual, weight, bias, eps):
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=_native.compute_dtype(residual.dtype))
+    y, N = torch.empty_like(residual, memory_format=torch.contiguous_format), x.shape[-1]
+    statistics = x.new_empty(x.numel() // N if N else 0, dtype=_native.compute_dtype(residual.dtype))
     return y, torch.empty_like(y), statistics, torch.empty_like(statistics)
 
 
@@ -251,7 +260,7 @@ def _usual(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tenso
     return (
         x.is_cpu
         and dtype in _native.TYPE_CODE
-        and x.shape[-1:] == shape != (0,)
+        and x.shape[-1:] == shape
         and (weight is None or (weight.is_cpu and weight.dtype is dtype and weight.shape == shape))
         and (bias is None or (bias.is_cpu and bias.dtype is dtype and bias.shape == shape))
     )
@@ -307,8 +316,6 @@ def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bi
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected it to end in normalized_shape {shape}")
-    if 0 in shape:
-        raise ValueError(f"{op}: normalized_shape is {shape}, expected no empty dimension")
     if weight is not None:
         _check_parameter(op, "weight", weight, x, shape)
     if bias is not None:

@@ -144,12 +144,13 @@ def chosen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _served(x: Tensor, weight: Tensor, bias: Tensor | None, device: str) -> Tensor:
     size = weight.numel()
     rows = x.numel() // max(1, weight.shape[1])
-    few = 1 <= rows <= _native.LINEAR_ROWS and size > 0
-    gradient = needs_grad(x, weight, bias)
-    large = (gradient or not few) and _products.suits(x, rows * size, gradient)
+    products = rows * size
+    few = rows <= _native.LINEAR_ROWS or not products
+    gradient = products > 0 and needs_grad(x, weight, bias)
+    large = (gradient or not few) and _products.suits(x, products, gradient)
     asked = few, gradient, large, not large and _library_faster(x.dtype, rows, size)
     backend = choose("linear", (device, x.dtype, _FEATURES[asked]))
-    if backend == "torch":
+    if backend == "torch" or not products:  # without products the result is the bias, or empty
         return F.linear(x, weight, bias)
     if backend == "reference":
         return linear_ref(x, weight, bias)

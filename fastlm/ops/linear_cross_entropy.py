@@ -260,7 +260,7 @@ def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> No
     op = "linear_cross_entropy"
     if hidden.dim() == 0:
         raise ValueError(f"{op}: hidden has no dimensions, expected (..., H)")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{op}: weight has shape {tuple(weight.shape)}, expected (C, {hidden.shape[-1]}) to match hidden"
         )
@@ -318,6 +318,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: if shapes, devices or options are wrong, or a target is outside [0, C) and not ignored.
+        IndexError: PyTorch's, for any target that counts where there are no classes.
         TypeError: if a dtype is wrong.
         BackendError: if a forced backend cannot serve the call.
     """
@@ -333,10 +334,10 @@ def linear_cross_entropy(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     probabilities = target.is_floating_point()
     compiling = torch.compiler.is_compiling()
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    flat = target.reshape(-1, C) if probabilities else target.reshape(-1).long()
+    rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    flat = target.reshape(rows.shape[0], C) if probabilities else target.reshape(-1).long()
     options = Options(ignore_index, reduction, float(label_smoothing), dtype)
-    if must_trace(hidden, weight, target, bias, class_weight) and not (compiling and not probabilities):
+    if must_trace(hidden, weight, target, bias, class_weight) and not (compiling and not probabilities and C):
         loss = _by_torch(rows, weight, flat, bias, class_weight, options)
     elif compiling:
         loss = _by_op(rows, weight, flat, bias, class_weight, options, memory)
@@ -360,7 +361,7 @@ def _by_op(hidden, weight, target, bias, class_weight, options: Options, memory:
 def _eager(hidden, weight, target, bias, class_weight, options: Options, memory: float) -> Tensor:
     features = (("target", "probabilities"),) if target.is_floating_point() else ()
     backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype, features))
-    if backend == "torch":
+    if backend == "torch" or weight.shape[0] == 0:
         return _by_torch(hidden, weight, target, bias, class_weight, options)
     if backend == "reference":
         return linear_cross_entropy_ref(

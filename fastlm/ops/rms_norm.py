@@ -5,6 +5,7 @@ Over the last dimensions of x:   y = x rstd weight,   rstd = 1 / sqrt(mean(x^2) 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients, stored
+from ._autograd import by_reference, reference_gradients, rows_of, stored
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -30,7 +31,7 @@ PROVED_CUDA: frozenset[int] = frozenset()
 def rms_norm_ref(x: Tensor, weight: Tensor | None, N: int, eps: float) -> Tensor:
     """The definition, with statistics in fp32 or wider, over rows of N elements."""
     wide = _native.compute_dtype(x.dtype)
-    rows = x.reshape(-1, N).to(wide)
+    rows = rows_of(x, N).to(wide)
     y = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.reshape(-1).to(wide)
@@ -42,6 +43,21 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor | None, eps: fl
     wide = _native.compute_dtype(residual.dtype)
     z, read = stored(residual.to(wide) + x.to(wide), residual.dtype)
     return rms_norm_ref(read, weight, z.shape[-1], eps).to(z.dtype), z
+
+
+@functools.cache
+def default_eps(dtype: torch.dtype) -> float:
+    """What the installed torch adds to the mean square where eps is None.
+
+    For 16-bit inputs that is float32's epsilon or, in older releases, the input's own. So it is asked once, by a number
+    whose square lies between the two: all but 1 comes out under the former, less than 0.3 under the latter.
+    """
+    own = torch.finfo(dtype).eps
+    if dtype not in (torch.bfloat16, torch.float16):
+        return own
+    with torch.inference_mode():
+        by_torch = F.rms_norm(torch.full((1,), 2.0**-7, dtype=dtype, device="cpu"), (1,))
+    return torch.finfo(torch.float32).eps if by_torch.item() > 0.5 else own
 
 
 register(
@@ -115,8 +131,6 @@ def _check(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None) ->
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected it to end in normalized_shape {shape}")
-    if 0 in shape:
-        raise ValueError(f"{op}: normalized_shape is {shape}, expected no empty dimension")
     if weight is None:
         return
     if weight.shape != shape:
@@ -144,11 +158,11 @@ def _inference(x: Tensor, normalized_shape: Any, weight: Tensor | None, eps: flo
         return None
     if weight.dtype not in _native.TYPE_CODE or choose("rms_norm", ("cpu", dtype, ())) != "cpu":
         return None
-    eps = torch.finfo(dtype).eps if eps is None else eps
+    eps = default_eps(dtype) if eps is None else eps
     return _native.rms_norm_fwd(x, None, weight, N, eps, statistics=False)[0]
 
 
-def _by_torch(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
+def _by_torch(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None) -> Tensor:
     return F.rms_norm(x, shape, weight, eps).to(x.dtype)
 
 
@@ -161,7 +175,8 @@ def rms_norm(
         x: (..., *normalized_shape), float32, float64, bfloat16 or float16.
         normalized_shape: the trailing dimensions to normalize over.
         weight: normalized_shape, of any floating-point dtype; None for 1.
-        eps: added to the mean square; None for the distance of 1 to the next number of x's dtype, as in torch.
+        eps: added to the mean square; None for the installed torch's choice, which is the distance of 1 to the next
+            number of the dtype that it computes in: float32 for 16-bit inputs.
 
     Returns:
         Like x. Statistics are computed in fp32 or wider.
@@ -177,12 +192,12 @@ def rms_norm(
             return y
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _check("rms_norm", x, shape, weight)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
     if must_trace(x, weight):
         return _by_torch(x, shape, weight, eps)
     backend = choose("rms_norm", (x.device.type, x.dtype, ()))
     if backend == "torch":
         return _by_torch(x, shape, weight, eps)
+    eps = default_eps(x.dtype) if eps is None else eps
     N = math.prod(shape)
     if backend == "reference":
         return rms_norm_ref(x, weight, N, eps)
@@ -201,7 +216,7 @@ def add_rms_norm(
         x: (..., N), a sublayer's output.
         residual: like x; may be wider (a float32 stream under a 16-bit x).
         weight: (N,), or None for 1.
-        eps: added to the mean square; None for the distance of 1 to the next number of the result's dtype.
+        eps: added to the mean square; None as for `rms_norm` of z.
 
     Returns:
         (rms_norm(z), z) with z = residual + x, both in the wider dtype of x and residual.
@@ -218,13 +233,13 @@ def add_rms_norm(
     if residual.device != x.device:
         raise ValueError(f"{op}: residual is on {residual.device}, x is on {x.device}")
     stream = torch.promote_types(x.dtype, residual.dtype)
-    eps = torch.finfo(stream).eps if eps is None else eps
     residual = residual.to(stream)
     if stream != torch.float32:
         x = x.to(stream)
     if must_trace(x, residual, weight):
         z = residual + x
         return _by_torch(z, tuple(z.shape[-1:]), weight, eps), z
+    eps = default_eps(stream) if eps is None else eps
     backend = choose(op, (x.device.type, x.dtype, ()))
     if backend == "reference":
         return add_rms_norm_ref(x, residual, weight, eps)

@@ -25,7 +25,7 @@ def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     R = cos.shape[-1]
     cos, sin = (t.to(wide) if t.dim() == 2 else t.to(wide).unsqueeze(1) for t in (cos, sin))
     turned = x[..., : 2 * R].to(wide)
-    x1, x2 = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split(R, -1)
+    x1, x2 = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :R], turned[..., R:])
     pair = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat((y.to(x.dtype), x[..., 2 * R :]), -1)

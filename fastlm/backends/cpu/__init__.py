@@ -385,10 +385,10 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """x (B, H, L, D) with unit stride along D, cos and sin (L, R) or (B, L, R) contiguous -> y, like x."""
+    """x (B, H, L, D) with unit stride along D, cos and sin (L, R) or (B, L, R) contiguous -> y, in x's order."""
     compute = compute_dtype(x.dtype)
     cos, sin = cos.to(compute), sin.to(compute)
-    y = torch.empty_like(x)
+    y = heads_like(x)
     L, R = cos.shape[-2:]
     _cpu.rotary(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), x.shape, x.stride(), y.stride(),
@@ -513,7 +513,10 @@ def attention_varlen_fwd(
 
 
 def heads_like(x: Tensor) -> Tensor:
-    """An empty tensor for x's gradient: dense, in x's order of dimensions, its last dimension contiguous."""
+    """An empty tensor of x's shape: dense, in x's order of dimensions, its last dimension contiguous.
+
+    What `empty_like` makes of an x in which two dimensions have stride 1, as `unfold` makes them, has another last one.
+    """
     grad = torch.empty_like(x)
     return grad if grad.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 

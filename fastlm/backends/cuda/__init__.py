@@ -113,7 +113,7 @@ def layer_norm_fwd(
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.layer_norm_fwd."""
-    M = x.numel() // N
+    M = x.numel() // N if N else 0
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
     z = None if residual is None else torch.empty_like(residual)
@@ -142,7 +142,7 @@ def layer_norm_bwd(
     weight_grads: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.layer_norm_bwd."""
-    M = z.numel() // N
+    M = z.numel() // N if N else 0
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if dropout_p > 0 or x_dtype != z.dtype else None
@@ -167,7 +167,7 @@ def rms_norm_fwd(
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As fastlm.backends.cpu.rms_norm_fwd."""
-    M = x.numel() // N
+    M = x.numel() // N if N else 0
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
     z = None if residual is None else torch.empty_like(residual)
@@ -191,7 +191,7 @@ def rms_norm_bwd(
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As fastlm.backends.cpu.rms_norm_bwd."""
-    M = z.numel() // N
+    M = z.numel() // N if N else 0
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if x_dtype != z.dtype else None
