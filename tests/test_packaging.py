@@ -71,7 +71,7 @@ print(fastlm.__file__, fastlm.explain(fastlm.layer_norm, x, 33).selected)
 
 @pytest.mark.skipif(not fastlm.cpu_isas() or sys.platform != "linux", reason="no CPU extension, or not Linux")
 def test_extension_needs_no_torch_and_shares_its_openmp():
-    from fastlm import _cpu  # type: ignore[attr-defined]
+    from fastlm import _cpu
 
     libraries = _run("ldd", _cpu.__file__, cwd=ROOT)
     assert "libtorch" not in libraries
