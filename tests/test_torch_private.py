@@ -174,3 +174,16 @@ def test_donated_buffers_are_off_after_asking():
     with config.patch(donated_buffer=True):  # restored afterwards
         torch_private.keep_compiled_buffers()
         assert config.donated_buffer is False
+
+
+def test_dispatch_modes_are_counted_while_they_last():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert torch_private.dispatch_modes() == 0
+    with FakeTensorMode() as mode:
+        assert torch_private.dispatch_modes() == 1
+        fake = torch.empty(2)
+    assert mode is not None
+    assert torch_private.dispatch_modes() == 0
+    assert torch_private.is_fake(fake)
+    assert not torch_private.is_fake(torch.empty(2))

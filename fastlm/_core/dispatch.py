@@ -13,13 +13,14 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import BackendError
-from .torch_private import transforms_active
+from .torch_private import dispatch_modes, is_fake, transforms_active
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
 
@@ -206,15 +207,35 @@ def held_back(op: str, row: Backend, request: Request) -> str | None:
 def must_trace(*tensors: torch.Tensor | None) -> bool:
     """True where a call has to be made of plain torch operators.
 
-    That is under torch.compile and torch.export, inside torch.func transforms, and for tensor subclasses,
-    which have no memory for a kernel to point at.
+    That is under torch.compile and torch.export, inside torch.func transforms, for tensor subclasses, which have no
+    memory for a kernel to point at, and in a TorchDispatchMode: what is made there may be a subclass too, as in
+    FakeTensorMode, and the mode is there to see, or replace, every operator.
     """
-    if _is_compiling() or transforms_active():
+    if _is_compiling() or transforms_active() or dispatch_modes():
         return True
     for t in tensors:
         if type(t) not in PLAIN_TENSORS:
             return True
     return False
+
+
+def as_operator(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op that is registered with torch has to be called as such, so that it is recorded or seen whole."""
+    if _is_compiling():
+        return True
+    if not dispatch_modes() or transforms_active():
+        return False
+    return all(type(t) in PLAIN_TENSORS or is_fake(t) for t in tensors)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of an autocast region on this type of device, None outside one; the meta device knows none."""
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """No autocast inside, on this type of device."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -18,6 +18,9 @@ TRIED = ("2.13.0",)
 transforms_active = torch._C._are_functorch_transforms_active
 """() -> whether a torch.func transform (vmap, grad, jvp) is under way: its tensors have no memory for a kernel."""
 
+dispatch_modes = torch._C._len_torch_dispatch_stack
+"""() -> how many TorchDispatchModes are on: 0.07 us."""
+
 is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 """(tensor) -> whether it stands for a batch of gradients, as in torch.autograd.grad(..., is_grads_batched=True)."""
 
@@ -76,3 +79,10 @@ def keep_compiled_buffers() -> None:
 
     settings: Any = config
     settings.donated_buffer = False
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has no numbers, as in FakeTensorMode and while torch.export traces."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(tensor) is FakeTensor

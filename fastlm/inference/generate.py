@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor
 
+from .._core.dispatch import autocast_dtype
 from ..errors import CheckpointError, ConfigError, shown
 from ..models.common.cache import KVCache
 from ..models.common.generation import FEW_TOKENS, Generation, generation_of
@@ -181,8 +182,7 @@ def _steps(
 
 def _make_cache(model: GPT | Llama, batch_size: int, max_length: int) -> KVCache:
     weight = model.wte.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+    dtype = autocast_dtype(weight.device.type) or weight.dtype
     return KVCache(model.config, batch_size, dtype, weight.device, max_length)
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.dispatch import autocast_dtype
 from ..nn._fused import add, add_norm, apply_linear, apply_norm, head_loss, linear_gelu, norms_within_reach
 from ..nn._plain import plain
 from ..ops._products import linear, tied_embedding
@@ -75,8 +76,7 @@ class GPTConfig(ModelConfig):
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products run in: the norms write it, so that autocast has nothing left to cast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 class CausalSelfAttention(nn.Module):

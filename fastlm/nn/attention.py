@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.dispatch import autocast_dtype
 from ..ops.attention import scaled_dot_product_attention
 from ._drop_in import DropIn
 from .linear import linear
@@ -198,7 +199,7 @@ def _check_inputs(layer: MultiheadAttention, query: Tensor, key: Tensor, value: 
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {dims} and {width} features")
         if x.device != weight.device:
             raise ValueError(f"{op}: {name} is on {x.device}, the parameters are on {weight.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
             raise TypeError(f"{op}: {name} has dtype {x.dtype}, the parameters have {weight.dtype}")
     if key.shape[:-1] != value.shape[:-1]:
         expected = (*key.shape[:-1], layer.vdim)

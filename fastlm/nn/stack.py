@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.dispatch import autocast_dtype
 from ._drop_in import DropIn
 from .attention import MultiheadAttention
 from .layer_norm import LayerNorm
@@ -142,7 +143,7 @@ def _would_nest(encoder: TransformerEncoder, src: Tensor, padding: Tensor) -> bo
     layer = encoder.layers[0]
     if not (encoder.use_nested_tensor and torch.backends.mha.get_fastpath_enabled()) or layer.training:
         return False
-    if src.dim() != 3 or src.is_nested or torch.is_autocast_enabled(src.device.type):
+    if src.dim() != 3 or src.is_nested or autocast_dtype(src.device.type) is not None:
         return False
     if torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in layer.parameters())):
         return False

@@ -7,15 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from .._core.dispatch import autocast_dtype
+
 Window = tuple[int | None, int | None]
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as an autocast region wants them; fp64 stays."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._core import dropout as _dropout
+from .._core.dispatch import without_autocast
 from ..backends import cpu as _native
 
 
@@ -146,7 +147,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *given) 
         given: the fields of `Options`.
     """
     options = Options(*given)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         queries, keys, values = _wide(q, k, v)
         keys, values = _without_closed_keys(keys, values, q.shape[2], mask, options)
         weights, lse = _weights(_scores(queries, keys, options)[0], mask, options)
@@ -203,7 +204,7 @@ def attention_varlen_ref(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Te
         given: the fields of `Options`.
     """
     options = Options(*given)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         queries, keys, values = _packed(q, k, v)
         factors = _packed_factors(queries, cu_k, options)
         outs, sums = [values[0, :, :0].transpose(0, 1)], [values[0, :, :0].sum(-1)]  # where there is no sequence

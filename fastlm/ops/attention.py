@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import Backend, LazyModule, Request, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import (
+    Backend,
+    LazyModule,
+    Request,
+    always,
+    as_operator,
+    choose,
+    must_trace,
+    needs_grad,
+    register,
+)
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
 from ._attention_inputs import (
@@ -428,7 +438,7 @@ def _spans(mask: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def seed_to_trace(dropout_p: float) -> Tensor | None:
-    """Dropout's seed under torch.compile, where it is a tensor, so that each run draws its own."""
+    """Dropout's seed for the registered op, where it is a tensor, so that each run draws its own."""
     return torch.randint(-(2**63), 2**63 - 1, ()) if dropout_p > 0 else None
 
 
@@ -437,7 +447,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """`options` has its seed still to be drawn."""
     is_causal, scale, dropout_p, _, left, right, cap = options
-    if torch.compiler.is_compiling():
+    if as_operator(q, k, v, mask):
         seed = seed_to_trace(dropout_p)
         return torch.ops.fastlm.attention(q, k, v, mask, seed, is_causal, scale, dropout_p, left, right, cap)
     traced = must_trace(q, k, v, mask)

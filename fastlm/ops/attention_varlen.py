@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import Backend, LazyModule, Request, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import (
+    Backend,
+    LazyModule,
+    Request,
+    always,
+    as_operator,
+    choose,
+    must_trace,
+    needs_grad,
+    register,
+)
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported
 from ._attention_inputs import (
@@ -298,7 +308,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """`options` has its seed still to be drawn."""
     is_causal, scale, dropout_p, _, left, right, cap = options
-    if torch.compiler.is_compiling():
+    if as_operator(q, k, v, cu_q, cu_k):
         seed = seed_to_trace(dropout_p)
         return torch.ops.fastlm.attention_varlen(
             q, k, v, cu_q, cu_k, seed, is_causal, scale, dropout_p, left, right, cap

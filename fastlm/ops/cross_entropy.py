@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, LazyModule, Request, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import (
+    Backend,
+    LazyModule,
+    Request,
+    always,
+    autocast_dtype,
+    choose,
+    must_trace,
+    needs_grad,
+    register,
+)
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
 from ._autograd import by_reference, reference_gradients
@@ -317,7 +327,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
 def loss_dtype(x: Tensor) -> torch.dtype:
     """torch's: the input's, but float32 for 16-bit inputs under autocast."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if narrow and torch.is_autocast_enabled(x.device.type) else x.dtype
+    return torch.float32 if narrow and autocast_dtype(x.device.type) is not None else x.dtype
 
 
 def cross_entropy(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported
 from . import _products
@@ -126,7 +126,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         BackendError: if a forced backend cannot serve the call.
     """
     device = "cpu" if x.is_cpu else x.device.type
-    if must_trace(x, weight, bias) or torch.is_autocast_enabled(device):
+    if must_trace(x, weight, bias) or autocast_dtype(device) is not None:
         return F.linear(x, weight, bias)
     if not _usual(x, weight, bias):
         _check(x, weight, bias)

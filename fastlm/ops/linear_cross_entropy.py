@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, Request, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad, register
 from ..backends import cpu as _native
 from ._autograd import by_reference, reference_gradients
 from ._projection import Grads, Projection
@@ -273,16 +273,15 @@ def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> No
             raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected a floating-point dtype")
         if given.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {given.device}, hidden is on {hidden.device}")
-        if given.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if given.dtype != hidden.dtype and autocast_dtype(hidden.device.type) is None:
             raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected {hidden.dtype} to match hidden")
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """To autocast's dtype where it is on, as the projection's own cast would be; float64 stays."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    dtype = autocast_dtype(hidden.device.type)
+    if dtype is None or hidden.dtype == torch.float64:
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

@@ -39,7 +39,7 @@ class Packing:
         if mask is None:
             return cls(shape)
         kept = mask != 0
-        if torch.compiler.is_compiling() or OBSERVERS:
+        if kept.is_meta or torch.compiler.is_compiling() or OBSERVERS:
             return cls(shape, mask=kept)
         rows = kept.flatten().nonzero().squeeze(1)
         if len(rows) == kept.numel():

@@ -1,0 +1,104 @@
+"""Tensors without numbers, and TorchDispatchModes, which see and may replace every operator."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlm
+import fastlm.nn as ours
+from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
+from test_batched_gradients import OPS, flat
+
+SIZES = {"vocab_size": 31, "context_length": 8, "n_head": 2, "n_embd": 16}
+MODELS = {
+    "GPT": lambda: GPT(GPTConfig(**SIZES, n_layer=1)),
+    "Llama": lambda: Llama(LlamaConfig(**SIZES, n_layer=1, n_kv_head=1, n_inner=16)),
+    "BERT": lambda: BERT(BERTConfig(**SIZES, n_layer=1)),
+    "Seq2Seq": lambda: Seq2Seq(Seq2SeqConfig(**SIZES, n_encoder_layer=1, n_decoder_layer=1)),
+}
+LAYERS = {
+    "Linear": (lambda kit: kit.Linear(16, 16), 1),
+    "LayerNorm": (lambda kit: kit.LayerNorm(16), 1),
+    "RMSNorm": (lambda kit: kit.RMSNorm(16), 1),
+    "GELU": (lambda kit: kit.GELU(), 1),
+    "encoder layer": (lambda kit: kit.TransformerEncoderLayer(16, 2, 32, 0.0, F.gelu, batch_first=True), 1),
+    "decoder layer": (lambda kit: kit.TransformerDecoderLayer(16, 2, 32, 0.0, norm_first=True, batch_first=True), 2),
+}
+
+
+def op_and_leaves(name):
+    op, *tensors = OPS[name]
+    return op, [t.clone().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_fake_mode_gives_the_shapes_for_tensors_with_numbers(name):
+    op, tensors = op_and_leaves(name)
+    expected = flat(op(*tensors))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = flat(op(*tensors))
+    assert all(type(y) is FakeTensor for y in found)
+    assert [y.shape for y in found] == [y.shape for y in expected]
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name not in ("rotary", "attention_varlen")])
+def test_meta_tensors_give_the_shapes(name, monkeypatch):
+    op, tensors = op_and_leaves(name)
+    expected = flat(op(*tensors))
+    target = OPS["cross_entropy"][0].__globals__["TARGET"]
+    monkeypatch.setitem(OPS["cross_entropy"][0].__globals__, "TARGET", target.to("meta"))
+    found = flat(op(*(t.detach().to("meta").requires_grad_() for t in tensors)))
+    assert all(y.is_meta for y in found)
+    assert [y.shape for y in found] == [y.shape for y in expected]
+    sum(y.sum() for y in found).backward()
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_run_on_meta(name, train):
+    model = MODELS[name]().to("meta").train(train)
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    inputs = (ids, ids) if name == "Seq2Seq" else (ids,)
+    with torch.set_grad_enabled(train):
+        assert model(*inputs).shape == (2, 5, 31)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_run_on_meta(name):
+    make, inputs = LAYERS[name]
+    x = torch.zeros(2, 5, 16, device="meta", requires_grad=True)
+    y = make(ours).to("meta")(*[x] * inputs)
+    y.sum().backward()
+    assert y.is_meta
+    assert x.grad is not None
+
+
+class Doubled(TorchDispatchMode):
+    """Every result of these operators times two."""
+
+    KINDS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.gelu.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func not in self.KINDS:
+            return result
+        return 2 * result if isinstance(result, torch.Tensor) else (2 * result[0], *result[1:])
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("Linear", "RMSNorm")])
+def test_a_dispatch_mode_sees_the_operators_of_a_layer(name, train):
+    make, inputs = LAYERS[name]
+    theirs = make(nn).train()
+    layer = copy.deepcopy(theirs)
+    fastlm.accelerate(layer)
+    x = torch.linspace(-2, 2, 2 * 5 * 16).sin().view(2, 5, 16).requires_grad_(train)
+    with Doubled(), torch.set_grad_enabled(train):
+        expected, found = theirs(*[x] * inputs), layer(*[x] * inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, theirs(*[x] * inputs))
