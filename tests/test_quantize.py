@@ -18,7 +18,7 @@ from fastlm.cli import main as cli
 from fastlm.compression.quantization import QuantizedLinear, dequantize, quantize_int4
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import generate, load_quantized, quantize, save_quantized
-from fastlm.models import GPT, GPTConfig, Llama, LlamaConfig
+from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
 
 FORMATS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
 IDS = [f"{scheme}-{group}" for scheme, group in FORMATS]
@@ -199,6 +199,42 @@ def test_load_reads_what_save_wrote_of_a_quantized_model(name, scheme, group_siz
             assert torch.equal(again.state_dict()[key], tensor), key
         tokens = torch.arange(20)[None]
         assert torch.equal(again(tokens), model(tokens))
+
+
+SIZES = {"vocab_size": 101, "context_length": 48, "n_head": 2, "n_embd": 32}
+WITH_OUR_LINEAR = {
+    "BERT": lambda: BERT(BERTConfig(**SIZES, n_layer=2, head="none")),
+    "BERT, masked-lm": lambda: BERT(BERTConfig(**SIZES, n_layer=2, head="masked-lm")),
+    "BERT, untied": lambda: BERT(BERTConfig(**SIZES, n_layer=2, head="masked-lm", tie_decoder=False)),
+    "Seq2Seq": lambda: Seq2Seq(Seq2SeqConfig(**SIZES, n_encoder_layer=1, n_decoder_layer=1)),
+    "Seq2Seq, untied": lambda: Seq2Seq(
+        Seq2SeqConfig(**SIZES, n_encoder_layer=1, n_decoder_layer=1, tie_embeddings=False)
+    ),
+}
+
+
+def call(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.arange(3, 23)[None]
+    return model(tokens, tokens) if isinstance(model, Seq2Seq) else model(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("scheme", "group_size"), FORMATS[:2], ids=IDS[:2])
+@pytest.mark.parametrize("name", WITH_OUR_LINEAR)
+@torch.no_grad()
+def test_layers_of_our_own_linear_class_are_quantized(name, scheme, group_size, dtype, tmp_path):
+    torch.manual_seed(0)
+    model = WITH_OUR_LINEAR[name]().eval().to(dtype)
+    meant = copy.deepcopy(model)
+    quantize(model, scheme, group_size)
+    assert not [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    for key, layer in meant.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.copy_(model.get_submodule(key).weight)
+    rounding = 1e-4 if dtype is torch.float32 else 0.1
+    torch.testing.assert_close(call(model), call(meant), rtol=rounding, atol=rounding)
+    save_quantized(model, tmp_path / "model.safetensors")
+    assert torch.equal(call(fastlm.load(tmp_path / "model.safetensors", dtype=dtype)), call(model))
 
 
 def test_a_model_quantized_in_part_and_in_two_ways_survives_a_file(tmp_path):

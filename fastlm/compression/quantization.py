@@ -26,6 +26,7 @@ from ..formats.filling import blank, fill
 from ..formats.load import FORMS, MODELS, Form, described
 from ..formats.saving import misfits
 from ..models.common.generation import Generation, carry, generation_of
+from ..nn.linear import Linear
 from ..ops import _products
 
 Scheme = Literal["int8", "int4"]
@@ -190,6 +191,7 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}{group}"
 
 
+_LINEAR: tuple[type, ...] = (nn.Linear, Linear)  # what another subclass is for may be lost with its class
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -223,7 +225,7 @@ def quantize(model: nn.Module, scheme: Scheme = "int8", group_size: int = 32) ->
 
     check_scheme(scheme, group_size)
     found = [(parent, name, layer) for parent in model.modules()
-             for name, layer in parent.named_children() if type(layer) is nn.Linear]  # fmt: skip
+             for name, layer in parent.named_children() if type(layer) in _LINEAR]  # fmt: skip
     made = [QuantizedLinear.from_weight(layer.weight, layer.bias, scheme, group_size) for _, _, layer in found]
     if isinstance(model, GPT) and model.config.tie_embeddings:
         head = QuantizedLinear.from_weight(model.wte.weight, None, scheme, group_size)
