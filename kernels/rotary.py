@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm._native import heads_like
+from fastlm.backends.cpu import heads_like
 
 from ._common import on_device_of
 
