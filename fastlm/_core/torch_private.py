@@ -81,7 +81,7 @@ def keep_compiled_buffers() -> None:
     settings.donated_buffer = False
 
 
-def is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor | None) -> bool:
     """Whether it has no numbers, as in FakeTensorMode and while torch.export traces."""
     from torch._subclasses.fake_tensor import FakeTensor
 

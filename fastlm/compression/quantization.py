@@ -224,7 +224,7 @@ def quantize(model: nn.Module, scheme: Scheme = "int8", group_size: int = 32) ->
     from ..models.gpt import GPT
 
     check_scheme(scheme, group_size)
-    found = [(parent, name, layer) for parent in model.modules()
+    found: list[tuple[nn.Module, str, Any]] = [(parent, name, layer) for parent in model.modules()
              for name, layer in parent.named_children() if type(layer) in _LINEAR]  # fmt: skip
     made = [QuantizedLinear.from_weight(layer.weight, layer.bias, scheme, group_size) for _, _, layer in found]
     if isinstance(model, GPT) and model.config.tie_embeddings:
