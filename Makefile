@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The tests compile the CUDA kernels themselves; FASTLM_CUDA=1 installs them too, which takes longer.
 export FASTLM_CUDA ?= 0
 
-.PHONY: demo test test-gpu-code test-no-compiler lint bench bench-cpu gpu-check environment clean
+.PHONY: demo test test-gpu-code test-no-compiler sanitize lint bench bench-cpu gpu-check environment clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -30,6 +30,10 @@ test-gpu-code: $(VENV)/.test
 # Every verb where fastlm was installed without a compiler, and without Python's headers.
 test-no-compiler: $(VENV)/.test
 	$(BIN)/python tests/no_compiler.py
+
+# The CPU kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests of the ops.
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

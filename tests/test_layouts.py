@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm import _dispatch
+from fastlm._core import dispatch as _dispatch
 from fastlm.ops.rotary import rotary_ref
 from fastlm.verify.guards import MARGIN, Guards, guarded_allocations
 

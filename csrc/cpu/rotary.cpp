@@ -42,6 +42,7 @@ void run(const void* x_, const void* cos_, const void* sin_, void* y_, const int
          const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse) {
   using S = scalar_of<T>;
   const int64_t B = size[0], H = size[1], L = size[2], D = size[3];
+  if (D == 0) return;  // there may be no memory at all
   const S sign = inverse ? S(-1) : S(1);
 #pragma omp parallel for schedule(static) if (B * H * L * D > kParallelGrain)
   for (int64_t i = 0; i < B * H * L; ++i) {

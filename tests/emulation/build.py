@@ -56,7 +56,7 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def _make(target: Path, command: list[str]) -> Path:
+def make(target: Path, command: list[str]) -> Path:
     """The file that `command -o FILE` makes, complete or not at all."""
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -93,14 +93,14 @@ def build() -> Path:
 
     def compiled(source: Path) -> Path:
         key = digest(*common, version, *FLAGS, *python, source.name, source.read_bytes())
-        return _make(
+        return make(
             folder / f"{source.stem}-{key}.o", [cxx, *FLAGS, *includes, *python, "-x", "c++", "-c", str(source)]
         )
 
     with locked(folder := cache_folder()):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [str(path) for path in pool.map(compiled, _sources())]
-        return _make(folder / f"_cuda-{digest(*objects)}.so", [cxx, "-shared", *objects])
+        return make(folder / f"_cuda-{digest(*objects)}.so", [cxx, "-shared", *objects])
 
 
 class Emulated:
