@@ -176,14 +176,13 @@ def test_donated_buffers_are_off_after_asking():
         assert config.donated_buffer is False
 
 
-def test_dispatch_modes_are_counted_while_they_last():
+def test_a_fake_mode_is_seen_while_it_lasts():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    assert torch_private.dispatch_modes() == 0
+    assert torch_private.fake_mode() is None
     with FakeTensorMode() as mode:
-        assert torch_private.dispatch_modes() == 1
+        assert torch_private.fake_mode() is mode
         fake = torch.empty(2)
-    assert mode is not None
-    assert torch_private.dispatch_modes() == 0
+    assert torch_private.fake_mode() is None
     assert torch_private.is_fake(fake)
     assert not torch_private.is_fake(torch.empty(2))

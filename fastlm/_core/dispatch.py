@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
-from .torch_private import dispatch_modes, is_fake, transforms_active
+from .torch_private import fake_mode, is_fake, transforms_active
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
 
@@ -208,10 +208,9 @@ def must_trace(*tensors: torch.Tensor | None) -> bool:
     """True where a call has to be made of plain torch operators.
 
     That is under torch.compile and torch.export, inside torch.func transforms, for tensor subclasses, which have no
-    memory for a kernel to point at, and in a TorchDispatchMode: what is made there may be a subclass too, as in
-    FakeTensorMode, and the mode is there to see, or replace, every operator.
+    memory for a kernel to point at, and in FakeTensorMode, where what is made is such a subclass.
     """
-    if _is_compiling() or transforms_active() or dispatch_modes():
+    if _is_compiling() or transforms_active() or fake_mode() is not None:
         return True
     for t in tensors:
         if type(t) not in PLAIN_TENSORS:
@@ -223,7 +222,7 @@ def as_operator(*tensors: torch.Tensor | None) -> bool:
     """Whether an op that is registered with torch has to be called as such, so that it is recorded or seen whole."""
     if _is_compiling():
         return True
-    if not dispatch_modes() or transforms_active():
+    if fake_mode() is None or transforms_active():
         return False
     return all(type(t) in PLAIN_TENSORS or is_fake(t) for t in tensors)
 

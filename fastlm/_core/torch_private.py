@@ -18,8 +18,14 @@ TRIED = ("2.13.0",)
 transforms_active = torch._C._are_functorch_transforms_active
 """() -> whether a torch.func transform (vmap, grad, jvp) is under way: its tensors have no memory for a kernel."""
 
-dispatch_modes = torch._C._len_torch_dispatch_stack
-"""() -> how many TorchDispatchModes are on: 0.07 us."""
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_mode_of = torch._C._get_dispatch_mode
+
+
+def fake_mode() -> Any:
+    """The FakeTensorMode that is on, or None: what is made there has no numbers for a kernel to write."""
+    return _mode_of(_FAKE)
+
 
 is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 """(tensor) -> whether it stands for a batch of gradients, as in torch.autograd.grad(..., is_grads_batched=True)."""
