@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 
@@ -12,7 +13,14 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    masking_utils,
+    modeling_utils,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fastlm
 import fastlm.integrations.huggingface  # registers attn_implementation="fastlm"
@@ -363,6 +371,61 @@ def test_models_of_a_composite_and_of_a_plain_module():
     fastlm.restore(holder)
     assert type(holder["norm"]) is torch.nn.LayerNorm
     assert holder["text"].config._attn_implementation == "sdpa"
+
+
+@functools.wraps(sdpa_attention_forward)
+def halved_attention(*args, **kwargs):
+    output, weights = sdpa_attention_forward(*args, **kwargs)
+    return output / 2, weights
+
+
+def narrow_mask(*args, **kwargs):
+    mask = masking_utils.sdpa_mask(
+        *args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
+    return mask & torch.ones_like(mask).triu(-1)
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """Attention and a mask that somebody else has registered."""
+    attention, masks = modeling_utils.ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(attention._global_mapping, "halved", halved_attention)
+    monkeypatch.setitem(masks._global_mapping, "halved", masking_utils.sdpa_mask)
+    monkeypatch.setitem(attention._global_mapping, "narrow", sdpa_attention_forward)
+    monkeypatch.setitem(masks._global_mapping, "narrow", narrow_mask)
+    return attention
+
+
+@pytest.mark.parametrize("attention", ["halved", "narrow", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_attention_that_others_registered_stays(name, attention, others, monkeypatch):
+    if attention == "sdpa":  # in the place of transformers' own
+        monkeypatch.setitem(others._global_mapping, "sdpa", halved_attention)
+    model = build(name)
+    inputs = inputs_of(name)
+    model.set_attn_implementation("eager")
+    plain = model(**inputs).logits
+    model.set_attn_implementation(attention)
+    expected = model(**inputs).logits
+    assert not torch.allclose(expected, plain, rtol=1e-2)
+    report = fastlm.accelerate(model)
+    assert f"its attention, {attention!r}, is none of transformers' own" in str(report)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_others_attention_stays_in_a_part_of_a_composite(others):
+    sizes = {name: n for name, n in SIZES.items() if name != "vocab_size"} | {"attention_dropout": 0.0}
+    text = transformers.CLIPTextConfig(**SIZES, **SPECIAL, attention_dropout=0.0)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
+    model.text_model.set_attn_implementation("halved")
+    inputs = {"input_ids": torch.randint(3, V, (B, T)), "pixel_values": torch.randn(B, 3, 16, 16)}
+    expected = model(**inputs).logits_per_image
+    fastlm.accelerate(model)
+    assert model.text_model.config._attn_implementation == "halved"
+    assert model.vision_model.config._attn_implementation == "fastlm"
+    torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert", "t5", "vit"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils, modeling_utils
 
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.attention_varlen import attention_varlen
@@ -268,9 +268,22 @@ def _switch_attention(model: PreTrainedModel, previous: str) -> tuple[str, str]:
         return "", "its attention does not go through transformers' AttentionInterface"
     if not _is_supported(model):
         return "", "it supports neither PyTorch's nor other attention implementations"
+    for _, inside in _models(model):  # a switch reaches them; those of transformers' own are switched by themselves
+        if not _is_theirs(inside.config._attn_implementation):
+            return "", f"its attention, {inside.config._attn_implementation!r}, is none of transformers' own"
     model.set_attn_implementation(NAME)
     model.__dict__[_PREVIOUS] = previous
     return f"attn_implementation={NAME!r}", ""
+
+
+def _is_theirs(name: str) -> bool:
+    """Whether an attention implementation and its mask are transformers' or ours, not others' under this name."""
+    for table in (modeling_utils.ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS):
+        function = table.get(name)
+        home = getattr(function, "__globals__", {}).get("__name__", "")  # a wrapper has its own, unlike its __module__
+        if function is not None and home.partition(".")[0] not in ("transformers", "fastlm"):
+            return False
+    return True
 
 
 def _is_supported(model: PreTrainedModel) -> bool:
