@@ -51,7 +51,7 @@ def compiled(request, tmp_path_factory):
     """Resources of what was compiled, kept by the hash of the kernels and of the compiler."""
     sources = [AOT, *sorted(Path(attention.__file__).parent.rglob("*.py"))]
     versions = (sys.version, triton.__version__, torch.__version__)
-    with build.locked(folder := build.cache_folder()):
+    with build.locked(folder := build.cache_folder(), "triton"):
         kept = folder / f"triton-{request.param}-{build.digest(*versions, *(p.read_bytes() for p in sources))}.json"
         if not kept.exists():
             cache = tmp_path_factory.mktemp("triton")

@@ -46,7 +46,7 @@ def built(request):
     sources = [ROOT / "setup.py", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file() and "cpu" not in p.name)]
     version = subprocess.run([nvcc, "--version"], capture_output=True).stdout
     key = build.digest(sys.version, version, *archs, *(path.read_bytes() for path in sources))
-    with build.locked(cache := build.cache_folder()):
+    with build.locked(cache := build.cache_folder(), "nvcc"):
         folder = cache / f"nvcc-{key}"
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=cache) as scratch:

@@ -74,9 +74,9 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time inside."""
-    with open(folder / "lock", "w") as file:
+def locked(folder: Path, what: str = "emulation") -> Iterator[None]:
+    """Only one process at a time inside, of those that make the same."""
+    with open(folder / f"{what}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
