@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from .._core.dispatch import Request, oldest_architecture
+from .._core import dispatch
+from .._core.dispatch import Request
 from . import cpu as _native
 
 
@@ -36,8 +37,8 @@ def triton_unsupported(request: Request) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and request.device == "cpu"
     if request.device != "cuda" and not interpreted:
         return f"the tensors are on {request.device}"
-    if not interpreted and oldest_architecture() < 80:
-        return f"its kernels need sm_80 or newer, this GPU is sm_{oldest_architecture()}"
+    if not interpreted and dispatch.oldest_architecture() < 80:
+        return f"its kernels need sm_80 or newer, this GPU is sm_{dispatch.oldest_architecture()}"
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
     return None
@@ -51,4 +52,4 @@ def cuda_unsupported(request: Request) -> str | None:
         return f"the tensors are on {request.device}"
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
-    return cuda.unusable() or (None if cuda.emulated else cuda.unserved(oldest_architecture()))
+    return cuda.unusable() or (None if cuda.emulated else cuda.unserved(dispatch.oldest_architecture()))
