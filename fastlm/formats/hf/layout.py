@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -254,9 +255,10 @@ def assemble(
     parts = architecture.parts(config, shapes)
     _check(tensors, parts, shapes, source, settings.path.name)
     problems: list[str] | None = [] if check_tensors else None
-    state = {
-        name: _stack(tensors, parts[name], shape, dtype or torch.float32, problems) for name, shape in shapes.items()
-    }
+    wanted = dtype or torch.float32
+    used = [(tensors[part.name], part) for group in parts.values() for part in group]
+    scratch = _scratch([stored for stored, part in used if not _reads_in_place(stored, part, wanted)])
+    state = {name: _stack(tensors, parts[name], shape, wanted, scratch, problems) for name, shape in shapes.items()}
     if problems:
         raise CheckpointError(f"{source}: {listed(problems)}")
     fill(model, state)
@@ -412,17 +414,33 @@ def _check(
         raise CheckpointError(f"{source}: the tensors do not fit {config_name}: {'; '.join(problems)}")
 
 
+def _reads_in_place(stored: Stored, part: Part, dtype: torch.dtype) -> bool:
+    """Whether the file's bytes are those of ours."""
+    return stored.dtype == dtype and part.form != "transposed"
+
+
+def _scratch(tensors: list[Stored]) -> Tensor:
+    """Bytes for the largest: temporary tensors between those that stay would leave holes that stay resident too."""
+    return torch.empty(max((math.prod(t.shape) * t.dtype.itemsize for t in tensors), default=0), dtype=torch.uint8)
+
+
 def _stack(
-    tensors: dict[str, Stored], parts: list[Part], shape: torch.Size, dtype: torch.dtype, problems: list[str] | None
+    tensors: dict[str, Stored],
+    parts: list[Part],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    scratch: Tensor,
+    problems: list[str] | None,
 ) -> Tensor:
     """One of our tensors, read part by part; `problems`, if any, takes what is not finite in it."""
     stacked = torch.empty(shape, dtype=dtype)
     for part, rows in zip(parts, stacked.split([part.rows for part in parts]), strict=True):
         stored = tensors[part.name]
-        if stored.dtype == dtype and part.form != "transposed":
+        if _reads_in_place(stored, part, dtype):
             stored.read(rows.view(stored.shape))
         else:
-            rows.copy_(part.to_ours(stored.read(None)))
+            held = scratch[: math.prod(stored.shape) * stored.dtype.itemsize].view(stored.dtype).view(stored.shape)
+            rows.copy_(part.to_ours(stored.read(held)))
         if problems is not None and (found := non_finite(rows)):
             problems.append(f"{stored.name} holds {found}")
     return stacked
