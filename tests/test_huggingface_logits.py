@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import pickle
 
@@ -421,7 +422,9 @@ def _train_in_parallel(rank, folder):
 
 @pytest.mark.filterwarnings("ignore")
 def test_distributed_data_parallel_with_the_loss_outside(tmp_path):
-    torch.multiprocessing.spawn(_train_in_parallel, (str(tmp_path),), nprocs=2)
+    # Under the name that other processes find it by: they have tests/ on their path, but not the folder above.
+    worker = importlib.import_module("test_huggingface_logits")._train_in_parallel
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
 
 
 @pytest.mark.parametrize("loss", [ForCausalLMLoss, ForMaskedLMLoss])
