@@ -29,11 +29,11 @@ test-gpu-code: $(VENV)/.test
 
 # Every verb where fastlm was installed without a compiler, and without Python's headers.
 test-no-compiler: $(VENV)/.test
-	$(BIN)/python tests/no_compiler.py
+	$(BIN)/python tools/no_compiler.py
 
 # The CPU kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests of the ops.
 sanitize: $(VENV)/.test
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tools/sanitize.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -49,7 +49,7 @@ bench-cpu: $(VENV)/.bench
 # On a machine with a GPU, in an environment that has torch, triton and pytest; downloads nothing.
 gpu-check:
 	FASTLM_CUDA= $(PYTHON) -m pip install -q --no-build-isolation --no-deps .
-	$(PYTHON) tests/gpu_check.py
+	$(PYTHON) tools/gpu_check.py
 
 # A virtual environment with pip, whole or not at all: one that was left half made is made anew.
 # Of its 3 GB, 2.1 stay with torch's build for CPUs; CUDA's libraries, which PyPI's brings on Linux, are more.

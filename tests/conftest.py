@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ if not torch.cuda.is_available():  # read when triton is first imported: its ker
 import fastlm
 from fastlm._core import dispatch as _dispatch
 from fastlm.backends import cuda as _native_cuda
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `import tolerances`; importlib mode adds nothing itself
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -1,8 +1,8 @@
 """Everything of torch that fastlm uses and torch does not document, in one place: each name, and what it is for.
 
-Tried with the versions in `TRIED`. Where a name changes, `tests/test_torch_private.py` says which; what to do about it
-is decided here. No other file may name what torch keeps private, but for the attributes of `MODULE_ATTRIBUTES`, which
-are read where they are needed since a function to do so would cost more than the reading.
+Tried with the versions in `TRIED`. Where a name changes, `tests/_core/test_torch_private.py` says which; what to do
+about it is decided here. No other file may name what torch keeps private, but for the attributes of
+`MODULE_ATTRIBUTES`, which are read where they are needed since a function to do so would cost more than the reading.
 """
 
 from __future__ import annotations

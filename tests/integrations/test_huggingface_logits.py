@@ -423,7 +423,7 @@ def _train_in_parallel(rank, folder):
 @pytest.mark.filterwarnings("ignore")
 def test_distributed_data_parallel_with_the_loss_outside(tmp_path):
     # Under the name that other processes find it by: they have tests/ on their path, but not the folder above.
-    worker = importlib.import_module("test_huggingface_logits")._train_in_parallel
+    worker = importlib.import_module("integrations.test_huggingface_logits")._train_in_parallel
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
 
 

@@ -1,4 +1,4 @@
-"""What loading takes of memory, measured by tests/load_memory.py in a process that nothing else has filled."""
+"""What loading takes of memory, measured by load_memory.py in a process that nothing else has filled."""
 
 import subprocess
 import sys

@@ -13,7 +13,7 @@ import pytest
 if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
     pytest.skip("this torch has no FSDP2", allow_module_level=True)
 
-import fsdp_worker
+from training import fsdp_worker
 
 WORKER = Path(fsdp_worker.__file__)
 

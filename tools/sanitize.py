@@ -19,9 +19,9 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
-FOLDER = HERE.parent / "build" / "sanitize"
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+FOLDER = ROOT / "build" / "sanitize"
 VARIABLE = "FASTLM_SANITIZED"
 # Without optimization, which takes twice as long to compile and hides what it makes of undefined behaviour.
 FLAGS = ("-std=c++17", "-O0", "-g1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
@@ -36,10 +36,16 @@ OPTIONS = {
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-p", "sanitize")
 IN_PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "worksteal")
 # Every kernel on every instruction set of the machine, by small shapes; without what repeats them many times over.
-TESTS = (
-    "layouts", "layer_norm", "rms_norm", "gelu", "swiglu", "rotary", "linear", "products", "cross_entropy",
-    "linear_cross_entropy", "attention", "attention_varlen", "adamw", "quantize", "decoder", "vec",
-)  # fmt: skip
+TESTS = {
+    "ops": (
+        "layouts", "layer_norm", "rms_norm", "gelu", "swiglu", "rotary", "linear", "cross_entropy",
+        "linear_cross_entropy", "attention", "attention_varlen",
+    ),
+    "backends": ("products", "vec"),
+    "training": ("adamw",),
+    "compression": ("quantize",),
+    "inference": ("decoder",),
+}  # fmt: skip
 LEFT_OUT = (
     "triton", "cuda", "compile", "traced", "registered", "opcheck", "gradcheck", "func_transforms", "same_bits",
     "closer_to_the_truth", "follow_steps",
@@ -75,6 +81,7 @@ def _library(cxx: str, name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    sys.path.insert(0, str(ROOT / "tests"))
     from emulation.build import compiler
 
     cxx = compiler()
@@ -83,17 +90,19 @@ def main(arguments: list[str]) -> int:
         return 2
     module = _build(cxx)
     preloaded = " ".join(_library(cxx, name) for name in ("libasan.so", "libstdc++.so"))
-    paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(ROOT / "tools"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | OPTIONS | {VARIABLE: str(module), "LD_PRELOAD": preloaded, "PYTHONPATH": paths}
-    tests = [str(HERE / f"test_{name}.py") for name in TESTS]
+    tests = [str(ROOT / "tests" / f"{folder}/test_{name}.py") for folder, names in TESTS.items() for name in names]
     chosen = arguments or [*IN_PARALLEL, "-k", " and ".join(f"not {name}" for name in LEFT_OUT), *tests]
-    return subprocess.run([*PYTEST, *chosen], env=environment, cwd=HERE.parent).returncode
+    return subprocess.run([*PYTEST, *chosen], env=environment, cwd=ROOT).returncode
 
 
 def _install(file: str) -> None:
     """Let `import fastlm._cpu` find the module of that file."""
     loader = importlib.machinery.ExtensionFileLoader("fastlm._cpu", file)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     sys.modules[loader.name] = module
 

@@ -30,7 +30,9 @@ import torch
 
 import fastlm
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+REPEATED = TESTS / "backends" / "test_gpu.py"
 SECONDS = 570.0  # for all parts together
 GRACE_SECONDS = 10.0  # to write results in, after the interrupt that ends a part
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
@@ -90,8 +92,8 @@ def parts(folder: Path, stamp: str) -> list[Part]:
     """What is run, in order of importance: a part may take its limit, the last ones what is left."""
     spread = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     found = [
-        Part("parity", [*PYTEST, *spread, f"--ignore={HERE / 'test_gpu.py'}", str(HERE)], 240),
-        Part("repeatability", [*PYTEST, str(HERE / "test_gpu.py")], 120),
+        Part("parity", [*PYTEST, *spread, f"--ignore={REPEATED}", str(TESTS)], 240),
+        Part("repeatability", [*PYTEST, str(REPEATED)], 120),
     ]
     for op, peers in BENCHMARKS.items():
         command = [sys.executable, "-m", "fastlm.cli", "bench", op, "--device", "cuda", "--dtype", "bfloat16"]
@@ -100,7 +102,7 @@ def parts(folder: Path, stamp: str) -> list[Part]:
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool, seconds in TOOLS.items():
             prefix = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"]
-            found.append(Part(f"compute-sanitizer {tool}", [*prefix, *PYTEST, "-k", SMALL, str(HERE)], seconds))
+            found.append(Part(f"compute-sanitizer {tool}", [*prefix, *PYTEST, "-k", SMALL, str(TESTS)], seconds))
     return found
 
 
@@ -129,7 +131,7 @@ def run_part(part: Part, scratch: Path, seconds: float) -> dict:
     command = [*part.command, f"--junitxml={report}"] if "pytest" in part.command else part.command
     start = time.monotonic()
     # in the folder of the tests, so that the installed package is what `import fastlm` finds
-    process = subprocess.Popen(command, cwd=HERE, env=env, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     try:
         status = process.wait(min(part.seconds, seconds))
     except subprocess.TimeoutExpired:
@@ -174,7 +176,7 @@ def _summary(result: dict) -> str:
 
 
 def main() -> int:
-    default = os.environ.get("OUT") or HERE.parent / "benchmarks/results"
+    default = os.environ.get("OUT") or ROOT / "benchmarks/results"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(default), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")

@@ -19,7 +19,7 @@ import pytest
 
 from emulation import build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("80", "90a", "100")
 REGISTERS = 64 * 1024  # of a multiprocessor
 

@@ -1,6 +1,6 @@
 """Every Triton kernel in every shipped configuration compiles for the GPUs it claims, within their limits.
 
-No GPU is needed: tests/aot.py compiles what the launchers would launch, in two processes outside the interpreter. The
+No GPU is needed: tools/aot.py compiles what the launchers would launch, in two processes outside the interpreter. The
 ordinary run compiles each kernel once, `make test-gpu-code` all of them.
 """
 
@@ -26,11 +26,11 @@ decoding = pytest.importorskip("fastlm.kernels.attention_decode")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
-AOT = Path(__file__).with_name("aot.py")
+AOT = Path(__file__).resolve().parents[2] / "tools" / "aot.py"
 
 
 def _aot(cache, *arguments):
-    """The lines that tests/aot.py prints, compiling from scratch into the folder `cache`."""
+    """The lines that tools/aot.py prints, compiling from scratch into the folder `cache`."""
     done = subprocess.run(
         [sys.executable, AOT, *map(str, arguments)],
         env={

@@ -1,4 +1,4 @@
-"""One of two processes of tests/test_fsdp.py: models sharded block by block against the same models whole.
+"""One of two processes of test_fsdp.py: models sharded block by block against the same models whole.
 
 python fsdp_worker.py RANK STORE OUT writes {case: message or ""} to OUT.
 """

@@ -18,8 +18,8 @@ from fastlm.errors import CheckpointError, FastlmError
 from fastlm.formats.gguf.tokenizer import load_tokenizer
 from fastlm.inference import quantize
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
-from test_gguf_tokenizer import write_tokenizer
-from test_load_save import write_gguf
+from formats.test_gguf_tokenizer import write_tokenizer
+from formats.test_load_save import write_gguf
 
 resource = pytest.importorskip("resource", reason="the bound on memory is POSIX's")
 

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for GPUs that are not there, exactly as their launchers would launch them.
 
 The launchers run on meta tensors with the launch itself recorded, so types, alignment, constants and options are a
-real launch's own. Run as a script by test_aot_compile.py, outside the interpreter, once per share of the work:
-    python tests/aot.py one SHARE SHARES | all SHARE SHARES | keys
+real launch's own. Run as a script by tests/backends/test_aot_compile.py, outside the interpreter, once per share of
+the work:
+    python tools/aot.py one SHARE SHARES | all SHARE SHARES | keys
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,14 +180,14 @@ def cases() -> Iterator[Callable[[], None]]:
     widths = norm_widths(_norm.FORWARD, _norm.BACKWARD)
     for full in (False, True):
         for N in (64, *widths, 65536) if full else (1024, _norm.ONE_BLOCK_BACKWARD, 65536):
-            yield lambda N=N, full=full: layer_norm_pair(4096, N, full)
-            yield lambda N=N, full=full: rms_norm_pair(4096, N, full)
+            yield partial(layer_norm_pair, 4096, N, full)
+            yield partial(rms_norm_pair, 4096, N, full)
         for tanh in (False, True):
-            yield lambda full=full, tanh=tanh: gelu_pair(4096, 3072, full, tanh)
+            yield partial(gelu_pair, 4096, 3072, full, tanh)
         for N in (1024, 50304):
-            yield lambda N=N, full=full: cross_entropy_pair(4096, N, full)
+            yield partial(cross_entropy_pair, 4096, N, full)
     for features in ATTENTION:
-        yield lambda features=features: attention_pair(8, features)
+        yield partial(attention_pair, 8, features)
     # without 16-byte loads, and with the most bytes a row
     yield lambda: layer_norm_pair(4096, 8191, True)
     yield lambda: layer_norm_pair(4096, 4095, True)
@@ -273,7 +275,7 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.flush()
 
         def output(tool: str, *options: str) -> str:
-            command = [NVIDIA / tool, *options, file.name]
+            command = [str(NVIDIA / tool), *options, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         sizes = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output("cuobjdump", "--dump-resource-usage"))
@@ -320,7 +322,7 @@ def compile_keys() -> None:
     rows = ((2, 0.5, 1), (16, 0.1, -1), (17, 0.3, 2**62), (4096, 0.9, 0), (1_000_003, 0.01, 2**31))
     for name, call in calls.items():
         for M, p, seed in rows:
-            launches = recorded(lambda call=call, row=(M, p, seed): call(*row))
+            launches = recorded(partial(call, M, p, seed))
             keys = [specialized(launch, GPUTarget("cuda", 90, 32)) for launch in launches]
             lines = [f"{kernel.__name__} {options.hash()} {rest}" for kernel, options, *rest in keys]
             print(json.dumps({"op": name, "M": M, "keys": sorted(k for k in lines if "_sum_partials" not in k)}))

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastlm.nn as ours
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
-from test_batched_gradients import OPS, flat
+from ops.test_batched_gradients import OPS, flat
 
 SIZES = {"vocab_size": 31, "context_length": 8, "n_head": 2, "n_embd": 16}
 MODELS = {

@@ -1,6 +1,6 @@
 """Every verb in an environment that fastlm was installed into without a compiler, and without Python's headers.
 
-    python tests/no_compiler.py
+    python tools/no_compiler.py
 
 It borrows the packages of the Python that runs it, downloads nothing but the demo's corpus, and takes a minute or two.
 """

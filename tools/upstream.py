@@ -1,8 +1,8 @@
 """PyTorch's own tests, pointed at fastlm.nn.
 
-    python tests/upstream.py                        PyTorch's module database, which its wheel carries
-    python tests/upstream.py --tests test_modules.py    a test file of PyTorch's repository as well
-    python tests/upstream.py --fetch                the same, fetched at run time for the installed version
+    python tools/upstream.py                        PyTorch's module database, which its wheel carries
+    python tools/upstream.py --tests test_modules.py    a test file of PyTorch's repository as well
+    python tools/upstream.py --fetch                the same, fetched at run time for the installed version
 
 The database (torch.testing._internal.common_modules.module_db) holds, for every torch.nn class, constructor and
 forward arguments, plain reference functions and wrong arguments. Each entry of a class that fastlm.nn has is run on
@@ -44,7 +44,7 @@ from fastlm.integrations.rules import CLASSES
 
 RAW = "https://raw.githubusercontent.com/pytorch/pytorch/v{version}/test/{name}"
 FETCHED = ("test_modules.py", "nn/test_multihead_attention.py")
-MORE = {cls: getattr(fastlm.nn, cls.__name__) for cls in (nn.Embedding, nn.Linear, nn.Transformer)}
+MORE: dict[type, type] = {cls: getattr(fastlm.nn, cls.__name__) for cls in (nn.Embedding, nn.Linear, nn.Transformer)}
 OURS = {**CLASSES, **MORE}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 DRAWS = 9

@@ -11,7 +11,7 @@ import pytest
 
 import fastlm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(*command, cwd, **env):

@@ -18,7 +18,7 @@ from fastlm._core import dropout as _dropout
 from fastlm.backends import cuda as _native_cuda
 from fastlm.backends.cpu import TYPE_CODE
 from fastlm.ops._attention_reference import Options, attention_ref
-from test_attention import (
+from ops.test_attention import (
     test_any_strides,
     test_dropout,
     test_empty,
@@ -34,11 +34,11 @@ from test_attention import (
     test_rows_do_not_depend_on_the_batch_around_them,
     test_scale,
 )
-from test_attention_varlen import test_a_sequence_does_not_depend_on_its_neighbours
-from test_attention_varlen import test_any_strides as test_any_strides_of_packed_sequences
-from test_attention_varlen import test_dropout as test_dropout_of_packed_sequences
-from test_attention_varlen import test_parity as test_parity_of_packed_sequences
-from test_attention_window import test_all_together, test_boolean_mask_and_dropout, test_softcap, test_window
+from ops.test_attention_varlen import test_a_sequence_does_not_depend_on_its_neighbours
+from ops.test_attention_varlen import test_any_strides as test_any_strides_of_packed_sequences
+from ops.test_attention_varlen import test_dropout as test_dropout_of_packed_sequences
+from ops.test_attention_varlen import test_parity as test_parity_of_packed_sequences
+from ops.test_attention_window import test_all_together, test_boolean_mask_and_dropout, test_softcap, test_window
 from tolerances import assert_as_close_as_torch
 
 pytestmark = pytest.mark.parametrize("kernels", [CUDA], indirect=True)

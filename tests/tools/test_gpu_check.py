@@ -92,19 +92,19 @@ def test_the_sanitizer_sees_every_kernel():
     """The tests it goes through: each CUDA kernel of attention and the norms is launched by some of them."""
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-k", gpu_check.SMALL]
     expected = [
-        "test_cuda_attention.py::test_parity",
-        "test_cuda_attention.py::test_decoding_with_everything_else",
-        "test_cuda_attention.py::test_gradient_of_a_mask_with_everything_else",
-        "test_cuda_hopper.py::test_gradient_of_lse[64-",
-        "test_cuda_hopper.py::test_gradient_of_lse[128-",
-        "test_layer_norm.py::test_parity",
-        "test_rms_norm.py::test_parity",
-        "test_gelu.py::test_parity",
-        "test_cuda_emulation.py::test_layer_norm_of_wide_rows",
-        "test_cuda_emulation.py::test_rms_norm_of_wide_rows",
+        "backends/test_cuda_attention.py::test_parity",
+        "backends/test_cuda_attention.py::test_decoding_with_everything_else",
+        "backends/test_cuda_attention.py::test_gradient_of_a_mask_with_everything_else",
+        "backends/test_cuda_hopper.py::test_gradient_of_lse[64-",
+        "backends/test_cuda_hopper.py::test_gradient_of_lse[128-",
+        "ops/test_layer_norm.py::test_parity",
+        "ops/test_rms_norm.py::test_parity",
+        "ops/test_gelu.py::test_parity",
+        "backends/test_cuda_emulation.py::test_layer_norm_of_wide_rows",
+        "backends/test_cuda_emulation.py::test_rms_norm_of_wide_rows",
     ]
     files = sorted({name.partition("::")[0] for name in expected})
-    done = subprocess.run([*command, *files], cwd=gpu_check.HERE, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *files], cwd=gpu_check.TESTS, capture_output=True, text=True, timeout=300)
     chosen = [line for line in done.stdout.splitlines() if "cuda" in line.partition("[")[2]]
     for name in expected:
         assert any(name in line for line in chosen), name

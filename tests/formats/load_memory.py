@@ -14,7 +14,7 @@ import fastlm
 from fastlm.errors import CheckpointError
 from fastlm.inference import quantize
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
-from test_load_save import write_gguf
+from formats.test_load_save import write_gguf
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MIB = 2**20
