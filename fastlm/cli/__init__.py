@@ -67,7 +67,11 @@ def _run(argv: list[str]) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing == "fastlm" or os.environ.get("FASTLM_DEBUG"):
             raise
-        print(f"fastlm {verb}: needs the package {missing}; try: pip install 'fastlm[all]'", file=sys.stderr)
+        print(
+            f"fastlm {verb}: needs the package {missing}; try: pip install {missing}, or all that the verbs need:"
+            " pip install '.[train,hf]'  in the folder of fastlm's source",
+            file=sys.stderr,
+        )
         return 1
     except (FastlmError, OSError) as error:
         if os.environ.get("FASTLM_DEBUG"):

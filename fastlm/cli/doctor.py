@@ -76,11 +76,11 @@ def _advice(report: dict) -> list[str]:
     if len(report["cpu"]["openmp_runtimes"]) > 1:
         advice.append("two OpenMP runtimes are loaded; set the threads of both:  export OMP_NUM_THREADS=$(nproc)")
     if missing := [name for name in ("tokenizers", "safetensors", "rich", "tyro") if not report["packages"][name]]:
-        advice.append(f"for training ({', '.join(missing)} missing):  pip install 'fastlm[train]'")
+        advice.append(f"for training ({', '.join(missing)} missing):  pip install {' '.join(missing)}")
     cuda = report["cuda"]
     if cuda["available"] and not cuda["built_for"]:
         needs = "" if cuda["nvcc"] else "install a CUDA toolkit, then  "
-        build = "FASTLM_CUDA=1 pip install --force-reinstall --no-deps fastlm"
+        build = _native.HOW_TO_BUILD.replace("FASTLM_CPU", "FASTLM_CUDA")
         advice.append(f"for the CUDA kernels:  {needs}{build}; Triton serves until then")
     elif cuda["built_for"] and "driver serves" in cuda["extension"]:
         advice.append(f"the CUDA kernels can't run: {cuda['extension']}")

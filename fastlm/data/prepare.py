@@ -77,7 +77,9 @@ class PrepareConfig:
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction={self.val_fraction}, expected at least 0 and less than 1")
         if not self.inputs:
-            raise ConfigError("inputs is empty, expected text files or folders")
+            raise ConfigError(
+                "inputs is empty, expected PATH, text files or folders (before --glob, which takes all that follow it)"
+            )
         if self.chunk_bytes < 1:
             raise ConfigError(f"chunk_bytes={self.chunk_bytes}, expected at least 1")
         if self.document_separator == "":
@@ -276,4 +278,4 @@ def _check_out(config: PrepareConfig) -> None:
         raise DataError(f"{config.out}: is a file, expected a folder to write into")
     present = [name for name in FILES if (config.out / name).exists()]
     if present and not config.overwrite:
-        raise DataError(f"{config.out}: already holds {', '.join(present)}; give overwrite to replace it")
+        raise DataError(f"{config.out}: already holds {', '.join(present)}; add --overwrite to replace them")

@@ -73,6 +73,7 @@ def test_prepare_takes_its_options(source, tmp_path, capsys):
         (["{source}", "--encoding", "ascii"], "a.txt: byte 41 (0xc3) is not ascii text"),
         (["{source}", "--encoding", "klingon"], "is not a text encoding"),
         ([], "inputs is empty"),
+        (["--glob", "*.txt", "{source}"], "expected PATH, text files or folders (before --glob"),
     ],
 )
 def test_prepare_answers_mistakes_in_one_line(source, tmp_path, capsys, arguments, message):
@@ -91,7 +92,7 @@ def test_prepare_overwrites_only_when_asked(source, tmp_path, capsys):
     assert run(source, "--out", out, "--tokenizer", "characters") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert run(source, "--out", out, "--seed", 1, "--tokenizer", "characters") == 1
-    assert "already holds train.bin, val.bin, tokenizer.json, manifest.json" in capsys.readouterr().err
+    assert "already holds train.bin, val.bin, tokenizer.json, manifest.json; add --overwrite" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run(source, "--out", out, "--seed", 1, "--tokenizer", "characters", "--overwrite") == 0
     assert load_manifest(out, verify=True).preparation["seed"] == 1
