@@ -3,7 +3,7 @@
 torch is neither imported nor needed here: kernels take raw pointers, so one build serves every torch
 release. FASTLM_CPU=0 skips the CPU module, FASTLM_CUDA=0 the CUDA module, =1 makes a failed build an
 error; unset, a failed build leaves a working package without that module. pip shows nothing of that, so the
-reason why there is no CPU module is written beside where it would be, and the commands show it. The CUDA
+reason why there is no such module is written beside where it would be, and the commands show it. The CUDA
 module is tried where nvcc is found: by CUDA_HOME, on PATH, or in /usr/local/cuda. FASTLM_CUDA_ARCHS="80;90a" names what
 to compile it for. FASTLM_JOBS is how many files are compiled at a time.
 """
@@ -29,7 +29,7 @@ from setuptools.errors import CompileError
 
 ParallelCompile("FASTLM_JOBS").install()
 
-REASON = "_cpu_missing.txt"  # beside the CPU module that is not there
+LEFT_OUT: dict[str, str] = {}  # modules that this build does not try, and why
 
 CPU_FLAGS = [
     "-O3",
@@ -45,7 +45,11 @@ CUDA_ARCHS = ("80", "90a", "100")  # Ampere and Ada, Hopper, Blackwell
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Icsrc/cuda", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills"]
 
 
-def cpu_extension() -> Pybind11Extension:
+def cpu_extension() -> Pybind11Extension | None:
+    """The CPU module, or None where it is not asked for."""
+    if os.environ.get("FASTLM_CPU") == "0":
+        LEFT_OUT["fastlm._cpu"] = "it was installed with FASTLM_CPU=0"
+        return None
     flags, link = CPU_FLAGS, ["-fopenmp"]
     if sys.platform == "darwin":  # Apple's clang ships no OpenMP: single-threaded kernels
         flags, link = [f for f in CPU_FLAGS if f != "-fopenmp"], []
@@ -98,6 +102,7 @@ def cuda_extension() -> Pybind11Extension | None:
         if wanted == "1":
             raise SystemExit(f"fastlm: FASTLM_CUDA=1 asks for the CUDA kernels, but there is {why}")
         print(f"fastlm: without the CUDA kernels ({why})")
+        LEFT_OUT["fastlm._cuda"] = f"it was installed with {why}"
         return None
     archs = cuda_archs(nvcc)
     print(f"fastlm: CUDA kernels for {', '.join(f'sm_{a}' for a in archs)} by {nvcc}; FASTLM_CUDA=0 leaves them out")
@@ -147,7 +152,7 @@ def why_it_failed(error: Exception, said: str) -> str:
         return f"there was no C++ compiler ({error})"
     if "Python.h" in said:
         return "Python's headers (Python.h) were not there"
-    lines = [line for line in said.splitlines() if "error" in line.lower()]
+    lines = [line for line in said.splitlines() if "error" in line.lower() or line.startswith("nvcc fatal")]
     return f"its build failed ({(lines or [str(error)])[0].strip()[:300]})"
 
 
@@ -178,34 +183,33 @@ def output_of_children():
 
 class BuildExtensions(build_ext):
     def run(self):
-        self.reason = ""
+        self.reasons: dict[str, str] = {}
         super().run()
-        if self.ext_map.get("fastlm._cpu"):
-            write_reason("." if self.inplace or self.editable_mode else self.build_lib, self.reason)
+        for ext in self.extensions or []:
+            folder = "." if self.inplace or self.editable_mode else self.build_lib
+            write_reason(folder, ext.name, self.reasons.get(ext.name, ""))
 
     def build_extension(self, ext):
-        if ext.name == "fastlm._cuda":
-            ext.extra_objects = compile_cuda(Path(self.build_temp) / "cuda")
-        if ext.name != "fastlm._cpu":
-            return super().build_extension(ext)
         with output_of_children() as said:
             try:
+                if ext.name == "fastlm._cuda":
+                    ext.extra_objects = compile_cuda(Path(self.build_temp) / "cuda")
                 super().build_extension(ext)
             except Exception as error:
-                self.reason = why_it_failed(error, said())
+                self.reasons[ext.name] = why_it_failed(error, said())
                 raise CompileError(str(error)) from error
 
 
 class BuildPython(build_py):
     def run(self):
         super().run()
-        if os.environ.get("FASTLM_CPU") == "0":
-            write_reason("." if self.editable_mode else self.build_lib, "it was installed with FASTLM_CPU=0")
+        for module, reason in LEFT_OUT.items():
+            write_reason("." if self.editable_mode else self.build_lib, module, reason)
 
 
-def write_reason(folder: str, reason: str) -> None:
-    """Say beside the CPU module's place why it is not there, or nothing where it is."""
-    path = Path(folder) / "fastlm" / REASON
+def write_reason(folder: str, module: str, reason: str) -> None:
+    """Say beside a module's place why it is not there, or nothing where it is: fastlm/_cpu_missing.txt."""
+    path = Path(folder) / f"{module.replace('.', '/')}_missing.txt"
     path.unlink(missing_ok=True)
     if reason:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,8 +224,7 @@ class SourceDistribution(sdist):
 
 setup(
     ext_modules=[
-        *([cpu_extension()] if os.environ.get("FASTLM_CPU", "") != "0" else []),
-        *filter(None, [cuda_extension()]),
+        *filter(None, [cpu_extension(), cuda_extension()]),
     ],
     cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython, "sdist": SourceDistribution},
 )

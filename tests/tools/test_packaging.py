@@ -84,3 +84,36 @@ lines = {l.split()[-1] for l in open("/proc/self/maps") if "libgomp" in l}
 print(len(lines), _native.omp_threads())
 """
     assert _run(sys.executable, "-c", code, cwd=ROOT).split() == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fails_with", "reason"),
+    [
+        ("0", "", "it was installed with FASTLM_CUDA=0"),
+        (
+            "",
+            "nvcc fatal   : Unsupported gpu architecture 'compute_100'",
+            "its build failed (nvcc fatal   : Unsupported",
+        ),
+        ("", "norm.cu(3): error: expected a ';'", "its build failed (norm.cu(3): error: expected a ';')"),
+        ("", "", "its build failed (nvcc failed on csrc/cuda/"),
+    ],
+)
+def test_a_package_without_the_cuda_kernels_says_why(tmp_path, wanted, fails_with, reason):
+    """pip shows nothing of a build that fails, so what is installed has to, beside the CPU kernels' reason."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f'#!/bin/sh\necho "{fails_with}" >&2\nexit 1\n')
+    nvcc.chmod(0o755)
+    settings = {"FASTLM_CPU": "0", "FASTLM_CUDA": wanted, "FASTLM_CUDA_ARCHS": "80", "CUDA_HOME": str(tmp_path)}
+    places = ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
+    _run(sys.executable, "setup.py", "-q", "build", *places, cwd=ROOT, **settings)
+    code = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in str(f)]  # an editable install's finder has modules
+from fastlm.backends import cpu, cuda
+print(cpu.missing_reason, cuda.missing_reason, sep="\\n")
+"""
+    of_cpu, of_cuda = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "lib")).splitlines()
+    assert of_cpu == "the CPU extension is not there: it was installed with FASTLM_CPU=0"
+    assert of_cuda.startswith(f"the CUDA extension is not there: {reason}")

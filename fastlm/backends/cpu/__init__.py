@@ -17,17 +17,17 @@ from torch import Tensor
 
 from ...errors import BackendError
 
-HOW_TO_BUILD = "FASTLM_CPU=1 pip install --force-reinstall --no-deps fastlm"
+HOW_TO_BUILD = "FASTLM_CPU=1 pip install --force-reinstall --no-deps .  in the folder of fastlm's source"
 
 
-def _why_missing(error: ImportError) -> str:
-    """What the build left to say, if the module is not there at all; else why it does not load."""
+def why_missing(error: ImportError, module: str) -> str:
+    """What the build left to say of `module`, if it is not there at all; else why it does not load."""
     try:
-        built = (Path(__file__).parents[2] / "_cpu_missing.txt").read_text(encoding="utf-8").strip()
+        built = (Path(__file__).parents[2] / f"{module}_missing.txt").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         built = ""
     why = built if built and isinstance(error, ModuleNotFoundError) else str(error)
-    return f"the CPU extension is not there: {why}"
+    return f"the {module[1:].upper()} extension is not there: {why}"
 
 
 _cpu: Any = None
@@ -35,7 +35,7 @@ missing_reason: str | None = None
 try:
     _cpu = importlib.import_module("fastlm._cpu")
 except ImportError as error:  # not built, or built for another Python
-    missing_reason = _why_missing(error)
+    missing_reason = why_missing(error, "_cpu")
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 TYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

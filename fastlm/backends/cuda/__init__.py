@@ -24,7 +24,7 @@ missing_reason: str | None = None
 try:
     _cuda = importlib.import_module("fastlm._cuda")
 except ImportError as error:  # not built, or built for another Python
-    missing_reason = f"the CUDA extension is not there ({error}); install from source where nvcc is found"
+    missing_reason = _native.why_missing(error, "_cuda")
 
 emulated = False
 _ptr: Callable[[Tensor | None], int] = _native._ptr
