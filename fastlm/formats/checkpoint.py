@@ -27,7 +27,6 @@ from ..models.common.generation import NOTHING_SAID, generation_of
 
 if TYPE_CHECKING:
     from ..data import Tokenizer
-    from ..models.gpt import GPT
 
 FORMAT = "fastlm.checkpoint/1"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -61,7 +60,7 @@ class Checkpoint:
 
 def save_checkpoint(
     path: str | Path,
-    model: GPT,
+    model: Any,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     step: int = 0,

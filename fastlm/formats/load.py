@@ -253,4 +253,4 @@ def _save_checkpoint(model: nn.Module, path: Path) -> None:
     first: dict[int, str] = {}
     owners = {key: first.setdefault(id(tensor), key) for key, tensor in model.state_dict(keep_vars=True).items()}
     shared = {key: owner for key, owner in owners.items() if key != owner}
-    save_checkpoint(file, model, state={"model": name} | ({SHARED: shared} if shared else {}))  # type: ignore[arg-type]
+    save_checkpoint(file, model, state={"model": name} | ({SHARED: shared} if shared else {}))

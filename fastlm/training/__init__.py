@@ -3,5 +3,6 @@
 from .adamw import AdamW
 from .config import TrainConfig
 from .loop import DivergenceError, TrainResult, train
+from .task import Task
 
-__all__ = ["AdamW", "DivergenceError", "TrainConfig", "TrainResult", "train"]
+__all__ = ["AdamW", "DivergenceError", "Task", "TrainConfig", "TrainResult", "train"]

@@ -8,28 +8,30 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._core.files import remove_leftovers, replacing
-from ..data import Tokenizer, load_manifest, load_tokens
+from ..data.loader import Loader, in_order
 from ..errors import CheckpointError, ConfigError, DataError, FastlmError, shown
 from ..formats import checkpoint as ckpt
-from ..models.gpt import GPT, GPTConfig
+from ..objectives import Evaluation
 from ..ops._products import prepare_weights
 from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads, refuse_ranks
 from . import rng
-from .config import TrainConfig, check_memory
-from .evaluation import Evaluation, evaluate
-from .loader import WindowLoader
+from .config import TrainConfig
+from .evaluation import evaluate
 from .lock import run_lock
 from .metrics import MetricsLog, finite_or_none, plot_losses
 from .optimizer import build_optimizer, set_learning_rate
 from .progress import Reporter, StepReport
 from .resume import describe_changes, learning_rate
 from .state import State, TrainResult
+from .task import Task, causal_gpt
 
 
 class DivergenceError(FastlmError, ArithmeticError):
@@ -37,9 +39,14 @@ class DivergenceError(FastlmError, ArithmeticError):
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    task: Callable[[TrainConfig, torch.device], Task] = causal_gpt,
 ) -> TrainResult:
-    """Train a GPT on prepared data and leave checkpoints, metrics and a plot in the run folder.
+    """Train a model for an objective and leave checkpoints, metrics and a plot in the run folder.
 
     A run that is interrupted (SIGINT, SIGTERM) or killed and then resumed with the same settings ends with
     the same parameters, bit for bit, as one that was not, on the same machine and number of threads; only
@@ -51,6 +58,8 @@ def train(
             `previous.safetensors`. The data must be the same, wherever they lie now.
         overwrite: start afresh in a run folder that holds a checkpoint.
         reporter: told what happens; silent by default.
+        task: makes what is trained, on what and for what; by default a GPT that predicts the next token of prepared
+            data. It is called with the seed set, so that what it draws from torch's generator is always the same.
 
     Raises:
         ConfigError: if settings contradict each other or need more memory than there is, if the run folder holds
@@ -58,7 +67,7 @@ def train(
         DataError: if the prepared data are missing, damaged or too short.
         CheckpointError: if the checkpoint cannot be resumed from or cannot be written.
         DivergenceError: if the loss is not finite for `max_bad_steps` steps in a row, in the last step, or on the
-            validation split. The checkpoints are then those from before.
+            held-out examples. The checkpoints are then those from before.
     """
     reporter = reporter or Reporter()
     refuse_ranks()
@@ -66,7 +75,7 @@ def train(
         raise DataError(f"{config.data}: no such folder; if the run's data moved, give their new place with --resume")
     if resume and not Path(config.out).is_dir():
         raise CheckpointError(f"{Path(config.out) / ckpt.LAST}: no such checkpoint")
-    trainer = Trainer(config, reporter)
+    trainer = Trainer(config, reporter, task)
     with run_lock(trainer.out) as warning:
         trainer.open_folder(resume, overwrite)
         if warning:
@@ -78,25 +87,34 @@ def train(
 
 
 class Trainer:
-    """A run: its data, model, optimizer, state and files."""
+    """A run: its task, optimizer, state and files."""
 
-    def __init__(self, config: TrainConfig, reporter: Reporter):
+    def __init__(
+        self,
+        config: TrainConfig,
+        reporter: Reporter,
+        task: Callable[[TrainConfig, torch.device], Task] = causal_gpt,
+    ):
         self.config, self.reporter = config, reporter
         self.record = dataclasses.replace(config, data=os.path.abspath(config.data))  # to be resumed from anywhere
         self.out = Path(config.out)
         self.device = choose_device(config.device)
         self.dtype, self.why = choose_dtype(config.dtype, self.device)
         torch.set_num_threads(choose_threads(config.threads, torch.get_num_threads()))
-        self._open_data()
         rng.seed_all(config.seed)
-        self.model = _build_model(config, self.manifest.vocab_size).to(self.device)
+        self.task = task(config, self.device)
+        self.objective = self.task.objective
+        self.loader = Loader(self.task.examples, config.batch_size, config.seed, self.objective.collate, self.device)
+        self.tokens_per_step = config.batch_size * config.gradient_accumulation * self.task.tokens_per_example
+        self.model: Any = self.task.model.to(self.device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16 and not config.compile:
-            prepare_weights(self.model.product_weights(), accumulate=config.gradient_accumulation > 1)
+            weights: list[Tensor] = getattr(self.model, "product_weights", list)()
+            prepare_weights(weights, accumulate=config.gradient_accumulation > 1)
         # Only float16 needs one: its smallest gradients would round to 0.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.state = State(data=self.manifest.hashes())
+        self.state = State(data=self.task.hashes)
         self.metrics = MetricsLog(self.out / "metrics.jsonl")
         self.evaluation: Evaluation | None = None
         self.last_loss = math.nan  # of the last step of this sitting
@@ -105,32 +123,12 @@ class Trainer:
     def describe(self) -> str:
         """What is trained, on what and where, in a line."""
         return (
-            f"{self.model.num_parameters():,} parameters, {len(self.loader.tokens):,} training tokens, "
-            f"{self.config.tokens_per_step:,} tokens a step, {self.device} in {str(self.dtype)[6:]} ({self.why})"
+            f"{self._parameters():,} parameters, {self.task.amount}, "
+            f"{self.tokens_per_step:,} tokens a step, {self.device} in {str(self.dtype)[6:]} ({self.why})"
         )
 
-    def _open_data(self) -> None:
-        config = self.config
-        if not config.data:
-            raise ConfigError("data names no folder; give one that `fastlm prepare` wrote")
-        self.manifest = load_manifest(config.data, verify="changed")
-        vocab_size = Tokenizer.load(Path(config.data) / "tokenizer.json").vocab_size
-        if self.manifest.vocab_size != vocab_size:
-            raise DataError(
-                f"{config.data}: manifest.json says vocab_size {self.manifest.vocab_size}, its tokenizer {vocab_size}"
-            )
-        check_memory(config, vocab_size, self.device)
-        self.loader = WindowLoader(
-            load_tokens(config.data, "train"),
-            config.batch_size,
-            config.context_length,
-            config.seed,
-            self.device,
-            vocab_size=vocab_size,
-        )
-        self.validation = load_tokens(config.data, "val")
-        if len(self.validation) < 2:
-            raise DataError(f"{config.data}: the val split has {len(self.validation)} tokens, expected 2 or more")
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def open_folder(self, resume: bool, overwrite: bool) -> None:
         """Make the run folder ready: load its checkpoint, or clear it, or refuse."""
@@ -154,10 +152,15 @@ class Trainer:
             self.reporter.message(odd)
         self.record.save(self.out / "config.toml")
         with replacing(self.out / "tokenizer.json") as temporary:
-            shutil.copyfile(Path(self.config.data) / "tokenizer.json", temporary)
+            shutil.copyfile(self.task.tokenizer, temporary)
 
     def _resume(self, checkpoint: ckpt.Checkpoint) -> None:
-        ckpt.check_tokenizer(checkpoint, self.manifest.tokenizer_fingerprint, f"that of {self.config.data}")
+        ckpt.check_tokenizer(checkpoint, self.task.fingerprint, f"that of {self.task.source}")
+        trained = checkpoint.state.get("model", "GPT")  # earlier versions trained nothing else, and did not say so
+        if trained != type(self.model).__name__:
+            raise CheckpointError(
+                f"{checkpoint.path}: holds a {shown(trained, str)}, expected a {type(self.model).__name__}"
+            )
         wanted = self.model.config.to_dict()
         for name, value in checkpoint.model_config.items():
             if name != "dropout" and wanted.get(name) != value:
@@ -170,7 +173,7 @@ class Trainer:
             if state.data.get(split, digest) != digest:
                 raise CheckpointError(
                     f"{checkpoint.path}: trained on other data: the sha256 of its {split} split is "
-                    f"{state.data[split][:12]}, that of {self.config.data} {digest[:12]}"
+                    f"{state.data[split][:12]}, that of {self.task.source} {digest[:12]}"
                 )
         ckpt.restore_model(checkpoint, self.model)
         ckpt.restore_optimizer(checkpoint, self.model, self.optimizer)
@@ -188,12 +191,12 @@ class Trainer:
 
     def _check_best(self) -> None:
         """Forget a best checkpoint that is damaged or gone, so that the next evaluation writes one."""
-        if self.state.best_loss is None:
+        if self.state.best is None:
             return
         try:
             ckpt.load_checkpoint(self.out / ckpt.BEST, model_only=True)
         except CheckpointError as error:
-            self.state.best_loss, self.state.best_step = None, 0
+            self.state.best, self.state.best_step = None, 0
             self.reporter.message(f"{error}; the next evaluation writes a new one")
 
     def run(self, interrupt: Interrupt) -> TrainResult:
@@ -255,15 +258,19 @@ class Trainer:
         self._report_step(loss, rate, gradient_norm)
 
     def _backward(self) -> Tensor:
-        """Add up the gradients of one step; the mean loss."""
+        """Add up the gradients of one step; the mean loss over all of its targets."""
         count = self.config.gradient_accumulation
         total = torch.zeros((), device=self.device)
-        for i in range(count):
-            tokens, targets = self.loader.batch(self.state.step * count + i)
-            with self._autocast():
-                loss = self.forward(tokens, targets) / count
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+        batches = [self.loader.batch(self.state.step * count + i) for i in range(count)]
+        targets = sum(batch.targets for batch in batches)
+        if not targets:
+            raise DataError(f"{self.task.source}: step {self.state.step + 1} has no target in {count} batches")
+        for batch in batches:
+            if batch.targets:
+                with self._autocast():
+                    loss = self.objective.loss(self.forward, batch) / (targets / batch.targets)
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
         return total
 
     def _update(self, loss: float) -> float:
@@ -297,7 +304,7 @@ class Trainer:
     def _failure(self, what: str, where: str = "") -> DivergenceError:
         """An error that says what happened, what to try, and what is left."""
         kept = [f"{ckpt.LAST} of step {self.saved[0]}"] if self.saved else []
-        kept += [f"{ckpt.BEST} of step {self.state.best_step}"] if self.state.best_loss is not None else []
+        kept += [f"{ckpt.BEST} of step {self.state.best_step}"] if self.state.best is not None else []
         return DivergenceError(
             f"{what} ({where}learning rate {self.optimizer.param_groups[0]['lr']:.3g}): "
             "try a lower --learning-rate or a longer --warmup-steps; "
@@ -307,7 +314,7 @@ class Trainer:
     def _report_step(self, loss: float, rate: float, gradient_norm: float) -> None:
         state, config = self.state, self.config
         steps, seconds = state.step - self.interval_start[0], state.train_seconds - self.interval_start[1]
-        speed = steps * config.tokens_per_step / max(seconds, 1e-9)
+        speed = steps * self.tokens_per_step / max(seconds, 1e-9)
         if state.step % config.log_interval == 0:
             self.interval_start = state.step, state.train_seconds
             self.metrics.append(
@@ -316,7 +323,7 @@ class Trainer:
                 loss=state.take_mean_loss(),
                 learning_rate=rate,
                 gradient_norm=finite_or_none(gradient_norm),
-                tokens=state.step * config.tokens_per_step,
+                tokens=state.step * self.tokens_per_step,
                 tokens_per_second=round(speed, 1),
                 seconds=round(self._seconds(), 3),
             )
@@ -326,23 +333,12 @@ class Trainer:
         self.reporter.step(StepReport(state.step, loss, rate, speed, fraction, left))
 
     def _evaluate(self, interrupt: Interrupt) -> None:
-        config, split = self.config, self.manifest.splits["val"]
-        result = evaluate(
-            self.model,
-            self.validation,
-            tokens_per_byte=split["tokens"] / split["bytes"],
-            tokens_per_char=split["tokens"] / split["chars"],
-            batch_size=config.batch_size,
-            context_length=config.context_length,
-            max_tokens=config.eval_tokens,
-            vocab_size=self.manifest.vocab_size,
-            autocast=self._autocast,
-            stop=lambda: bool(interrupt),
-        )
+        batches = in_order(self.task.held_out, self.config.batch_size, self.objective.collate, self.device)
+        result = evaluate(self.model, self.objective, batches, autocast=self._autocast, stop=lambda: bool(interrupt))
         if result is None:  # interrupted: the resumed run evaluates first
             return
         self.evaluation = result
-        best = self.state.record_evaluation(result.loss)
+        best = self.state.record_evaluation(getattr(result, self.objective.decides), self.objective.higher_is_better)
         values = {name: finite_or_none(value) for name, value in dataclasses.asdict(result).items()}
         self.metrics.append("validation", step=self.state.step, **values, seconds=round(self._seconds(), 3))
         self.reporter.evaluation(self.state.step, result, best)
@@ -366,8 +362,8 @@ class Trainer:
             self.optimizer if resumable else None,
             step=self.state.step,
             train_config=self.record.to_dict(),
-            tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
-            state=dataclasses.asdict(self.state),
+            tokenizer_fingerprint=self.task.fingerprint,
+            state={"model": type(self.model).__name__} | dataclasses.asdict(self.state),
             rng=rng.capture() if resumable else None,
             keep=keep,
         )
@@ -382,24 +378,11 @@ class Trainer:
             reason=reason,
             step=state.step,
             evaluation=self.evaluation,
-            best_loss=state.best_loss,
+            best=state.best,
             best_step=state.best_step,
             seconds=self._seconds(),
-            tokens_per_second=state.step * self.config.tokens_per_step / max(state.train_seconds, 1e-9),
-            parameters=self.model.num_parameters(),
+            tokens_per_second=state.step * self.tokens_per_step / max(state.train_seconds, 1e-9),
+            parameters=self._parameters(),
             device=str(self.device),
             dtype=str(self.dtype)[6:],
         )
-
-
-def _build_model(config: TrainConfig, vocab_size: int) -> GPT:
-    return GPT(
-        GPTConfig(
-            vocab_size=vocab_size,
-            context_length=config.context_length,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            dropout=config.dropout,
-        )
-    )

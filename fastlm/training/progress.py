@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ..objectives import Evaluation
 from .config import TrainConfig
-from .evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,7 @@ class ConsoleReporter(Reporter):
             self.message(self._describe(report))
 
     def evaluation(self, step: int, result: Evaluation, best: bool) -> None:
-        self.message(
-            f"step {step}: validation loss {result.loss:.4f} nats/token, "
-            f"{result.bits_per_byte:.3f} bits/byte, {result.bits_per_char:.3f} bits/character"
-            + (", best so far" if best else "")
-        )
+        self.message(f"step {step}: validation {result.describe()}{', best so far' if best else ''}")
 
     def close(self) -> None:
         if self.progress is not None:

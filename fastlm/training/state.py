@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from ..errors import CheckpointError, shown
-from .evaluation import Evaluation
+from ..objectives import Evaluation
+
+RENAMED = {"best_loss": "best"}  # what earlier versions called an entry
 
 
 @dataclass
@@ -19,7 +21,7 @@ class State:
     seconds: float = 0.0  # wall time of the run so far, earlier sittings included
     train_seconds: float = 0.0  # of that, time in training steps
     evaluated_at: int = 0  # step of the last evaluation
-    best_loss: float | None = None
+    best: float | None = None  # of the evaluations' deciding number
     best_step: int = 0
     stale_evaluations: int = 0  # in a row, without a new best
     bad_steps: int = 0  # in a row, skipped since the loss or gradient was not finite
@@ -36,6 +38,7 @@ class State:
             CheckpointError: on an unknown entry, as of another version, or one of another type.
         """
         kinds = get_type_hints(cls)
+        values = {RENAMED.get(name, name): value for name, value in values.items() if name != "model"}
         for name, value in values.items():
             if name not in kinds:
                 raise CheckpointError(f"{source}: state of another version: it has the entry {shown(name)}")
@@ -53,12 +56,13 @@ class State:
         self.loss_sum, self.loss_count = 0.0, 0
         return mean
 
-    def record_evaluation(self, loss: float) -> bool:
-        """Note an evaluation at the current step; True if it is the best so far."""
+    def record_evaluation(self, value: float, higher_is_better: bool = False) -> bool:
+        """Note the deciding number of an evaluation at the current step; True if it is the best so far."""
         self.evaluated_at = self.step
-        best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        better = self.best is None or (value > self.best if higher_is_better else value < self.best)
+        best = math.isfinite(value) and better
         if best:
-            self.best_loss, self.best_step, self.stale_evaluations = loss, self.step, 0
+            self.best, self.best_step, self.stale_evaluations = value, self.step, 0
         else:
             self.stale_evaluations += 1
         return best
@@ -84,7 +88,7 @@ class TrainResult:
         reason: "max_steps", "max_minutes", "patience" or "interrupted".
         step: optimizer steps done, earlier sittings included.
         evaluation: the last evaluation of this sitting, None if there was none.
-        best_loss: lowest validation loss in nats a token, None before the first evaluation.
+        best: the best of the objective's deciding number on held-out examples, None before the first evaluation.
         best_step: the step it was found at.
         seconds: wall time of the run after set-up, earlier sittings included.
         tokens_per_second: training tokens over the time in training steps, evaluations left out.
@@ -96,7 +100,7 @@ class TrainResult:
     reason: str
     step: int
     evaluation: Evaluation | None
-    best_loss: float | None
+    best: float | None
     best_step: int
     seconds: float
     tokens_per_second: float
@@ -107,3 +111,8 @@ class TrainResult:
     @property
     def interrupted(self) -> bool:
         return self.reason == "interrupted"
+
+    @property
+    def best_loss(self) -> float | None:
+        """`best`, of objectives whose loss decides."""
+        return self.best

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from fastlm.data import PrepareConfig, load_manifest, prepare
+from fastlm.data.loader import Loader
+from fastlm.data.windows import ShiftedWindows, Windows
 from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.checkpoint import load_checkpoint
+from fastlm.objectives import Causal
 from fastlm.training import TrainConfig, train
-from fastlm.training.loader import WindowLoader, evaluation_batches
 from fastlm.training.loop import Trainer
 from fastlm.training.metrics import MetricsLog, plot_losses, read_metrics
 from fastlm.training.progress import Reporter
@@ -218,8 +220,8 @@ def test_tokens(run, tmp_path):
         path.write_bytes(data)
         tokens = np.memmap(path, dtype="<u2", mode="r")
         good = int(tokens.max()) < vocab_size
-        loader = WindowLoader(tokens, 5, 8, 0, vocab_size=vocab_size)
-        if taken("train.bin", DataError, list, evaluation_batches(tokens, 5, 8, vocab_size=vocab_size)) is None:
+        loader = Loader(ShiftedWindows(tokens, 8, vocab_size), 5, 0, Causal().collate)
+        if taken("train.bin", DataError, list, Windows(tokens, 8, vocab_size=vocab_size)) is None:
             refused += 1
             assert not good
             assert any(taken("train.bin", DataError, loader.batch, k) is None for k in range(1000))

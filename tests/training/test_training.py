@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlm.data import PrepareConfig, load_manifest, load_tokens, prepare
+from fastlm.data.loader import Loader, in_order
+from fastlm.data.windows import ShiftedWindows, Windows
 from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.checkpoint import load_checkpoint
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.objectives import Causal
 from fastlm.runtime import choose_device, choose_dtype, choose_threads, cpu_bfloat16_feature
 from fastlm.training import DivergenceError, TrainConfig, train
 from fastlm.training.evaluation import evaluate
-from fastlm.training.loader import WindowLoader, evaluation_batches
 from fastlm.training.metrics import read_metrics
 from fastlm.training.optimizer import build_optimizer
 from fastlm.training.progress import ConsoleReporter, Reporter, clock
@@ -177,6 +179,10 @@ class TestConfig:
         assert choose_threads(asked, 7, file) == (asked or 7)
 
 
+def loader_of(tokens, batch, context, seed):
+    return Loader(ShiftedWindows(tokens, context), batch, seed, Causal().collate)
+
+
 class TestLoader:
     @given(
         n=st.integers(2, 300),
@@ -189,15 +195,15 @@ class TestLoader:
         tokens = np.arange(n, dtype=np.uint16)
         if n < context + 1:
             with pytest.raises(DataError, match=f"has {n} tokens.*needs {context + 1}"):
-                WindowLoader(tokens, batch, context, seed)
+                loader_of(tokens, batch, context, seed)
             return
-        loader = WindowLoader(tokens, batch, context, seed)
-        per_epoch = loader.windows_per_epoch
+        loader = loader_of(tokens, batch, context, seed)
+        per_epoch = len(loader.examples)
         # As many windows as fit whatever the offset; at least one.
         assert per_epoch == max(1, (n - context) // context)
         starts = []
         for k in range(math.ceil(2 * per_epoch / batch)):
-            x, y = loader.batch(k)
+            x, y = loader.batch(k).tensors.values()
             assert x.shape == y.shape == (batch, context)
             assert x.dtype == y.dtype == torch.int64
             assert torch.equal(x, x[:, :1] + torch.arange(context))
@@ -210,17 +216,17 @@ class TestLoader:
 
     def test_a_batch_depends_on_seed_and_number_alone(self):
         tokens = np.random.default_rng(0).integers(0, 99, 1000).astype(np.uint32)
-        first = WindowLoader(tokens, 3, 8, 1)
-        later = [first.batch(k)[0] for k in range(90)]  # more than two epochs
-        again = WindowLoader(tokens, 3, 8, 1)
+        first = loader_of(tokens, 3, 8, 1)
+        later = [first.batch(k)["tokens"] for k in range(90)]  # more than two epochs
+        again = loader_of(tokens, 3, 8, 1)
         for k in (89, 0, 41, 42):
-            assert torch.equal(again.batch(k)[0], later[k])
-        assert not torch.equal(WindowLoader(tokens, 3, 8, 2).batch(0)[0], later[0])
+            assert torch.equal(again.batch(k)["tokens"], later[k])
+        assert not torch.equal(loader_of(tokens, 3, 8, 2).batch(0)["tokens"], later[0])
 
     def test_epochs_differ_in_order_and_offset(self):
-        loader = WindowLoader(np.arange(1000, dtype=np.uint16), loader_batch := 30, 32, 0)
-        assert loader.windows_per_epoch == loader_batch
-        epochs = [loader.batch(k)[0][:, 0] for k in range(6)]
+        loader = loader_of(np.arange(1000, dtype=np.uint16), loader_batch := 30, 32, 0)
+        assert len(loader.examples) == loader_batch
+        epochs = [loader.batch(k)["tokens"][:, 0] for k in range(6)]
         assert len({int(e.min()) for e in epochs}) > 2
         assert len({tuple((e - e.min()).tolist()) for e in epochs}) == 6
 
@@ -229,8 +235,10 @@ class TestLoader:
     def test_evaluation_predicts_each_token_once(self, n, context, batch, cap):
         tokens = np.arange(n, dtype=np.uint16)
         targets = []
-        for x, y in evaluation_batches(tokens, batch, context, cap):
+        for found in in_order(Windows(tokens, context, cap), batch, Causal().collate):
+            x, y = found["tokens"], found["targets"]
             kept = y != -100
+            assert found.targets == kept.sum()
             assert torch.equal(y[kept], x[kept] + 1)
             assert x.shape[1] <= context
             targets += y[kept].tolist()
@@ -243,14 +251,8 @@ class TestEvaluation:
         split = load_manifest(data).splits["val"]
         torch.manual_seed(0)
         model = GPT(GPTConfig(load_manifest(data).vocab_size, 16, 2, 2, 32, dropout=0.3))
-        result = evaluate(
-            model,
-            tokens,
-            tokens_per_byte=split["tokens"] / split["bytes"],
-            tokens_per_char=split["tokens"] / split["chars"],
-            batch_size=5,
-            context_length=16,
-        )
+        objective = Causal(split["tokens"] / split["bytes"], split["tokens"] / split["chars"])
+        result = evaluate(model, objective, in_order(Windows(tokens, 16), 5, objective.collate))
         assert model.training
         ids = torch.from_numpy(tokens.astype(np.int64))
         reference = model.double().eval()

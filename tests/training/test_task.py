@@ -1,0 +1,163 @@
+"""The loop trains any model for any objective: other examples, and a number other than the loss that decides."""
+
+import dataclasses
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlm.data.loader import Fixed
+from fastlm.errors import CheckpointError, DataError
+from fastlm.formats.checkpoint import load_checkpoint
+from fastlm.objectives import Batch, Evaluation, Objective
+from fastlm.training import Task, TrainConfig, train
+from fastlm.training.progress import Reporter
+
+SETTINGS = {
+    "batch_size": 4, "max_steps": 20, "eval_interval": 5, "warmup_steps": 0, "learning_rate": 0.2, "log_interval": 1,
+    "device": "cpu", "threads": 1, "dtype": "float32", "schedule": "constant", "weight_decay": 0.0, "grad_clip": 0.0,
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Sizes:
+    width: int
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+class Line(nn.Module):
+    """A logistic regression."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.config = Sizes(width)
+        self.weight = nn.Parameter(torch.randn(width))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy(Evaluation):
+    accuracy: float
+
+
+class Positive(Objective):
+    """Is the sum positive; an example whose label is missing has no target. Inputs get noise of their position."""
+
+    name = "positive"
+    decides = "accuracy"
+    higher_is_better = True
+
+    def collate(self, examples, positions):
+        noise = [np.random.default_rng((7, position)).normal(0, 0.01, 3) for position in positions]
+        x = torch.from_numpy(np.stack([x for x, _ in examples]) + np.stack(noise)).float()
+        y = torch.tensor([label for _, label in examples])
+        return Batch({"x": x, "y": y}, int((y >= 0).sum()))
+
+    def loss(self, model, batch):
+        kept = batch["y"] >= 0
+        return F.binary_cross_entropy_with_logits(model(batch["x"])[kept], batch["y"][kept].float())
+
+    def score(self, model, batch):
+        kept = batch["y"] >= 0
+        right = ((model(batch["x"]) > 0) == (batch["y"] > 0))[kept].sum()
+        return super().score(model, batch) | {"right": right.item()}
+
+    def evaluation(self, totals, targets):
+        return Accuracy(totals["loss"] / targets, totals["right"] / targets)
+
+
+def examples(count, seed, unlabelled=0.3):
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(count, 3))
+    missing = random.random(count) < unlabelled
+    return [(row, -1 if gone else int(row.sum() > 0)) for row, gone in zip(x, missing, strict=True)]
+
+
+def task(tmp_path, unlabelled=0.3, width=3):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+
+    def made(config, device):
+        train, held_out = examples(37, 0, unlabelled), examples(50, 1, 0.1)
+        return Task(Line(width), Positive(), Fixed(train), held_out, "37 rows", 1, tokenizer, "none", {}, "rows")
+
+    return made
+
+
+class StopAfter(Reporter):
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, report):
+        if report.step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def run(tmp_path, name, reporter=None, resume=False, made=None, **changes):
+    config = TrainConfig(**{**SETTINGS, "out": str(tmp_path / name), **changes})
+    return train(config, reporter=reporter, resume=resume, task=made or task(tmp_path))
+
+
+def test_it_learns_and_the_deciding_number_chooses_the_best(tmp_path):
+    result = run(tmp_path, "run", max_steps=60)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [line["accuracy"] for line in lines if line["kind"] == "validation"]
+    assert result.best == max(accuracies) > 0.9
+    assert result.best_step == 5 * (1 + accuracies.index(max(accuracies)))
+    assert result.evaluation.accuracy == accuracies[-1]
+    assert result.parameters == 4
+
+
+@pytest.mark.parametrize("stop", [1, 5, 12])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop):
+    run(tmp_path, "whole", gradient_accumulation=3)
+    run(tmp_path, "stopped", StopAfter(stop), gradient_accumulation=3)
+    torch.manual_seed(99)
+    run(tmp_path, "stopped", resume=True, gradient_accumulation=3)
+    whole, stopped = (load_checkpoint(tmp_path / name / "last.safetensors").tensors for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_step_is_the_mean_over_its_targets_however_it_is_split(tmp_path):
+    """Batches have different numbers of targets; in one batch or in three, the gradient and the loss are the same."""
+    run(tmp_path, "one", batch_size=12, max_steps=3)
+    run(tmp_path, "three", batch_size=4, gradient_accumulation=3, max_steps=3)
+    one, three = (load_checkpoint(tmp_path / name / "last.safetensors").tensors for name in ("one", "three"))
+    for name in ("model.weight", "model.bias"):
+        torch.testing.assert_close(one[name], three[name], rtol=1e-5, atol=1e-6)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "three")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_step_without_targets_is_refused(tmp_path):
+    with pytest.raises(DataError, match="rows: step 1 has no target in 1 batches"):
+        run(tmp_path, "run", made=task(tmp_path, unlabelled=1.0))
+
+
+def test_a_run_of_another_model_is_not_resumed(tmp_path):
+    class Other(Line):
+        pass
+
+    def other(config, device):
+        made = task(tmp_path)(config, device)
+        made.model = Other(3)
+        return made
+
+    run(tmp_path, "run")
+    with pytest.raises(CheckpointError, match="holds a Line, expected a Other"):
+        run(tmp_path, "run", resume=True, made=other)
+    with pytest.raises(CheckpointError, match="its model has width = 3, the configuration 4"):
+        run(tmp_path, "run", resume=True, made=task(tmp_path, width=4))
