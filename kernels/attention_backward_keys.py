@@ -131,6 +131,8 @@ def _over_queries(
             mask, row.to(tl.int64)[None, :] * stride_mt, stride_ms, T, S, scale, softcap,
             window_left, window_right, LEFT, RIGHT, SOFTCAP, BOUNDS,
         )  # fmt: skip
+        if AGAIN:
+            s = tl.where(row[None, :] < T, s, float("-inf"))  # a NaN key's score would not be, beyond the last query
         p = weights(s, lse[None, :], rest, mask_ptr, CUT)
         dout = load_rows(dout_ptr + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
         dp = dot(v, tl.trans(dout), tl.zeros((N, M), tl.float32))

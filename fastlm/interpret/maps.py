@@ -78,12 +78,15 @@ def _row_statistics(query: Tensor, key: Tensor, mask: Tensor | None, first: int,
     scores = attention_scores(query, key, mask, is_causal, scale, window, softcap, first)
     empty = (scores == -math.inf).all(-1, keepdim=True)
     filled = scores.masked_fill(empty, 0.0)
-    lse = filled.logsumexp(-1, keepdim=True)
-    weights = torch.exp(filled - lse)
+    # Beside the lowest number of a dtype the logarithm of the sum is lost, so it is taken once the level is off.
+    level = filled.detach().logsumexp(-1, keepdim=True)
+    filled = filled - level
+    rest = filled.logsumexp(-1, keepdim=True)
+    weights = torch.exp(filled - rest)
     # lse - E[score]; a key that is not seen has weight 0, and takes no part
-    entropy = lse.squeeze(-1) - (weights * filled.masked_fill(filled == -math.inf, 0.0)).sum(-1)
+    entropy = rest.squeeze(-1) - (weights * filled.masked_fill(filled == -math.inf, 0.0)).sum(-1)
     empty = empty.squeeze(-1)
-    return lse.squeeze(-1).masked_fill(empty, -math.inf), entropy.masked_fill(empty, 0.0), scores.amax(-1)
+    return (level + rest).squeeze(-1).masked_fill(empty, -math.inf), entropy.masked_fill(empty, 0.0), scores.amax(-1)
 
 
 def attention_weights(

@@ -98,8 +98,11 @@ def _weights(scores: Tensor, mask: Tensor | None, options: Options) -> tuple[Ten
     if outside is not None:
         scores = scores.masked_fill(outside, -math.inf)
     closed = (scores == -math.inf).all(-1, keepdim=True)
-    lse = scores.masked_fill(closed, 0.0).logsumexp(-1, keepdim=True)
-    return torch.exp(scores - lse), lse.masked_fill(closed, -math.inf).squeeze(-1)
+    # Beside the lowest number of a dtype the logarithm of the sum is lost, so it is taken once the level is off.
+    level = scores.detach().masked_fill(closed, 0.0).logsumexp(-1, keepdim=True)
+    scores = scores - level
+    rest = scores.masked_fill(closed, 0.0).logsumexp(-1, keepdim=True)
+    return torch.exp(scores - rest), (level + rest).masked_fill(closed, -math.inf).squeeze(-1)
 
 
 def _factors(rows: int, columns: int, options: Options, like: Tensor) -> Tensor:

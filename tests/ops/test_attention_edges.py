@@ -99,6 +99,58 @@ def test_masks_of_the_lowest_numbers(backend, poisoned, dtype, S, learned):
     _check_mask(q, k, v, mask, {"scale": 0.25})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_of_the_lowest_numbers_on_the_reference(dtype):
+    q, k, v = _tensors(2, 2, 1, 8, 70, 16, 24, dtype)
+    info = torch.finfo(dtype)
+    mask = _extreme_rows(70, info.min, info.max).to(dtype)[None, None].requires_grad_()
+    with fastlm.backend("reference"):
+        _check_mask(q, k, v, mask, {"scale": 0.25})
+
+
+def _second_gradients(attend, q, k, v, mask):
+    out = attend(q, k, v, mask)
+    first = torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_second_gradients_under_the_lowest_number(name):
+    """They go through the reference, whatever the kernel."""
+    q, k, v = _tensors(1, 2, 2, 8, 20, 16, 16)
+    mask = _extreme_rows(20, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max).float()[None, None]
+    with fastlm.backend(name):
+        grads = _second_gradients(fastlm.scaled_dot_product_attention, q, k, v, mask)
+    stock, truth = _second_gradients(_stock, q, k, v, mask), _second_gradients(_stock, *_doubles(q, k, v, mask))
+    for x, g, e, t in zip("qkv", grads, truth, stock, strict=True):
+        assert_as_close_as_torch(g, e, t, 8 * 20 * 16, "d" + x)
+
+
+def test_batches_of_gradients_under_the_lowest_number():
+    q, k, v = _tensors(1, 2, 2, 8, 20, 16, 16)
+    mask = _extreme_rows(20, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max).float()[None, None]
+    out = fastlm.scaled_dot_product_attention(q, k, v, mask)
+    douts = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
+    for i, dout in enumerate(douts):
+        for g, e in zip(batched, torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), strict=True):
+            torch.testing.assert_close(g[i], e, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_a_row_of_the_lowest_number():
+    """Its weights are equal, and its entropy the logarithm of their number."""
+    q, k = torch.randn(1, 2, 3, 8, requires_grad=True), torch.randn(1, 2, 10, 8)
+    mask = torch.zeros(3, 10)
+    mask[1] = torch.finfo(torch.float32).min
+    mask.requires_grad_()
+    found = fastlm.attention_statistics(q, k, mask)
+    wide = (q.detach().double() @ k.double().transpose(2, 3) / 8**0.5 + mask.detach().double()).softmax(-1)
+    entropy = torch.special.entr(wide).sum(-1)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    (dmask,) = torch.autograd.grad(found.logsumexp.sum(), mask)
+    torch.testing.assert_close(dmask.double(), wide.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("T", [1, 2, 40])
 def test_padding_by_the_lowest_number(backend, poisoned, T):
     """Decoding and prompts under a mask that every row shares."""
@@ -273,6 +325,19 @@ def test_nan_reaches_no_gradient_that_does_not_depend_on_it(backend, poisoned, k
 @pytest.mark.parametrize("extra", [{"softcap": 2.0}, {"scale": -0.3}, {"return_lse": False}], ids=str)
 def test_nan_stays_with_other_options(backend, kind, extra):
     _check_nan_stays(kind, "kv", torch.float32, extra)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (2, 1)}, {"window": (None, 0)}], ids=str)
+def test_keys_beyond_the_last_query_get_gradients_of_0(backend, poisoned, options):
+    """No row attends to them: those with which a tile of queries is filled up do not count."""
+    q, k, v = (x.detach() for x in _tensors(2, 2, 1, 4, 40, 16, 16))
+    k, v = k.clone(), v.clone()
+    k[:, :, 9, 3], v[:, :, 12] = math.nan, math.inf
+    out, dq, dk, dv = _gradients(q, k, v, None, torch.randn(2, 2, 4, 16), options)
+    assert out.isfinite().all()
+    assert dq.isfinite().all()
+    assert dk[:, :, 5:].eq(0).all()
+    assert dv[:, :, 5:].eq(0).all()
 
 
 @pytest.mark.parametrize("kind", ["padding", "additive"])
