@@ -66,7 +66,7 @@ class AdamW(torch.optim.AdamW):
         for parameters in others:
             with _cast_gradients(parameters):
                 if max_norm is not None and norm is not None:
-                    nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+                    nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm, dtype=torch.float64))
                 self._torch_step(parameters)
         return loss
 
@@ -79,7 +79,7 @@ class AdamW(torch.optim.AdamW):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if kernel and _fused_takes(group, p):
+                if kernel and _fused_takes(group, p) and _lies_like(self.state.get(p), p):
                     fused.append((group, p))
                 else:
                     others.setdefault(_kind(p), []).append(p)
@@ -151,6 +151,19 @@ def _fused_takes(group: dict[str, Any], p: Tensor) -> bool:
         and grad.dtype in GRAD_DTYPES.get(p.dtype, ())
         and not any(group[name] for name in PLAIN)
     )
+
+
+def _lies_like(state: dict[str, Any] | None, p: Tensor) -> bool:
+    """Whether the moments, if there are any, are laid out as the parameter is; a loaded state may be of another.
+
+    So may that of a parameter whose `data` has been replaced since. PyTorch's step takes both, or raises.
+    """
+    if not state:
+        return True
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    if not (m.is_contiguous() and v.is_contiguous() and m.is_cpu and v.is_cpu):
+        return False
+    return m.dtype is p.dtype is v.dtype and m.shape == p.shape == v.shape
 
 
 def _kind(p: Tensor) -> tuple[Any, ...]:

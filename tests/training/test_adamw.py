@@ -247,3 +247,41 @@ def test_subclasses_take_torchs_step_beside_what_the_kernel_takes(which):
     assert hooks == ["before", "after"] * 3
     for p, q in zip(parameters, truth, strict=True):
         torch.testing.assert_close(p.detach().as_subclass(torch.Tensor).double(), q, rtol=2e-6, atol=2e-6)
+
+
+def _after_a_change(cls, change):
+    """A parameter two steps on, between which `change` gives it or its moments another layout."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(6, 4).t())
+    optimizer = torch.optim.AdamW([p], lr=0.1)
+    p.grad = torch.randn(4, 6)
+    optimizer.step()
+    if change == "loaded":
+        state, p = optimizer.state_dict(), torch.nn.Parameter(p.detach().contiguous())
+        optimizer = cls([p], lr=0.1)
+        optimizer.load_state_dict(state)
+    else:
+        optimizer.__class__ = cls
+        p.data = p.detach().contiguous()
+    p.grad = torch.randn(4, 6)
+    optimizer.step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("change", ["loaded", "replaced"])
+def test_moments_of_another_layout_than_the_parameters(change):
+    """Moments keep the strides that they were made or saved with."""
+    expected = _after_a_change(torch.optim.AdamW, change)
+    torch.testing.assert_close(_after_a_change(AdamW, change), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_moments_of_another_shape_are_refused_as_by_torch():
+    small, large = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(50))
+    optimizer = torch.optim.AdamW([small])
+    small.grad = torch.randn(3)
+    optimizer.step()
+    ours = AdamW([large])
+    ours.load_state_dict(optimizer.state_dict())
+    large.grad = torch.randn(50)
+    with pytest.raises(RuntimeError, match="size"):
+        ours.step()
