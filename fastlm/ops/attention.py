@@ -82,21 +82,20 @@ def cuda_attention_unsupported(request: Request) -> str | None:
 
 def _slower(request: Request) -> str | None:
     short = dict(request.features).get("short_decode", False)
-    return "PyTorch's is faster for one query without gradients and few keys" if short else None
+    return "PyTorch's is faster for one query without mask and gradients, and few keys" if short else None
 
 
-def _is_short(keys: int, dtype: torch.dtype, mask: Tensor | None) -> bool:
+def _is_short(keys: int, dtype: torch.dtype) -> bool:
     """Whether PyTorch's kernel is the faster one for one query and so many keys of all heads and sequences."""
-    return 0 < keys <= SHORT_DECODE.get(dtype, (0, 0))[mask is not None]
+    return 0 < keys <= SHORT_DECODE.get(dtype, 0)
 
 
-def _is_short_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+def _is_short_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> bool:
+    """The same, where every key is attended to: PyTorch lets a NaN of the others through."""
     B, H, T, D = q.shape
-    if T != 1 or k.shape[1] != H or not _is_short(B * H * k.shape[2], q.dtype, mask):
+    if T != 1 or mask is not None or options.is_causal or k.shape[1] != H or v.shape[3] != D:
         return False
-    if v.shape[3] != D or needs_grad(q, k, v, mask):
-        return False
-    return mask is None or mask.dtype in (torch.bool, q.dtype)
+    return _is_short(B * H * k.shape[2], q.dtype) and not needs_grad(q, k, v)
 
 
 register(
@@ -273,7 +272,7 @@ def _request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Opti
         ("lse", lse),
         ("window", left >= 0 or right > 0 or (right == 0 and mask is not None)),  # more than is_causal alone
         ("softcap", options.softcap > 0),
-        ("short_decode", _is_short_decode(q, k, v, mask)),
+        ("short_decode", _is_short_decode(q, k, v, mask, options)),
     )
     return Request(q.device.type, q.dtype, features)
 
@@ -350,7 +349,8 @@ def scaled_dot_product_attention(
     Keys that a row does not attend to, by window or by a mask of False or -inf, count for nothing in it: their
     infinities and NaN reach neither its output nor its query's gradient, nor the gradients of keys and values that no
     row shares with them. The reference promises that of keys that no row of a head attends to, PyTorch's operator
-    nothing, and Hopper's own CUDA kernels not for gradients. A finite number in a mask closes no key, be it the lowest
+    nothing (it is not chosen over the CPU's kernels where there are such keys), and Hopper's own CUDA kernels not for
+    gradients. A finite number in a mask closes no key, be it the lowest
     one: a row of it alone gives the mean of the values.
 
     Raises:
@@ -413,7 +413,7 @@ def _quick(
         return None
     if mask is not None and (is_causal or not _spans(mask, (B, H, T, keys[2]), dtype)):
         return None
-    short = T == 1 and not grouped and _is_short(B * H * keys[2], dtype, mask)
+    short = T == 1 and mask is None and not (grouped or is_causal) and _is_short(B * H * keys[2], dtype)
     kind = dtype, D, short, None if mask is None else mask.dtype
     request = _PLAIN_REQUESTS.get(kind)
     if request is None:

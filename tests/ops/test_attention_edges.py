@@ -340,6 +340,23 @@ def test_keys_beyond_the_last_query_get_gradients_of_0(backend, poisoned, option
     assert dv[:, :, 5:].eq(0).all()
 
 
+@pytest.mark.skipif(not fastlm.cpu_isas(), reason="no CPU extension")
+@pytest.mark.parametrize("kind", ["padding", "additive", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_behind_the_mask_of_one_query_stays_there(every_isa, dtype, kind):
+    """With few keys too, where PyTorch's operator is the fast one without a mask; whatever backend is chosen."""
+    for B, H, S in itertools.product((1, 2), (1, 12), (2, 40, 400)):
+        q, k, v = (x.detach() for x in _tensors(B, H, H, 1, S, 16, 16, dtype))
+        attended, mask, options, _ = _attended(kind, 1, S)
+        closed = ~attended[0]
+        clean = fastlm.scaled_dot_product_attention(q, k, v, mask, **options)
+        k[:, :, closed], v[:, :, closed] = math.nan, math.nan
+        out = fastlm.scaled_dot_product_attention(q, k, v, mask, **options)
+        torch.testing.assert_close(out, clean, rtol=2e-2 if dtype in HALF else 1e-5, atol=1e-5)
+        nothing = torch.zeros(S, dtype=torch.bool)
+        assert fastlm.scaled_dot_product_attention(q, k, v, nothing).eq(0).all()
+
+
 @pytest.mark.parametrize("kind", ["padding", "additive"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nan_behind_padding_on_the_reference(kind, compiled):
