@@ -134,7 +134,7 @@ def load(path: str | Path) -> Results:
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too many digits, or nested too deeply
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DataError(f"{path}: not a results file of fastlm bench (its format is not {FORMAT!r})")

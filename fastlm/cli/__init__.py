@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import sys
 from typing import Any
+
+import torch
 
 from ..errors import ConfigFileError, FastlmError
 
@@ -29,16 +32,37 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 141 where the reader of a pipe has gone.
     """
+    _open_streams()
+    status = 0
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else argv)
+            status = _run(sys.argv[1:] if argv is None else argv)
         finally:  # here, since at the interpreter's end an error would be shown
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        _drop_output()
         return 141
+    except OSError as error:
+        _drop_output()
+        if not status:  # else its own line has been printed
+            print(f"fastlm: standard output cannot be written to: {error.strerror}", file=sys.stderr)
+        return status or 1
+    return status
+
+
+def _open_streams() -> None:
+    """Give a closed stream the null device, and let output hold any character, whatever its encoding."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for as long as we run)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """Let what is still in the buffer of standard output go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:
@@ -78,13 +102,27 @@ def _run(argv: list[str]) -> int:
             raise
         print(f"fastlm {verb}: {_spelled(error, module)}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("FASTLM_DEBUG") or not _tells_of_memory(error):
+            raise
+        print(f"fastlm {verb}: not enough memory: {_one_line(error)}".rstrip(": "), file=sys.stderr)
+        return 1
+
+
+def _tells_of_memory(error: Exception) -> bool:
+    """Whether Python or torch is out of memory; torch has a type for that on GPUs alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines())
 
 
 def _spelled(error: Exception, module: Any) -> str:
     """The message in one line, with settings spelled as the verb's flags, but for one about a file of settings."""
     from .spelling import spelled
 
-    message = " ".join(str(error).splitlines())
+    message = _one_line(error)
     options = getattr(module, "Arguments", None) or getattr(module, "Options", None)
     if options is None or not isinstance(error, FastlmError) or isinstance(error, ConfigFileError):
         return message

@@ -18,7 +18,8 @@ from ..benchmarks import providers, registry, report
 from ..benchmarks.case import Case
 from ..benchmarks.results import Results, Row, environment, load
 from ..benchmarks.runner import ALLOCATORS, Plan, run
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+from ..training.config import MAX_THREADS
 from .flags import parse
 from .tables import print_table
 
@@ -143,6 +144,8 @@ def make_plan(options: Options) -> Plan:
     threads = torch.get_num_threads() if options.threads is None else options.threads
     if threads < 1:
         raise ConfigError(f"threads is {threads}, expected at least 1")
+    if threads > MAX_THREADS:
+        raise ConfigError(f"threads is {shown(threads)}, expected at most {MAX_THREADS}")
     against = _names(options.against)
     if against:
         registry.known(against, providers.ALL, "provider")

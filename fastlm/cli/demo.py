@@ -16,7 +16,7 @@ import fastlm
 from .._core.files import replace_text
 from ..data import PrepareConfig, Tokenizer, load_manifest, prepare
 from ..data.corpora import demo_corpus
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..formats.checkpoint import load_model
 from ..inference import generate
 from ..models.gpt import GPT
@@ -83,6 +83,8 @@ def train_config(arguments: Arguments) -> TrainConfig:
     for name, least in (("steps", 1), ("sample_tokens", 0)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"{name} is {getattr(arguments, name)}, expected at least {least}")
+    if arguments.steps >= 2**63:  # named here as the flag of this verb
+        raise ConfigError(f"steps is {shown(arguments.steps)}, expected an integer of 64 bits")
     return TrainConfig(
         data=str(arguments.out / "data"),
         out=str(arguments.out),

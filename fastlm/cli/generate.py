@@ -16,10 +16,11 @@ from torch import Tensor
 from tyro.conf import arg
 
 from ..compression.quantization import check_scheme, is_quantized_file, quantize, quantized_layers
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..inference import generate
 from ..inference.sampling import check_sampling
 from ..models.common.generation import generation_of
+from ..runtime import memory_of
 from .flags import parse
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def run(options: Options) -> int:
     model, tokenizer = load(options.model, options.check_tensors)
     model = _held(model.eval().to(device, _dtype(options, device)), options)
     ids = _prompt_ids(prompt, tokenizer, model)
+    _check_memory(options.num_samples, model, device)
     _emit(options, model, tokenizer, prompt, ids)
     return 0
 
@@ -176,6 +178,16 @@ def _check(options: Options) -> None:
         raise ConfigError("prompt and prompt_file are both given; choose one")
 
 
+def _check_memory(num_samples: int, model: GPT | Llama, device: torch.device) -> None:
+    """Raise ConfigError for more samples than whose logits alone would fit, before any of them is made."""
+    least, there = 4 * num_samples * model.config.vocab_size, memory_of(device)
+    if there and least > there:
+        raise ConfigError(
+            f"num_samples is {shown(num_samples)}: their logits need {least / 1e9:.3g} GB, "
+            f"but {device} has {there / 1e9:.3g} GB"
+        )
+
+
 def _read_prompt(options: Options) -> str:
     if options.prompt is not None:
         source, data = "prompt", options.prompt.encode("utf-8", "surrogateescape")
@@ -196,7 +208,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # which meta cannot give
     except (RuntimeError, AssertionError) as error:  # torch's CPU build asserts that it has CUDA
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -87,10 +87,11 @@ def resume_command(config: TrainConfig) -> str:
 
 
 def _flag_value(argv: list[str], flag: str) -> str:
-    """Value of a flag that must be known before the rest is parsed, in either spelling."""
+    """Value of a flag that must be known before the rest is parsed, in either spelling; the last one, as to tyro."""
+    value = ""
     for i, text in enumerate(argv):
         if text.startswith(flag + "="):
-            return text[len(flag) + 1 :]
-        if text == flag and i + 1 < len(argv):
-            return argv[i + 1]
-    return ""
+            value = text[len(flag) + 1 :]
+        elif text == flag:
+            value = "".join(argv[i + 1 : i + 2])
+    return value

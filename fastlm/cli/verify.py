@@ -49,7 +49,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, "fastlm verify", argv)
-    if options.seconds <= 0:
+    if not options.seconds > 0:
         raise ConfigError(f"seconds is {options.seconds}, expected a number above 0")
     if options.samples is not None and options.samples < 1:
         raise ConfigError(f"samples is {options.samples}, expected at least 1")

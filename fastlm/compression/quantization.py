@@ -22,6 +22,7 @@ from .._core.tensor_file import open_safetensors, parse_json
 from .._core.tensor_writer import write_tensors
 from ..backends import cpu as _native
 from ..errors import CheckpointError, ConfigError
+from ..formats.checkpoint import format_of
 from ..formats.filling import blank, fill
 from ..formats.load import FORMS, MODELS, Form, described
 from ..formats.saving import misfits
@@ -274,7 +275,7 @@ def is_quantized_file(path: str | PathLike[str]) -> bool:
     Raises:
         CheckpointError: if it is missing or damaged.
     """
-    return open_safetensors(Path(path)).metadata.get("format") == FORMAT
+    return format_of(Path(path)) == FORMAT
 
 
 def load_quantized(path: str | PathLike[str]) -> Any:

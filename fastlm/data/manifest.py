@@ -125,7 +125,7 @@ def load_manifest(folder: str | os.PathLike[str], verify: bool | Literal["change
 
     Args:
         verify: also compare the sha256 of the token files, which reads them; "changed": of those alone that were
-            written after the manifest, which `prepare` writes last.
+            written, or whose times were set, after the manifest, which `prepare` writes last.
 
     Raises:
         DataError: a file is missing, of another length, of other content, or the tokenizer is another one.
@@ -138,7 +138,7 @@ def load_manifest(folder: str | os.PathLike[str], verify: bool | Literal["change
     for split in SPLITS:
         file = folder / f"{split}.bin"
         _check_length(file, manifest, split)
-        if verify is True or (verify and file.stat().st_mtime_ns > path.stat().st_mtime_ns):
+        if verify is True or (verify and _later(file, path)):
             _check_content(file, manifest, split)
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
@@ -150,6 +150,12 @@ def load_manifest(folder: str | os.PathLike[str], verify: bool | Literal["change
             f" {manifest.tokenizer_fingerprint[:16]}; prepare the data again or put that tokenizer back"
         )
     return manifest
+
+
+def _later(file: Path, other: Path) -> bool:
+    """Whether a file was written after another, or anything was done to it that left an older time of writing."""
+    one, two = file.stat(), other.stat()
+    return one.st_mtime_ns > two.st_mtime_ns or one.st_ctime_ns > two.st_ctime_ns
 
 
 def load_tokens(folder: str | os.PathLike[str], split: str) -> np.memmap:

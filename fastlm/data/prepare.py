@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .._core.files import naming, staging, sync
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, shown
 from . import reading
 from .losses import Losses, Piece
 from .manifest import DTYPES, SPLITS, Manifest
@@ -26,6 +26,7 @@ FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 BATCH_CHARS = 1 << 19  # of one byte each, encoded at once, so that every thread has pieces to work on
 PIECE_COST = 256  # as many characters does a piece count for beside its own: one of a letter takes 1 KB until written
 WRITE_TOKENS = 1 << 16
+MOST_CHUNK_BYTES = 1 << 30
 
 
 @dataclass
@@ -82,6 +83,10 @@ class PrepareConfig:
             )
         if self.chunk_bytes < 1:
             raise ConfigError(f"chunk_bytes={self.chunk_bytes}, expected at least 1")
+        if self.chunk_bytes > MOST_CHUNK_BYTES:
+            raise ConfigError(f"chunk_bytes={shown(self.chunk_bytes)}, expected at most {MOST_CHUNK_BYTES}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed={shown(self.seed)}, expected an integer of 64 bits")
         if self.document_separator == "":
             raise ConfigError("document_separator is empty, expected none, blank-line or a string")
         if self.tokenizer == "bpe" and self.vocab_size < 257:

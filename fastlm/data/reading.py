@@ -27,6 +27,7 @@ def find_files(inputs: Sequence[Path], globs: Sequence[str]) -> list[Path]:
 
     Raises:
         DataError: an input does not exist, or a folder holds no file that matches `globs`.
+        ConfigError: one of `globs` is not a pattern of names in a folder.
     """
     found: dict[Path, Path] = {}
     for path in inputs:
@@ -43,7 +44,13 @@ def find_files(inputs: Sequence[Path], globs: Sequence[str]) -> list[Path]:
 
 
 def _in_folder(folder: Path, globs: Sequence[str]) -> list[Path]:
-    return sorted({file for glob in globs for file in folder.rglob(glob) if file.is_file()})
+    found: set[Path] = set()
+    for glob in globs:
+        try:
+            found.update(file for file in folder.rglob(glob) if file.is_file())
+        except (NotImplementedError, ValueError) as error:  # an absolute one, or ** beside other characters
+            raise ConfigError(f"glob is {glob!r}, expected a pattern of names in a folder: {error}") from None
+    return sorted(found)
 
 
 def check_encoding(name: str) -> None:

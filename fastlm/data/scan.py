@@ -106,7 +106,9 @@ class Corpus:
         cutter = PieceCutter(byte_level_words, TRAINING_PIECE)
         train = (texts for _, split, texts in self.stretches("tokenizer") if split == "train")
         pieces = for_training(chain.from_iterable(map(cutter, train)))
-        return Tokenizer.train_bpe(pieces, self.config.vocab_size)
+        # A merge needs a pair of bytes; the library makes room for all of vocab_size before it looks at the text.
+        most = 257 + 4 * self.plan.chars
+        return Tokenizer.train_bpe(pieces, min(self.config.vocab_size, most))
 
     def stretches(self, stage: str) -> Iterator[tuple[Source, str, Iterator[str]]]:
         """All text as (where it is from, split, texts), each to be read before the next.

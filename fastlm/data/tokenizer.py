@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from .._core.files import replace_bytes
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, shown
 from .library import check_vocabulary, encodes_all_bytes, library_errors, quiet_panics, unknown_id
 
 END_OF_TEXT = "<|endoftext|>"
@@ -67,7 +67,7 @@ class Tokenizer:
             min_frequency: how often a pair must occur to be merged.
 
         Raises:
-            ConfigError: `vocab_size` is below 257.
+            ConfigError: `vocab_size` is below 257 or beyond 32 bits.
 
         Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (on bytes).
         """
@@ -75,6 +75,8 @@ class Tokenizer:
             raise ConfigError(
                 f"vocab_size={vocab_size}: byte-level BPE needs at least 257 (256 bytes and {END_OF_TEXT})"
             )
+        if vocab_size > 1 << 32:
+            raise ConfigError(f"vocab_size={shown(vocab_size)}: token ids have 32 bits")
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -11,8 +11,10 @@ bytes a parameter each, and `best.safetensors`, of 4. One more lies beside them 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,16 +127,24 @@ def load_checkpoint(path: str | Path, *, model_only: bool = False) -> Checkpoint
         path /= LAST
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    try:
+    with _naming_instead(path):
         file = open_safetensors(path)
         fields = _metadata(path, file.metadata or None)
         names = [name for name in file.tensors if name.startswith("model.") or not model_only]
         tensors = {name: file.tensors[name].read(None) for name in names}
         if found := damage(file.metadata, file.tensors, tensors):
             raise CheckpointError(f"{path}: {found}")
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_instead(path)}") from None
     return Checkpoint(path=path, tensors=tensors, **fields)
+
+
+def format_of(path: Path) -> str:
+    """What a safetensors file says it is; nothing if it does not say.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    with _naming_instead(path):
+        return open_safetensors(path).metadata.get("format", "")
 
 
 def load_resumable(folder: Path) -> tuple[Checkpoint, str]:
@@ -266,10 +276,16 @@ def _metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     return values
 
 
-def _instead(path: Path) -> str:
-    """What else there is, for a folder whose best checkpoint is damaged."""
-    last = path.with_name(LAST)
-    return f"; {last} can be given in its place" if path.name == BEST and last.is_file() else ""
+@contextlib.contextmanager
+def _naming_instead(path: Path) -> Iterator[None]:
+    """Add to an error about a folder's best checkpoint what else there is."""
+    try:
+        yield
+    except CheckpointError as error:
+        last = path.with_name(LAST)
+        if path.name != BEST or not last.is_file():
+            raise
+        raise CheckpointError(f"{error}; {last} can be given in its place") from None
 
 
 def check_fit(checkpoint: Checkpoint, prefix: str, wanted: dict[str, Tensor]) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._core.tensor_file import open_safetensors
 from ..errors import CheckpointError, ConfigError, DataError
 from ..models.bert import BERT, BERTConfig
 from ..models.common.config import shown
@@ -228,9 +227,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", sha
 
 
 def _load_checkpoint(path: Path, dtype: torch.dtype) -> nn.Module:
-    from .checkpoint import load_checkpoint
+    from .checkpoint import format_of, load_checkpoint
 
-    if form := FORMS.get(open_safetensors(path).metadata.get("format", "")):
+    if form := FORMS.get(format_of(path)):
         return form.read(path)
     return restore(load_checkpoint(path, model_only=True), dtype)
 

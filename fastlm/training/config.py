@@ -25,6 +25,8 @@ else:  # pragma: no cover - the same parser under its older name
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+MAX_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
+MOST_BYTES = 1 << 14  # of a file of settings: two long paths and comments; a name of many dots takes its square
 BLOCK_BYTES = 30_000  # of Python objects in a Transformer block, whatever its width
 
 # Where each group of fields starts; only the printed and saved form uses it.
@@ -112,12 +114,17 @@ class TrainConfig:
         """Read a TOML file of flat `key = value` lines.
 
         Raises:
-            ConfigFileError: if the file is missing, is not TOML, or holds an unknown key or a bad value.
+            ConfigFileError: if the file is missing, too long, is not TOML, or holds an unknown key or a bad value.
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                text = file.read(MOST_BYTES + 1)
         except FileNotFoundError:
             raise ConfigFileError(f"{path} does not exist") from None
+        if len(text) > MOST_BYTES:
+            raise ConfigFileError(f"{path}: has more than {MOST_BYTES} bytes, too many for a file of settings")
+        try:
+            values = tomllib.loads(text.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
             raise ConfigFileError(f"{path}: not valid TOML: {error}") from None
         try:
@@ -208,6 +215,7 @@ def _check_ranges(config: TrainConfig) -> None:
         require(name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
     require("learning_rate", config.learning_rate > 0, "more than 0")
     require("min_lr_ratio", 0 <= config.min_lr_ratio <= 1, "from 0 to 1")
+    require("threads", config.threads <= MAX_THREADS, f"at most {MAX_THREADS}")
     require("n_head", config.n_embd % config.n_head == 0, f"a divisor of n_embd = {config.n_embd}")
 
 

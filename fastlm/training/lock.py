@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._core.files import still_at, try_lock
+from .._core.files import naming, still_at, try_lock
 from ..errors import ConfigError
 
 LOCK = ".lock"
@@ -35,9 +35,10 @@ def run_lock(folder: Path) -> Iterator[str]:
                 f"{folder}: in use by another run ({_owner(path)}); stop that one, or give another folder"
             )
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(owner).encode())
         try:
+            with naming(path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps(owner).encode())
             yield "" if held else f"{folder}: its file system knows no locks, so nothing keeps a second run out of it"
         finally:
             if still_at(descriptor, path):

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .._core.files import replace_text, replacing
+from .._core.files import naming, replace_text, replacing
 
 
 class MetricsLog:
@@ -32,7 +32,7 @@ class MetricsLog:
         return f"{self.path}: line {odd[0]}{more} not a line of metrics, and dropped"
 
     def append(self, kind: str, **values: Any) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
 
 

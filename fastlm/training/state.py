@@ -43,7 +43,7 @@ class State:
             if name not in kinds:
                 raise CheckpointError(f"{source}: state of another version: it has the entry {shown(name)}")
             if not _fits(value, kinds[name]):
-                raise CheckpointError(f"{source}: state.{name} is not a possible {kinds[name]}")
+                raise CheckpointError(f"{source}: state.{name} is not a possible {getattr(kinds[name], '__name__', kinds[name])}")
         return cls(**values)
 
     def add_loss(self, loss: float) -> None:
@@ -76,7 +76,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind == (float | None)
     # A whole number may stand for a float; counts and times are not negative, and none is beyond 64 bits.
     numbers = (int,) if kind is int else (int, float)
-    return type(value) in numbers and not (value < 0 or value >= 2**63)
+    return type(value) in numbers and 0 <= value < 2**63  # which not a number is not
 
 
 @dataclass(frozen=True)

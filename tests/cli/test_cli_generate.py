@@ -348,6 +348,8 @@ def test_output_that_cannot_show_a_character_replaces_it(bytes_tokenizer, monkey
         (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file are both given; choose one"),
         (["--prompt-file", "not/there.txt"], "No such file or directory: 'not/there.txt'"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--num-samples", str(10**12)], "--num-samples is 1000000000000: their logits need"),
         (["--weights", "int4", "--group-size", "48"], "--group-size is 48, expected one of (32, 64, 128)"),
         (["--weights", "bf16", "--dtype", "float32"], "--weights is 'bf16', but --dtype is 'float32'; choose one"),
     ],

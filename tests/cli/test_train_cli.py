@@ -16,6 +16,7 @@ from fastlm.cli import demo, main
 from fastlm.cli.spelling import spelled
 from fastlm.cli.train import Arguments
 from fastlm.data import PrepareConfig, load_tokens, prepare
+from fastlm.errors import ConfigError
 from fastlm.formats.checkpoint import load_checkpoint, load_model
 from fastlm.training import TrainConfig
 
@@ -83,6 +84,8 @@ def test_flags_win_over_the_file(data, tmp_path, capsys):
         (["{data}", "--config", "none.toml"], "none.toml does not exist"),
         (["{data}", "--n-head", "7"], "fastlm train: --n-head is 7, expected a divisor of --n-embd = 384"),
         (["{data}", "--dtype", "float16", "--device", "cpu"], "needs a CUDA device"),
+        (["{data}", "--threads", "100000"], "--threads is 100000, expected at most 1024"),
+        (["{data}", "--config", "/dev/zero"], "/dev/zero: has more than 16384 bytes, too many for a file of settings"),
         (["{data}", "--context-length", "99999"], "a window of --context-length = 99999 needs 100000"),
     ],
 )
@@ -94,6 +97,22 @@ def test_mistakes_are_one_clear_line(data, tmp_path, monkeypatch, capsys, argume
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_resumed_from_the_last_out_that_is_given(data, tmp_path, capsys):
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    for out, width in ((one, "8"), (two, "16")):
+        assert main(["train", data, "--out", out, *FLAGS, "--n-embd", width, "--n-head", "1", "--max-steps", "1"]) == 0
+    assert main(["train", f"--out={one}", "--out", two, "--resume", "--max-steps", "2"]) == 0
+    assert TrainConfig.load(f"{two}/config.toml").n_embd == 16
+    assert TrainConfig.load(f"{one}/config.toml").max_steps == 1
+
+
+def test_settings_of_many_dots_are_refused_in_little_time(tmp_path):
+    """The parser takes the square of their number: half an hour for these."""
+    (tmp_path / "dots.toml").write_text(".".join(["a"] * 250_000) + " = 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"dots\.toml: has more than 16384 bytes"):
+        TrainConfig.load(tmp_path / "dots.toml")
 
 
 def test_an_unknown_flag_names_the_nearest(data, capsys):
@@ -303,8 +322,10 @@ class TestOutput:
             ("prepare", ["{data}", "--out=x", "--val-fraction=2"], "--val-fraction=2.0, expected at least 0"),
             ("prepare", ["{data}", "--out=x", "--encoding=klingon"], "--encoding='klingon' is not a text encoding"),
             ("verify", ["--seconds=0"], "--seconds is 0.0, expected a number above 0"),
+            ("verify", ["--seconds=nan"], "--seconds is nan, expected a number above 0"),
             ("verify", ["--samples=0"], "--samples is 0, expected at least 1"),
             ("bench", ["--threads=0"], "--threads is 0, expected at least 1"),
+            ("bench", ["--threads=100000"], "--threads is 100000, expected at most 1024"),
             ("bench", ["--device=gpu"], "--device is 'gpu', expected auto"),
         ],
     )

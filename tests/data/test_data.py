@@ -507,6 +507,7 @@ def test_progress_covers_every_pass(tmp_path):
         ({"normalize": "nfd"}, "normalize='nfd', expected one of none, nfc, nfkc"),
         ({"split": "half"}, "split='half', expected one of"),
         ({"chunk_bytes": 0}, "chunk_bytes=0, expected at least 1"),
+        ({"seed": 2**64}, "seed=an integer of 65 bits, expected an integer of 64 bits"),
         ({"document_separator": ""}, "document_separator is empty"),
         ({"inputs": ()}, "inputs is empty"),
     ],
@@ -514,6 +515,13 @@ def test_progress_covers_every_pass(tmp_path):
 def test_options_out_of_range(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         PrepareConfig(**{"inputs": (tmp_path,), "out": tmp_path} | options).check()
+
+
+def test_a_vocabulary_larger_than_the_text_allows_is_as_large_as_that(tmp_path):
+    """The library makes room for as many tokens as it is told: 40 GB for these, before it looks at the text."""
+    texts = ["the cat sat on the mat. " * 40]
+    made = [make(tmp_path, texts, out=str(size), vocab_size=size) for size in (5000, 10**9, 10**30)]
+    assert len({manifest.tokenizer_fingerprint for manifest in made}) == 1
 
 
 @pytest.mark.parametrize(

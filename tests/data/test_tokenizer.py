@@ -71,6 +71,12 @@ def test_bpe_refuses_a_vocabulary_without_room_for_bytes(vocab_size):
         Tokenizer.train_bpe(CORPUS, vocab_size)
 
 
+@pytest.mark.parametrize("vocab_size", [2**32 + 1, 2**62, 10**40])
+def test_bpe_refuses_more_ids_than_32_bits_have(vocab_size):
+    with pytest.raises(ConfigError, match=r"vocab_size=.*: token ids have 32 bits"):
+        Tokenizer.train_bpe(CORPUS, vocab_size)
+
+
 def test_an_error_in_the_texts_reaches_the_caller():
     def texts():
         yield CORPUS[0]

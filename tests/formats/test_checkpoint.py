@@ -1,6 +1,7 @@
 """Checkpoints: exact, whole or not at all, and clear about what is wrong with a file."""
 
 import json
+import math
 import random
 import resource
 import subprocess
@@ -26,6 +27,7 @@ from fastlm.formats.checkpoint import (
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.training import TrainConfig, rng
 from fastlm.training.optimizer import build_optimizer
+from fastlm.training.state import State
 
 SIZES = {"vocab_size": 31, "context_length": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
@@ -239,6 +241,13 @@ def test_another_model_is_refused_and_stays_unchanged(tmp_path, sizes, message):
     with pytest.raises(CheckpointError, match=message):
         restore_model(load_checkpoint(tmp_path / "c.safetensors"), other)
     assert_same_tensors(other.state_dict(), before)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, 2.0**63, math.inf])
+@pytest.mark.parametrize("name", ["seconds", "best_loss", "loss_sum"])
+def test_a_state_that_no_run_leaves_is_refused(name, value):
+    with pytest.raises(CheckpointError, match=f"c: state.{name} is not a possible float"):
+        State.from_dict({name: value}, "c")
 
 
 def test_a_checkpoint_for_inference_cannot_be_resumed_from(tmp_path):

@@ -209,6 +209,46 @@ def test_a_pickle_that_holds_more_than_tensors_is_not_run(tmp_path, monkeypatch)
         fastlm.load(tmp_path)
 
 
+ODD_TENSORS = {
+    "sparse": (lambda t: t.to_sparse(), "wte.weight has the layout torch.sparse_coo, expected torch.strided"),
+    "sparse rows": (lambda t: t.to_sparse_csr(), "wte.weight has the layout torch.sparse_csr"),
+    "meta": (lambda t: t.to("meta"), "wte.weight is on meta, without values"),
+    "complex": (lambda t: t.to(torch.complex64), "wte.weight has dtype torch.complex64, expected one that"),
+    "packed": (
+        lambda t: t.to(torch.uint8).view(torch.float4_e2m1fn_x2),
+        "wte.weight has dtype torch.float4_e2m1fn_x2, expected one that",
+    ),
+    "expanded": (
+        lambda t: torch.zeros(1, 1).expand(2**30, 2**30),
+        r"wte.weight has shape \(1073741824, 1073741824\), more than the \d+ bytes of the file",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_pickle_whose_tensors_are_not_plain_values_of_the_file(tmp_path, kind):
+    alter, message = ODD_TENSORS[kind]
+    fastlm.save(a_model(), tmp_path)
+    state = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    (tmp_path / "model.safetensors").unlink()
+    name = next(name for name in state if name.endswith("wte.weight"))
+    torch.save(state | {name: alter(state[name])}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: (\w+\.)?{message}"):
+        fastlm.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "header", "tensor"])
+def test_a_damaged_best_checkpoint_names_the_last(tmp_path, damage):
+    for name in ("best", "last"):
+        fastlm.save(a_model(), tmp_path / f"{name}.safetensors", "fastlm")
+    content = bytearray((tmp_path / "best.safetensors").read_bytes())
+    content[{"header": 9, "tensor": -1}.get(damage, 0)] ^= 255
+    (tmp_path / "best.safetensors").write_bytes(content if damage != "empty" else b"")
+    with pytest.raises(CheckpointError, match=r"last\.safetensors can be given in its place$"):
+        fastlm.load(tmp_path)
+
+
 def test_files_that_are_no_models(tmp_path):
     (tmp_path / "model.pt").write_bytes(pickle.dumps({}))
     with pytest.raises(CheckpointError, match="tensors alone do not say which model they are of"):

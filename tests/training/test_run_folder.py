@@ -1,5 +1,6 @@
 """A run folder survives kills, damage, moves and a second run; each is a process or a file of its own here."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.checkpoint import load_checkpoint, load_model
 from fastlm.training import DivergenceError, TrainConfig, train
 from fastlm.training.lock import run_lock
-from fastlm.training.metrics import read_metrics
+from fastlm.training.metrics import MetricsLog, read_metrics
 from fastlm.training.progress import Reporter
 
 SMALL = {
@@ -418,6 +420,16 @@ class TestData:
         with pytest.raises(DataError, match=rf"{split}\.bin: its sha256 is not the manifest's"):
             train(config(place, out if resume else tmp_path / "new", max_steps=12), resume=resume)
 
+    def test_tokens_changed_in_place_under_their_old_time_are_refused(self, data, tmp_path, whole_run):
+        place, out = self.copies(data, tmp_path, whole_run)
+        path, times = place / "train.bin", (place / "train.bin").stat()
+        content = path.read_bytes()
+        path.write_bytes(content[2:] + content[:2])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert path.stat().st_mtime_ns == times.st_mtime_ns
+        with pytest.raises(DataError, match=r"train\.bin: its sha256 is not the manifest's"):
+            train(config(place, out, max_steps=12), resume=True)
+
     def test_a_copy_with_later_times_is_as_good(self, data, tmp_path, whole_run):
         place, out = self.copies(data, tmp_path, whole_run)
         for name in ("train.bin", "val.bin"):
@@ -456,8 +468,9 @@ class TestData:
         tokens = bytearray((place / "train.bin").read_bytes())
         tokens[200:202] = (60000).to_bytes(2, "little")
         (place / "train.bin").write_bytes(tokens)
-        older = (place / "manifest.json").stat().st_mtime_ns - 1
-        os.utime(place / "train.bin", ns=(older, older))
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        manifest["splits"]["train"]["sha256"] = hashlib.sha256(tokens).hexdigest()
+        (place / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         message = r"train\.bin: the id at 100 is 60000, expected below the vocabulary of \d+"
         with pytest.raises(DataError, match=message):
             train(config(place, tmp_path / "out", max_steps=1000))
@@ -533,6 +546,16 @@ class TestLock:
             raise KeyError
         with run_lock(tmp_path):
             pass
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+    def test_a_full_disk_is_an_error_that_names_the_file(self, tmp_path):
+        for name in (".lock", "metrics.jsonl"):
+            (tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            MetricsLog(tmp_path / "metrics.jsonl").append("train", step=1)
+        with pytest.raises(OSError, match=r"\.lock"), run_lock(tmp_path):
+            raise AssertionError
+        assert not (tmp_path / ".lock").is_symlink()
 
     def test_where_there_are_no_locks_it_warns_and_goes_on(self, data, tmp_path, monkeypatch):
         def unsupported(descriptor, operation):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._core.files import staging
-from ..._core.tensor_file import Stored, open_safetensors, opened, parse_json
+from ..._core.tensor_file import DTYPES, Stored, open_safetensors, opened, parse_json
 from ...errors import CheckpointError
 from ...models.common.config import shown
 
@@ -82,10 +82,11 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     """The tensors of a `torch.save` file, read without running anything that it may hold.
 
     Raises:
-        CheckpointError: for a missing or cut file, one that would run code, or one that is no dict of tensors.
+        CheckpointError: for a missing or cut file, one that would run code, or one that is no dict of tensors whose
+            values lie in it.
     """
     with opened(path) as file:  # torch maps what lies uncompressed in an archive; older files are read whole
-        archive = file.read(4) == b"PK\x03\x04"
+        archive, size = file.read(4) == b"PK\x03\x04", os.fstat(file.fileno()).st_size
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # unpickling raises anything
@@ -96,7 +97,22 @@ def read_pickle(path: Path) -> dict[str, Stored]:
         ) from error
     if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a dictionary of tensors")
+    if odd := [f"{shown(name, str)} {found}" for name, tensor in value.items() if (found := _oddity(tensor, size))]:
+        raise CheckpointError(f"{path}: {listed(odd)}")
     return {str(name): _in_memory(str(name), tensor) for name, tensor in value.items()}
+
+
+def _oddity(tensor: Tensor, size: int) -> str:
+    """Why the values of a tensor do not lie in a file of `size` bytes; nothing if they do."""
+    if tensor.dtype not in DTYPES.values():
+        return f"has dtype {tensor.dtype}, expected one that safetensors files have"
+    if tensor.layout != torch.strided:
+        return f"has the layout {tensor.layout}, expected torch.strided"
+    if tensor.is_meta:
+        return "is on meta, without values"
+    if tensor.nbytes > size:  # an expanded one can have any shape
+        return f"has shape {tuple(tensor.shape)}, more than the {size} bytes of the file"
+    return ""
 
 
 def _in_memory(name: str, tensor: Tensor) -> Stored:
