@@ -71,6 +71,8 @@ def train(
     """
     reporter = reporter or Reporter()
     refuse_ranks()
+    if not config.out:
+        raise ConfigError("out names no folder; give one to write the run to")
     if resume and config.data and not Path(config.data).is_dir():
         raise DataError(f"{config.data}: no such folder; if the run's data moved, give their new place with --resume")
     if resume and not Path(config.out).is_dir():

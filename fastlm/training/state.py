@@ -43,7 +43,8 @@ class State:
             if name not in kinds:
                 raise CheckpointError(f"{source}: state of another version: it has the entry {shown(name)}")
             if not _fits(value, kinds[name]):
-                raise CheckpointError(f"{source}: state.{name} is not a possible {getattr(kinds[name], '__name__', kinds[name])}")
+                kind = getattr(kinds[name], "__name__", kinds[name])
+                raise CheckpointError(f"{source}: state.{name} is not a possible {kind}")
         return cls(**values)
 
     def add_loss(self, loss: float) -> None:

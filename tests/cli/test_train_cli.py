@@ -84,6 +84,7 @@ def test_flags_win_over_the_file(data, tmp_path, capsys):
         (["{data}", "--config", "none.toml"], "none.toml does not exist"),
         (["{data}", "--n-head", "7"], "fastlm train: --n-head is 7, expected a divisor of --n-embd = 384"),
         (["{data}", "--dtype", "float16", "--device", "cpu"], "needs a CUDA device"),
+        (["{data}", "--out="], "out names no folder"),
         (["{data}", "--threads", "100000"], "--threads is 100000, expected at most 1024"),
         (["{data}", "--config", "/dev/zero"], "/dev/zero: has more than 16384 bytes, too many for a file of settings"),
         (["{data}", "--context-length", "99999"], "a window of --context-length = 99999 needs 100000"),

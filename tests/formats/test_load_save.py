@@ -278,8 +278,8 @@ def test_formats_and_models_that_are_not_known(tmp_path):
 # GGUF
 
 
-def write_gguf(model, path, quantization="F32", kind="llama", extra=None):
-    """A file as llama.cpp's converter writes it, with the projections quantized."""
+def write_gguf(model, path, quantization="F32", kind="llama", extra=None, fields=None):
+    """A file as llama.cpp's converter writes it, with the projections quantized; `fields` of the kind come on top."""
     gguf = pytest.importorskip("gguf")
     c = model.config
     writer = gguf.GGUFWriter(path, kind)
@@ -291,6 +291,9 @@ def write_gguf(model, path, quantization="F32", kind="llama", extra=None):
     writer.add_head_count_kv(c.n_kv_head)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_theta)
+    for name, value in (fields or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](f"{kind}.{name}", value)
     dtype = gguf.GGMLQuantizationType[quantization]
     for name, tensor in gguf_tensors(model, kind).items() | (extra or {}).items():
         values = tensor.detach().numpy().astype("float32")
@@ -378,6 +381,47 @@ def test_gguf_llama3_wavelengths(tmp_path):
     write_gguf(model, tmp_path / "odd.gguf", extra={"rope_freqs.weight": factors + 1})
     with pytest.raises(CheckpointError, match=r"rope_freqs.weight is not the scaling of Llama 3.1"):
         fastlm.load(tmp_path / "odd.gguf")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        {"rope.scaling.factor": 4.0},
+        {"rope.scale_linear": 4.0},
+        {"rope.scaling.type": "linear", "rope.scale_linear": 4.0},
+    ],
+)
+def test_gguf_linear_scaling_under_any_of_its_names(tmp_path, fields):
+    """llama.cpp's rules: without a type a factor is linear, and `rope.scale_linear` stands for it in older files."""
+    model = gguf_model(rope_scaling="linear", rope_factor=4.0)
+    write_gguf(model, tmp_path / "model.gguf", fields=fields)
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(fastlm.load(tmp_path)(tokens), model(tokens), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope.scaling.factor": 0.0}]
+)
+def test_gguf_without_scaling(tmp_path, fields):
+    model = gguf_model()
+    write_gguf(model, tmp_path / "model.gguf", fields=fields | {"rope.dimension_count": model.config.head_size})
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(fastlm.load(tmp_path)(tokens), model(tokens), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope.dimension_count": 4}, r"rope\.dimension_count is 4, expected the heads' size, 8"),
+        ({"attention.causal": False}, r"llama\.attention\.causal is not true"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, r"rope\.scaling\.type is 'yarn', expected none or"),
+    ],
+)
+def test_gguf_settings_that_would_give_other_numbers(tmp_path, fields, message):
+    write_gguf(gguf_model(), tmp_path / "model.gguf", fields=fields)
+    with pytest.raises(CheckpointError, match=message):
+        fastlm.load(tmp_path)
 
 
 def test_gguf_that_cannot_be_loaded(tmp_path, monkeypatch):

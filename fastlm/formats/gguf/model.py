@@ -139,14 +139,30 @@ def _settings(path: Path, fields: dict[str, Any], kind: str, tensors: dict[str, 
         "attention_bias": kind == "llama" and "blk.0.attn_q.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    scaling = field("rope.scaling.type", "none")
-    if scaling == "linear":
-        settings["rope_scaling"] = {"rope_type": "linear", "factor": field("rope.scaling.factor")}
-    elif scaling != "none":
+    # llama.cpp takes a factor without a type for a linear one; older files have it under another name.
+    scaling, factor = field("rope.scaling.type", None), field("rope.scaling.factor", field("rope.scale_linear", 0))
+    if scaling == "linear" or (scaling is None and factor):
+        settings["rope_scaling"] = {"rope_type": "linear", "factor": factor or field("rope.scaling.factor")}
+    elif scaling not in (None, "none"):
         raise CheckpointError(f"{path}: rope.scaling.type is {shown(scaling)}, expected none or linear")
+    _check_whole_heads(path, field("rope.dimension_count", None), settings)
+    if field("attention.causal", True) is not True:
+        raise CheckpointError(f"{path}: {kind}.attention.causal is not true: every token would look at all others")
     if FACTORS in tensors:
         settings["rope_scaling"] = _llama3_scaling(path, tensors[FACTORS], settings)
     return settings
+
+
+def _check_whole_heads(path: Path, rotated: Any, settings: dict[str, Any]) -> None:
+    """Raise CheckpointError where fewer dimensions of a head rotate than it has."""
+    if rotated is None:
+        return
+    try:
+        size = LLAMA_FOLDER.read(Settings(settings, path), None).head_size
+    except ConfigError:  # `assemble` names what is wrong with the sizes
+        return
+    if rotated != size:
+        raise CheckpointError(f"{path}: rope.dimension_count is {shown(rotated)}, expected the heads' size, {size}")
 
 
 def _llama3_scaling(path: Path, stored: Stored, settings: dict[str, Any]) -> dict[str, Any]:
