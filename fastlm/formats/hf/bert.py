@@ -56,6 +56,8 @@ def _read_bert(settings: Settings, dropout: float | None, name: str, heads: dict
         settings.refuse(f"architectures is {shown(architecture, str)}, expected one of {', '.join(classes)}")
     head = classes[architecture]
     roberta = name == "Roberta"
+    if roberta and head == "masked-lm":  # theirs has the exact GELU in the head, whatever the layers have
+        settings.expect("hidden_act", "gelu")
     offset = settings.integer("pad_token_id", 1) + 1 if roberta else 0
     return BERTConfig(
         vocab_size=settings.get("vocab_size"),
@@ -83,6 +85,8 @@ def _write_bert(config: BERTConfig) -> dict[str, Any]:
     suffix = {head: suffix for suffix, head in (BERT_HEADS | {"ForPreTraining": "pretraining"}).items()}[config.head]
     if config.pooler != (config.head != "masked-lm") or (config.position_offset and config.head == "pretraining"):
         raise ConfigError(f"{name}{suffix} there is no model with pooler {str(config.pooler).lower()}")
+    if config.position_offset and config.head == "masked-lm" and config.activation != "none":
+        raise ConfigError(f"{name}{suffix} has the exact GELU in its head, this model activation {config.activation}")
     return {
         "architectures": [name + suffix],
         "model_type": name.lower(),
