@@ -11,6 +11,7 @@ from ..errors import CheckpointError, shown
 from ..objectives import Evaluation
 
 RENAMED = {"best_loss": "best"}  # what earlier versions called an entry
+OF_ANY_SIGN = ("best", "loss_sum")  # by the objective
 
 
 @dataclass
@@ -42,7 +43,7 @@ class State:
         for name, value in values.items():
             if name not in kinds:
                 raise CheckpointError(f"{source}: state of another version: it has the entry {shown(name)}")
-            if not _fits(value, kinds[name]):
+            if not _fits(name, value, kinds[name]):
                 kind = getattr(kinds[name], "__name__", kinds[name])
                 raise CheckpointError(f"{source}: state.{name} is not a possible {kind}")
         return cls(**values)
@@ -69,7 +70,7 @@ class State:
         return best
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(name: str, value: Any, kind: Any) -> bool:
     if get_origin(kind) is dict:
         plain = isinstance(value, dict)
         return plain and (kind == dict[str, Any] or all(isinstance(text, str) for text in value.values()))
@@ -77,7 +78,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind == (float | None)
     # A whole number may stand for a float; counts and times are not negative, and none is beyond 64 bits.
     numbers = (int,) if kind is int else (int, float)
-    return type(value) in numbers and 0 <= value < 2**63  # which not a number is not
+    least = -(2**63) if name in OF_ANY_SIGN else 0
+    return type(value) in numbers and least <= value < 2**63  # which not a number is not
 
 
 @dataclass(frozen=True)

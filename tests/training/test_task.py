@@ -142,6 +142,21 @@ def test_a_step_is_the_mean_over_its_targets_however_it_is_split(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_number_below_zero_may_decide(tmp_path):
+    class Negated(Positive):
+        def evaluation(self, totals, targets):
+            return Accuracy(totals["loss"] / targets, -totals["loss"] / targets)
+
+    def negated(config, device):
+        made = task(tmp_path)(config, device)
+        made.objective = Negated()
+        return made
+
+    before = run(tmp_path, "run", made=negated, max_steps=10)
+    after = run(tmp_path, "run", made=negated, resume=True)
+    assert before.best < after.best < 0
+
+
 def test_a_step_without_targets_is_refused(tmp_path):
     with pytest.raises(DataError, match="rows: step 1 has no target in 1 batches"):
         run(tmp_path, "run", made=task(tmp_path, unlabelled=1.0))
