@@ -210,8 +210,8 @@ def attention_varlen_ref(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Te
     with without_autocast(q.device.type):
         queries, keys, values = _packed(q, k, v)
         factors = _packed_factors(queries, cu_k, options)
-        outs, sums = [values[0, :, :0].transpose(0, 1)], [values[0, :, :0].sum(-1)]  # where there is no sequence
-        for rows, columns in _sequences(cu_q, cu_k):
+        outs, sums = [], []
+        for rows, columns in ((slice(0, 0), slice(0, 0)), *_sequences(cu_q, cu_k)):  # the first for where there is none
             own = keys[:, :, columns], values[:, :, columns]
             own_keys, own_values = _without_closed_keys(*own, rows.stop - rows.start, None, options)
             weights, lse = _weights(_scores(queries[:, :, rows], own_keys, options)[0], None, options)

@@ -66,6 +66,17 @@ def test_masks_and_softcap(floating):
     assert not found.entropy[:, :, 3].any()
 
 
+def test_statistics_under_the_lowest_number():
+    """Beside it the logarithm of a row's sum is lost, of which the entropy is made."""
+    q, k = torch.randn(1, H, T, D), torch.randn(1, H, S, D)
+    mask = torch.full((T, S), torch.finfo(torch.float32).min)
+    mask[1, :2] = 0
+    weights = (q.double() @ k.double().mT * D**-0.5 + mask).softmax(-1)
+    weights[:, :, [t for t in range(T) if t != 1]] = 1 / S  # no score is left beside the mask in fp32
+    found = fastlm.attention_statistics(q, k, mask)
+    torch.testing.assert_close(found.entropy, -torch.xlogy(weights, weights).sum(-1).float(), rtol=1e-5, atol=1e-5)
+
+
 def test_statistics_have_the_right_gradients():
     q = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     k = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
