@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.dispatch import must_trace, needs_grad
 from .._core.torch_private import WeightedLoss
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -26,6 +27,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, metaclass=DropIn, stands_for=nn.Cros
             ValueError: if shapes or devices disagree, or a target is outside [0, C) and not ignored.
             TypeError: if a dtype is wrong.
         """
+        # PyTorch keeps the softmax for its backward pass, so the logits may be edited once the loss is there. Ours
+        # keeps what it is given, which must then be a tensor that nothing else can see.
+        if needs_grad(input) and not must_trace(input):
+            input = input.clone()
         return cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing)
 
 

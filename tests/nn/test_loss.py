@@ -82,3 +82,28 @@ def test_errors_name_the_argument():
         fastlm.nn.LinearCrossEntropyLoss(F, C, weight=torch.rand(C - 1))
     with pytest.raises(ValueError, match=r"target has shape \(12,\)"):
         fastlm.nn.CrossEntropyLoss()(torch.randn(N, C), torch.zeros(12, dtype=torch.long))
+
+
+EDITS = {
+    "in place": lambda x: x.mul_(-3),
+    "a slice": lambda x: x[:, 3:].fill_(-1e4),
+    "a view": lambda x: x.view(-1).sub_(7),
+    "data": lambda x: x.data.mul_(-3),
+    "without its graph": lambda x: x.detach().zero_(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_logits_may_be_edited_once_the_loss_is_there(edit, dtype, factor):
+    x, weight, target = torch.randn(N, F), torch.randn(F, C), torch.randint(C, (N,))
+    grads = []
+    for loss in (fastlm.nn.CrossEntropyLoss(), nn.CrossEntropyLoss()):
+        leaf = x.to(dtype).requires_grad_()
+        logits = leaf @ weight.to(dtype)
+        value = loss(logits, target) * factor
+        EDITS[edit](logits)
+        value.backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=0.03 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
