@@ -78,7 +78,7 @@ class Decoder:
     its next decoder; a decoder made after the weights have changed thus changes an older one's too.
 
     Args:
-        model: a GPT that `unsupported` has no word against.
+        model: a GPT for which `unsupported` returns None.
         cache: to read and append to; its length may grow by other means between steps.
         pack: whether to copy the weights.
     """

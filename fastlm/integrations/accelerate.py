@@ -68,8 +68,8 @@ def accelerate(model: nn.Module, *, attention: bool = True, loss: bool = True, u
         loss: Hugging Face models: also switch transformers' own loss of language models to `fastlm.cross_entropy`.
             The logits stay the ordinary tensor that they are without; what never holds them is
             `fastlm.linear_cross_entropy` on the base model's states.
-        unpad: BERT-type encoders of Hugging Face: leave padded tokens out of everything. Their results, which
-            nothing should read, are then 0 instead of what padding makes of them.
+        unpad: BERT-type encoders of Hugging Face: compute nothing for padding tokens. Their outputs are then 0, where
+            stock computes values that no caller should use.
 
     Returns:
         A `Report`; printing it says what was replaced, what not, and why.

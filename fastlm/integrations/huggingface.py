@@ -161,8 +161,9 @@ def boolean_mask(
 ) -> Tensor | None:
     """transformers' boolean mask for SDPA.
 
-    One that only leaves keys out is a view with one row for all queries; one that is causal with a sliding window
-    and nothing else carries the window. It is right without it too: a model may slice it, or move it.
+    A mask of padding alone is a view with one row for all queries. A causal mask with a sliding window alone has the
+    window's size as an attribute, which lets the kernel skip keys; a model that slices or moves the mask loses the
+    attribute, and the mask's values still give the same result.
     """
     if mask_function is not None:
         kwargs["mask_function"] = mask_function

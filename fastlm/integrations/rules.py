@@ -62,7 +62,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _torch_class(cls: Any) -> Found | str | None:
     known: Any
-    if cls is nn.Linear:  # what a subclass is for may be to be told from it
+    if cls is nn.Linear:  # not its subclasses: other code may test for their type
         return Found(ours.Linear, "fastlm.nn.Linear")
     for known, fast in CLASSES.items():
         if cls is known:

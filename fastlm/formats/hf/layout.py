@@ -105,7 +105,7 @@ class Settings:
 
 
 class Part(NamedTuple):
-    """One of their tensors, which holds the next `rows` of one of ours: `as_is`, `transposed` or as `one_row`."""
+    """A tensor of the checkpoint: the next `rows` of one of the model's, `as_is`, `transposed` or as `one_row`."""
 
     name: str
     rows: int
