@@ -238,7 +238,7 @@ def _batches(corpus: Corpus, cutter: PieceCutter) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     cost = start = 0
     before = None
-    for source, split, texts in corpus.stretches("tokens"):
+    for source, split, texts in corpus.segments("tokens"):
         start = start if source == before else 0
         before, begun = source, start
         for text in cutter(texts):

@@ -139,7 +139,7 @@ class Separator:
         blank = rf"\n[ \t\r\n]{{0,{LONGEST_BLANK - 2}}}\n"
         self.pattern = re.compile(blank if self._blank_line else re.escape(text))
 
-    def settled(self, text: str) -> int:
+    def final(self, text: str) -> int:
         """Length of the part of `text` in which no later text can begin or extend a separator."""
         near = max(0, len(text) - self._length + 1)
         if not self._blank_line:
@@ -156,17 +156,17 @@ def split_documents(texts: Iterable[str], separator: Separator | None) -> Events
             yield text
             continue
         buffer += text
-        settled = separator.settled(buffer)
+        final = separator.final(buffer)
         start = 0
         for match in separator.pattern.finditer(buffer):
-            if match.start() >= settled:
+            if match.start() >= final:
                 break  # later text may extend this one
             yield buffer[start : match.start()]
             yield None
             start = match.end()
-        if settled > start:
-            yield buffer[start:settled]
-            start = settled
+        if final > start:
+            yield buffer[start:final]
+            start = final
         buffer = buffer[start:]
     last = separator.pattern.split(buffer) if separator else [buffer]
     for text in last:

@@ -66,7 +66,7 @@ class Corpus:
         self.empty = self.plan.documents - self.plan.kept
         if config.deduplicate == "exact":
             self.plan.drop_duplicates()
-        self.plan.settle()
+        self.plan.resolve()
         if not self.plan.kept:
             raise DataError(f"no text in {len(found)} files ({len(self.skipped)} skipped): nothing to prepare")
 
@@ -104,13 +104,13 @@ class Corpus:
             return Tokenizer.characters(self.alphabet)
         # Training takes the square of a word's length: 3 minutes for 262,144 letters without a break.
         cutter = PieceCutter(byte_level_words, TRAINING_PIECE)
-        train = (texts for _, split, texts in self.stretches("tokenizer") if split == "train")
+        train = (texts for _, split, texts in self.segments("tokenizer") if split == "train")
         pieces = for_training(chain.from_iterable(map(cutter, train)))
         # A merge needs a pair of bytes; the library makes room for all of vocab_size before it looks at the text.
         most = 257 + 4 * self.plan.chars
         return Tokenizer.train_bpe(pieces, min(self.config.vocab_size, most))
 
-    def stretches(self, stage: str) -> Iterator[tuple[Source, str, Iterator[str]]]:
+    def segments(self, stage: str) -> Iterator[tuple[Source, str, Iterator[str]]]:
         """All text as (where it is from, split, texts), each to be read before the next.
 
         Raises:
@@ -122,8 +122,8 @@ class Corpus:
             events = self._events(stage, path, digest.update)
             found = zip(reading.documents(events), islice(rows, end - first), strict=False)
             for number, (texts, row) in enumerate(found, start=1):
-                for split, stretch in self.plan.stretches(row, texts):
-                    yield Source(path, number), split, stretch
+                for split, segment in self.plan.segments(row, texts):
+                    yield Source(path, number), split, segment
             if digest.hexdigest() != source["sha256"]:
                 raise DataError(f"{path}: the file changed while it was being prepared")
             first = end

@@ -38,7 +38,7 @@ class Plan:
         seed: another seed, another choice.
         rule: "documents" (each whole one goes to one side; equal ones to the same), "spans" (of each, one
             contiguous span at a place drawn by the seed validates, cut at line ends where lines are short),
-            or "auto" until `settle` chooses.
+            or "auto" until `resolve` chooses.
         folder: where the file is made; None for the system's folder of temporary files.
     """
 
@@ -87,7 +87,7 @@ class Plan:
             self._file.close()
             self._file = file
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         """Choose the rule, once all documents are known."""
         if self.rule == "auto":
             self.rule = "documents" if self.fraction * self.kept >= MIN_DOCUMENTS else "spans"
@@ -107,7 +107,7 @@ class Plan:
         """Where in [0, 1) a document's draw fell."""
         return _uniform(self.seed, row.digest)
 
-    def stretches(self, row: Row, texts: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
+    def segments(self, row: Row, texts: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
         """One document's text as (split, texts): each to be read before the next."""
         if not row.kept:
             return
@@ -118,7 +118,7 @@ class Plan:
         span = round(row.chars * self.fraction)
         start = int(place * (row.chars - span + 1))
         cuts = [start, start + span] if span else []
-        parts = documents(carve(texts, cuts, slack=min(_LINE_SLACK, span // 10)))
+        parts = documents(split_at(texts, cuts, slack=min(_LINE_SLACK, span // 10)))
         yield from zip(("train", "val", "train"), parts, strict=False)
 
     def _new_file(self) -> IO[bytes]:
@@ -130,7 +130,7 @@ class Plan:
         self.kept += sign * kept
 
 
-def carve(texts: Iterable[str], cuts: list[int], slack: int) -> Events:
+def split_at(texts: Iterable[str], cuts: list[int], slack: int) -> Events:
     """Put an end of document at each position of `cuts`, or after the first line end within `slack` of it."""
     waiting = deque(cuts)
     buffer, passed = "", 0

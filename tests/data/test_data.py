@@ -29,7 +29,7 @@ from fastlm.data.reading import (
     split_documents,
     unix_line_endings,
 )
-from fastlm.data.splitting import Plan, carve
+from fastlm.data.splitting import Plan, split_at
 from fastlm.errors import ConfigError, DataError
 
 FILES = ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
@@ -73,7 +73,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def stretches(folder, split):
+def segments(folder, split):
     """The texts of a split, each as decoded by the library itself between end-of-text tokens."""
     theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -269,7 +269,7 @@ def test_carve_cuts_at_line_ends_whatever_the_chunks(text, sizes, ends, slack):
     for cut in (first, second):
         line = text.find("\n", cut, cut + slack)
         want.append(line + 1 if line >= 0 else cut)
-    got = ["".join(texts) for texts in documents(carve(chunks(text, sizes), [first, second], slack))]
+    got = ["".join(texts) for texts in documents(split_at(chunks(text, sizes), [first, second], slack))]
     assert got == [text[: want[0]], text[want[0] : want[1]], text[want[1] :]]
 
 
@@ -277,7 +277,7 @@ def test_documents_are_split_by_their_text_alone(tmp_path):
     texts = [f"document {number}\n" for number in range(400)]
     texts.append(texts[7])
     make(tmp_path, texts, val_fraction=0.2)
-    val, train = stretches(tmp_path / "out", "val"), stretches(tmp_path / "out", "train")
+    val, train = segments(tmp_path / "out", "val"), segments(tmp_path / "out", "train")
     assert load_manifest(tmp_path / "out").preparation["split"] == "documents"
     assert sorted(val + train) == sorted(texts)
     assert not set(val) & set(train)  # the two equal documents are on one side
@@ -285,16 +285,16 @@ def test_documents_are_split_by_their_text_alone(tmp_path):
     for path in (tmp_path / "source").iterdir():
         path.unlink()
     make(tmp_path, texts[::-1], out="reversed", val_fraction=0.2)
-    assert sorted(stretches(tmp_path / "reversed", "val")) == sorted(val)
+    assert sorted(segments(tmp_path / "reversed", "val")) == sorted(val)
     make(tmp_path, texts[::-1], out="seeded", val_fraction=0.2, seed=1)
-    assert set(stretches(tmp_path / "seeded", "val")) != set(val)
+    assert set(segments(tmp_path / "seeded", "val")) != set(val)
 
 
 @pytest.mark.parametrize("val_fraction", [0.05, 0.3])
 def test_few_documents_give_a_span_each(tmp_path, val_fraction):
     texts = [prose(seed, 2000) for seed in range(3)]
     make(tmp_path, texts, val_fraction=val_fraction)
-    val, train = stretches(tmp_path / "out", "val"), stretches(tmp_path / "out", "train")
+    val, train = segments(tmp_path / "out", "val"), segments(tmp_path / "out", "train")
     assert load_manifest(tmp_path / "out").preparation["split"] == "spans"
     assert len(val) == 3
     for text, span in zip(texts, val, strict=True):
@@ -303,7 +303,7 @@ def test_few_documents_give_a_span_each(tmp_path, val_fraction):
         after = next((part for part in train if text.endswith(span + part)), "")
         assert before + span + after == text
     make(tmp_path, texts, out="seeded", val_fraction=val_fraction, seed=1)
-    assert stretches(tmp_path / "seeded", "val") != val
+    assert segments(tmp_path / "seeded", "val") != val
 
 
 def test_plan_draws_uniformly():
@@ -326,7 +326,7 @@ def test_manifest_agrees_with_the_files(tmp_path, tokenizer, count):
     manifest = load_manifest(out, verify=True)
     assert manifest == returned == Manifest.from_json(returned.to_json())
     assert sorted(contents(out)) == FILES
-    parts = {split: stretches(out, split) for split in ("train", "val")}
+    parts = {split: segments(out, split) for split in ("train", "val")}
     for split, entry in manifest.splits.items():
         assert entry["bytes"] == sum(len(text.encode()) for text in parts[split]) > 0
         assert entry["chars"] == sum(map(len, parts[split]))
@@ -381,7 +381,7 @@ def test_letters_without_end_are_reported(tmp_path):
     text = "ab" * 150_000
     manifest = make(tmp_path, [text], val_fraction=0)
     assert manifest.preparation["forced_cuts"] >= 1
-    assert stretches(tmp_path / "out", "train") == [text]
+    assert segments(tmp_path / "out", "train") == [text]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
@@ -412,27 +412,27 @@ def test_cleaning_options(tmp_path):
         deduplicate="exact",
         tokenizer="characters",
     )
-    assert stretches(tmp_path / "out", "train") == ["\u00e9 one\n", "two\n"]
+    assert segments(tmp_path / "out", "train") == ["\u00e9 one\n", "two\n"]
     assert manifest.preparation["duplicates_dropped"] == 2
     assert manifest.preparation["empty_dropped"] == 2
     assert manifest.splits["train"]["bytes"] == len("\u00e9 one\ntwo\n".encode())
     make(tmp_path, texts, out="plain", val_fraction=0, tokenizer="characters")
-    assert stretches(tmp_path / "plain", "train") == [text for text in texts if text.strip()]
+    assert segments(tmp_path / "plain", "train") == [text for text in texts if text.strip()]
 
 
 def test_separator_of_documents(tmp_path):
     text = f"one\ntwo{END_OF_TEXT}three{END_OF_TEXT}\n{END_OF_TEXT}four\\n"
     make(tmp_path, [text], val_fraction=0, document_separator=END_OF_TEXT)
-    assert stretches(tmp_path / "out", "train") == ["one\ntwo", "three", "four\\n"]
+    assert segments(tmp_path / "out", "train") == ["one\ntwo", "three", "four\\n"]
     make(tmp_path, [text], out="lines", val_fraction=0, document_separator=r"\n")
-    assert stretches(tmp_path / "lines", "train")[0] == "one"
+    assert segments(tmp_path / "lines", "train")[0] == "one"
 
 
 def test_text_that_spells_the_end_of_text_is_not_one(tmp_path):
     text = f"one {END_OF_TEXT} two"
     make(tmp_path, [text], val_fraction=0)
     assert np.count_nonzero(load_tokens(tmp_path / "out", "train") == load_manifest(tmp_path / "out").eot_id) == 1
-    assert stretches(tmp_path / "out", "train") == [text]
+    assert segments(tmp_path / "out", "train") == [text]
 
 
 def test_undecodable_files_are_named_replaced_or_skipped(tmp_path):
@@ -444,12 +444,12 @@ def test_undecodable_files_are_named_replaced_or_skipped(tmp_path):
     assert not (tmp_path / "strict").exists()
     prepare(PrepareConfig(out=tmp_path / "replace", errors="replace", **config))
     want = ["one", "one\n\ntwo\n\nfour \ufffd\n", "two\n\nthree\n"]
-    assert stretches(tmp_path / "replace", "train") == want
+    assert segments(tmp_path / "replace", "train") == want
     # what the skipped file held before its bad byte is forgotten: its "one" no longer counts as a duplicate,
     # and the third file's "two" is none
     config |= {"document_separator": "blank-line", "deduplicate": "exact"}
     manifest = prepare(PrepareConfig(out=tmp_path / "skip", errors="skip-file", **config))
-    assert stretches(tmp_path / "skip", "train") == ["one", "two", "three\n"]
+    assert segments(tmp_path / "skip", "train") == ["one", "two", "three\n"]
     assert manifest.preparation["files_skipped"] == [str(source / "001.txt")]
     assert manifest.preparation["duplicates_dropped"] == 0
     assert [source["path"][-7:] for source in manifest.sources] == ["000.txt", "002.txt"]
