@@ -224,5 +224,6 @@ PEERS: dict[str, Callable[[Case, str], Function]] = {
 
 ATTENTION = KernelBenchmark(
     "attention", ("B", "H", "T", "D"), VARIANTS, _table, _inputs, _ours, _stock, _counts,
-    lambda case: case.shape[2] + case.shape[3], PEERS,
+    lambda case: case.shape[2] + case.shape[3], PEERS, ("scaled_dot_product_attention", "attention_varlen"),
+    gpu_peers=("sdpa-flash", "sdpa-cudnn", "sdpa-efficient"),
 )  # fmt: skip

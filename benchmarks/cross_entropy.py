@@ -54,4 +54,5 @@ def _quack(case: Case, device: str):
 CROSS_ENTROPY = KernelBenchmark(
     "cross_entropy", ("N", "V"), ("",), _table, _inputs, lambda case: fastlm.cross_entropy,
     lambda case: F.cross_entropy, _counts, lambda case: sum(case.shape), {"liger": _liger, "quack": _quack},
+    gpu_peers=("compile", "liger", "quack"),
 )  # fmt: skip

@@ -37,6 +37,8 @@ class KernelBenchmark:
         counts: (case, pass) -> bytes and FLOPs.
         peers: provider -> (case, device) -> its function; it raises Unavailable where it has none.
         terms: case -> terms in the longest sum.
+        ops: those that its variants time, as the table of backends calls them; the one of its name if empty.
+        gpu_peers: who `make gpu-check` compares it with, beside PyTorch's operator.
     """
 
     name: str
@@ -49,6 +51,11 @@ class KernelBenchmark:
     counts: Callable[[Case, str], Counts]
     terms: Callable[[Case], int]
     peers: Mapping[str, Callable[[Case, str], Function]] = field(default_factory=dict)
+    ops: tuple[str, ...] = ()
+    gpu_peers: tuple[str, ...] = ()
+
+    def times(self, op: str) -> bool:
+        return op in (self.ops or (self.name,))
 
     def cases(self, device: str, quick: bool) -> list[Case]:
         return self.table(quick, device)

@@ -110,8 +110,10 @@ def _flash_add(case: Case, device: str):
 LAYER_NORM = KernelBenchmark(
     "layer_norm", ("M", "N"), ("",), lambda q, d: _table(q, d, "layer_norm"), _inputs, _ours, _stock, _counts,
     lambda case: max(case.shape), {"liger": _liger, "quack": _quack, "flash-attn": _flash, "onnxruntime": _onnxruntime},
+    gpu_peers=("compile", "liger", "quack", "flash-attn"),
 )  # fmt: skip
 ADD_LAYER_NORM = KernelBenchmark(
     "add_layer_norm", ("M", "N"), ("", DROPPED), lambda q, d: _table(q, d, "add_layer_norm"), _inputs, _add_ours,
     _add_stock, _counts, lambda case: max(case.shape), {"flash-attn": _flash_add},
+    gpu_peers=("compile", "flash-attn"),
 )  # fmt: skip

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+from fastlm._core import registry
 from fastlm.errors import ConfigError
 
 from .adamw import ADAMW
-from .attention import ATTENTION
 from .bert import BERT_BENCHMARK
 from .case import DTYPES, PASSES, Benchmark, Case
-from .cross_entropy import CROSS_ENTROPY
-from .gelu import BIAS_GELU, GELU
 from .generate import GENERATE
 from .huggingface import HUGGING_FACE
-from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
-from .linear import LINEAR
-from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
-from .rms_norm import ADD_RMS_NORM, RMS_NORM
-from .rotary import ROTARY
-from .swiglu import SWIGLU
+from .kernel import KernelBenchmark
 from .train import TRAIN
 
-NORMS = (LAYER_NORM, ADD_LAYER_NORM, RMS_NORM, ADD_RMS_NORM)
-KERNELS = (*NORMS, GELU, BIAS_GELU, SWIGLU, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR, LINEAR_CROSS_ENTROPY)
-ENGINES = (ADAMW, TRAIN, BERT_BENCHMARK, GENERATE, HUGGING_FACE)
+KERNELS: tuple[KernelBenchmark, ...] = tuple(registry.found(__package__, KernelBenchmark))
+ENGINES: tuple[Benchmark, ...] = (ADAMW, TRAIN, BERT_BENCHMARK, GENERATE, HUGGING_FACE)
 BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*KERNELS, *ENGINES)}
 
 

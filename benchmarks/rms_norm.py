@@ -81,6 +81,7 @@ def _quack(case: Case, device: str):
 RMS_NORM = KernelBenchmark(
     "rms_norm", ("M", "N"), ("",), lambda q, d: _table(q, d, "rms_norm"), _inputs, _ours, _stock, _counts,
     lambda case: max(case.shape), {"liger": _liger, "quack": _quack},
+    gpu_peers=("compile", "liger", "quack"),
 )  # fmt: skip
 ADD_RMS_NORM = KernelBenchmark(
     "add_rms_norm", ("M", "N"), ("",), lambda q, d: _table(q, d, "add_rms_norm"), _inputs, _add_ours, _add_stock,

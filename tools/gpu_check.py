@@ -29,6 +29,9 @@ from typing import NamedTuple
 import torch
 
 import fastlm
+from fastlm._core.registry import ops
+from fastlm.benchmarks.kernel import KernelBenchmark
+from fastlm.benchmarks.registry import KERNELS
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
@@ -42,16 +45,6 @@ SMALL = (
     " or test_cuda_attention and everything_else or of_wide_rows"
 )
 TOOLS = {"memcheck": 150, "synccheck": 60, "racecheck": 60}  # racecheck knows no TMA: judge what it says of *_sm90
-# op -> who it is compared with, beside PyTorch's own operator.
-BENCHMARKS = {
-    "attention": "sdpa-flash,sdpa-cudnn,sdpa-efficient",
-    "layer_norm": "compile,liger,quack,flash-attn",
-    "add_layer_norm": "compile,flash-attn",
-    "rms_norm": "compile,liger,quack",
-    "gelu": "compile",
-    "bias_gelu": "compile",
-    "cross_entropy": "compile,liger,quack",
-}
 
 
 class Part(NamedTuple):
@@ -88,6 +81,18 @@ def machine() -> dict:
     }
 
 
+def has_kernels(benchmark: KernelBenchmark) -> bool:
+    """Whether one of the ops that it times has a kernel for GPUs."""
+    return any(benchmark.times(op.name) and (op.backend("triton") or op.backend("cuda")) for op in ops())
+
+
+def _bench(benchmark: KernelBenchmark, folder: Path, stamp: str) -> Part:
+    name, against = benchmark.name, ",".join(benchmark.gpu_peers or ("torch",))
+    command = [sys.executable, "-m", "fastlm.cli", "bench", name, "--device", "cuda", "--dtype", "bfloat16"]
+    command += ["--against", against, "--json", str(folder / f"{name}-{stamp}.json")]
+    return Part(f"bench {name}", command, 90 if name == "attention" else 40)
+
+
 def parts(folder: Path, stamp: str) -> list[Part]:
     """What is run, in order of importance: a part may take its limit, the last ones what is left."""
     spread = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -95,15 +100,14 @@ def parts(folder: Path, stamp: str) -> list[Part]:
         Part("parity", [*PYTEST, *spread, f"--ignore={REPEATED}", str(TESTS)], 240),
         Part("repeatability", [*PYTEST, str(REPEATED)], 120),
     ]
-    for op, peers in BENCHMARKS.items():
-        command = [sys.executable, "-m", "fastlm.cli", "bench", op, "--device", "cuda", "--dtype", "bfloat16"]
-        command += ["--against", peers, "--json", str(folder / f"{op}-{stamp}.json")]
-        found.append(Part(f"bench {op}", command, 90 if op == "attention" else 40))
+    benches = sorted((b for b in KERNELS if has_kernels(b)), key=lambda b: not b.gpu_peers)
+    compared = sum(bool(b.gpu_peers) for b in benches)
+    found += [_bench(b, folder, stamp) for b in benches[:compared]]
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool, seconds in TOOLS.items():
             prefix = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"]
             found.append(Part(f"compute-sanitizer {tool}", [*prefix, *PYTEST, "-k", SMALL, str(TESTS)], seconds))
-    return found
+    return found + [_bench(b, folder, stamp) for b in benches[compared:]]
 
 
 def _counts(report: Path) -> dict[str, int]:

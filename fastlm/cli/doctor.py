@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,12 +13,11 @@ from pathlib import Path
 import torch
 
 import fastlm
-from fastlm._core import dispatch as _dispatch
+from fastlm._core import registry
 from fastlm.backends import cpu as _native
 from fastlm.backends import cuda as _native_cuda
 from fastlm.ops._products import leads
 from fastlm.runtime import PACKAGES, PEERS, cpu_model, driver_version, settings, version
-from fastlm.verify.fuzz import SPECS
 
 
 def _allocator() -> dict[str, str | None]:
@@ -60,13 +58,10 @@ def _cuda() -> dict:
     return found
 
 
-def _served_by(op: str, device: str, dtype: torch.dtype) -> dict[str, str]:
+def _served_by(op: registry.Op, device: str, dtype: torch.dtype) -> dict[str, str]:
     """Each backend of an op: "selected", or why not, for a call without special features."""
-    spec = SPECS[op]
-    sample = spec.draw(random.Random(0), dtype, True)
-    tensors = {name: None if t is None else t.to(device) for name, t in sample.tensors.items()}
-    reasons = fastlm.explain(spec.call, tensors, sample).reasons
-    return {row.name: reasons[row.name] for row in _dispatch.backends(op)}
+    reasons = fastlm.explain(op.function, **op.samples(device, dtype)[0]).reasons
+    return {row.name: reasons[row.name] for row in op.backends}
 
 
 def _advice(report: dict) -> list[str]:
@@ -117,9 +112,8 @@ def collect() -> dict:
         "cuda": _cuda(),
         "settings": settings(),
         "backends": {
-            op: {device: _served_by(op, device, torch.bfloat16 if device == "cuda" else torch.float32)}
-            for op in _dispatch.ops()
-            if op in SPECS
+            op.name: {device: _served_by(op, device, torch.bfloat16 if device == "cuda" else torch.float32)}
+            for op in registry.ops()
         },
     }
     report["advice"] = _advice(report)

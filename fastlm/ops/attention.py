@@ -24,8 +24,8 @@ from .._core.dispatch import (
     choose,
     must_trace,
     needs_grad,
-    register,
 )
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
 from ._attention_inputs import (
@@ -96,16 +96,6 @@ def _is_short_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, optio
     if T != 1 or mask is not None or options.is_causal or k.shape[1] != H or v.shape[3] != D:
         return False
     return _is_short(B * H * k.shape[2], q.dtype) and not needs_grad(q, k, v)
-
-
-register(
-    _NAME,
-    Backend("cpu", cpu_unsupported, slower=_slower),
-    Backend("triton", triton_attention_unsupported, proved=PROVED),
-    Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
-    Backend("torch", _torch_unsupported),
-    Backend("reference", always),
-)
 
 
 def _rest_like(q: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -277,6 +267,18 @@ def _request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Opti
     return Request(q.device.type, q.dtype, features)
 
 
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    q, k, v = draw(2, 4, 6, 8), draw(2, 4, 7, 8), draw(2, 4, 7, 8)
+    shared = {"key": k[:, :2], "value": v[:, :2], "enable_gqa": True}
+    tensors = {"query": q, "key": k, "value": v}
+    return [
+        tensors,
+        tensors | {"is_causal": True, "scale": 0.3},
+        tensors | {"attn_mask": draw(6, 7) > 0, "softcap": 2.0},
+        tensors | shared | {"attn_mask": draw(6, 7), "dropout_p": 0.3, "window": (3, None), "return_lse": True},
+    ]
+
+
 @overload
 def scaled_dot_product_attention(
     query: Tensor,
@@ -311,6 +313,18 @@ def scaled_dot_product_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@register(
+    reference=attention_ref,
+    backends=(
+        Backend("cpu", cpu_unsupported, slower=_slower),
+        Backend("triton", triton_attention_unsupported, proved=PROVED),
+        Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
+        Backend("torch", _torch_unsupported),
+        Backend("reference", always),
+    ),
+    differentiable=("query", "key", "value", "attn_mask"),
+    draw=_draw,
+)
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

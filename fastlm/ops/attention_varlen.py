@@ -19,8 +19,8 @@ from .._core.dispatch import (
     choose,
     must_trace,
     needs_grad,
-    register,
 )
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported
 from ._attention_inputs import (
@@ -49,15 +49,6 @@ KERNELS: dict[str, Any] = {
     "cuda": LazyModule("fastlm.backends.cuda"),
 }
 _NAME = "attention_varlen"
-
-
-register(
-    _NAME,
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_attention_unsupported, proved=PROVED),
-    Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
-    Backend("reference", always),
-)
 
 
 class _AttentionVarlen(torch.autograd.Function):
@@ -217,6 +208,17 @@ def _check_ends(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
             raise ValueError(f"{_NAME}: {name} is {offsets}, expected to rise from 0 to {what}'s {len(x)} tokens")
 
 
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    offsets = draw.given([0, 2, 2, 7], torch.int32)
+    tensors = {"query": draw(7, 4, 8), "key": draw(7, 4, 8), "value": draw(7, 4, 8), "cu_seqlens_q": offsets}
+    shared = {"key": draw(9, 2, 8), "value": draw(9, 2, 8), "cu_seqlens_k": draw.given([0, 3, 5, 9], torch.int32)}
+    return [
+        tensors | {"is_causal": True},
+        tensors | {"dropout_p": 0.3, "softcap": 2.0},
+        tensors | shared | {"scale": 0.3, "window": (3, None), "return_lse": True},
+    ]
+
+
 @overload
 def attention_varlen(
     query: Tensor,
@@ -251,6 +253,18 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@register(
+    reference=attention_varlen_ref,
+    backends=(
+        Backend("cpu", cpu_unsupported),
+        Backend("triton", triton_attention_unsupported, proved=PROVED),
+        Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
+        Backend("reference", always),
+    ),
+    differentiable=("query", "key", "value"),
+    draw=_draw,
+    note="packed sequences",
+)
 def attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -303,20 +317,24 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def _by_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    is_causal, scale, dropout_p, _, left, right, cap = options
+    seed = seed_to_trace(dropout_p)
+    return torch.ops.fastlm.attention_varlen(q, k, v, cu_q, cu_k, seed, is_causal, scale, dropout_p, left, right, cap)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, options: Options, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """`options` has its seed still to be drawn."""
-    is_causal, scale, dropout_p, _, left, right, cap = options
     if as_operator(q, k, v, cu_q, cu_k):
-        seed = seed_to_trace(dropout_p)
-        return torch.ops.fastlm.attention_varlen(
-            q, k, v, cu_q, cu_k, seed, is_causal, scale, dropout_p, left, right, cap
-        )
+        return _by_op(q, k, v, cu_q, cu_k, options)
     _check_ends(q, k, cu_q, cu_k)
     traced = must_trace(q, k, v, cu_q, cu_k)
     backend = "reference" if traced else choose(_NAME, _request(q, v, options, return_lse))
-    if dropout_p > 0:
+    if backend == "reference" and q.is_meta:  # of which the definition could not read the offsets
+        return _by_op(q, k, v, cu_q, cu_k, options)
+    if options.dropout_p > 0:
         options = options._replace(seed=_dropout.draw_seed(q.device))
     if backend == "reference":
         return attention_varlen_ref(q, k, v, cu_q, cu_k, *options)

@@ -23,8 +23,8 @@ from .._core.dispatch import (
     choose,
     must_trace,
     needs_grad,
-    register,
 )
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
 from ._autograd import by_reference, reference_gradients
@@ -100,14 +100,6 @@ def _class_indices(unsupported: Callable[[Request], str | None]) -> Callable[[Re
 
 
 cpu_conditions, triton_conditions = _class_indices(cpu_unsupported), _class_indices(triton_unsupported)
-
-register(
-    "cross_entropy",
-    Backend("cpu", cpu_conditions),
-    Backend("triton", triton_conditions, proved=PROVED),
-    Backend("torch", always),
-    Backend("reference", always),
-)
 
 
 class Options(NamedTuple):
@@ -330,6 +322,33 @@ def loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if narrow and autocast_dtype(x.device.type) is not None else x.dtype
 
 
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    x, target, ignored = draw(7, 11), draw.index(11, 7), draw.given([3, 0, 3, 10, 9, 3, 1], torch.int64)
+    return [
+        {"input": x, "target": target},
+        {
+            "input": x, "target": ignored, "weight": draw(11).abs(), "ignore_index": 3, "label_smoothing": 0.1,
+            "reduction": "sum",
+        },
+        {"input": draw(3, 11, 4), "target": draw.index(11, 3, 4), "reduction": "none"},
+        {"input": x, "target": target, "inplace_backward": True},
+        {"input": x, "target": draw(7, 11).softmax(1)},
+    ]  # fmt: skip
+
+
+@register(
+    reference=cross_entropy_ref,
+    backends=(
+        Backend("cpu", cpu_conditions),
+        Backend("triton", triton_conditions, proved=PROVED),
+        Backend("torch", always),
+        Backend("reference", always),
+    ),
+    differentiable=("input",),
+    draw=_draw,
+    choices={"reduction": REDUCTIONS},
+    overwriting=("inplace_backward",),
+)
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients, rows_of
+from ._autograd import by_reference, reference_gradients
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -43,35 +44,6 @@ def gelu_ref(x: Tensor, bias: Tensor | None, approximate: str, dropout_p: float 
     return y.to(x.dtype)
 
 
-def _derivative_ref(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """GELU's derivative at x + bias, written out: autograd does not record inside a custom op."""
-    wide = x.to(_native.compute_dtype(x.dtype))
-    if bias is not None:
-        wide = wide + bias.to(wide.dtype)
-    if approximate == "none":
-        return 0.5 * torch.erfc(-wide / math.sqrt(2)) + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
-    tanh = torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * wide**2)
-    return 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh**2) * slope
-
-
-register(
-    "gelu",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
-    Backend("torch", always),
-    Backend("reference", always),
-)
-register(
-    "bias_gelu",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
-    Backend("reference", always),
-)
-
-
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, approximate, dropout_p, seed, backend):
@@ -95,59 +67,27 @@ class _Gelu(torch.autograd.Function):
         return dx, None if bias is None else db.to(bias.dtype), None, None, None, None
 
 
-@torch.library.custom_op("fastlm::gelu", mutates_args=())
-def _gelu_op(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    x = x.contiguous()
-    backend = choose("gelu" if bias is None else "bias_gelu", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
-    if backend in KERNELS:
-        return KERNELS[backend].gelu_fwd(x, bias, approximate == "tanh")
-    return gelu_ref(x, bias, approximate)
-
-
-@_gelu_op.register_fake
-def _(x, bias, approximate):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("fastlm::gelu_backward", mutates_args=())
-def _gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
-    dy, x = dy.contiguous(), x.contiguous()
-    backend = choose("gelu" if bias is None else "bias_gelu", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
-    if backend in KERNELS:
-        dx, db = KERNELS[backend].gelu_bwd(dy, x, bias, approximate == "tanh")
-    else:
-        wide = dy.to(_native.compute_dtype(x.dtype)) * _derivative_ref(x, bias, approximate)
-        dx, db = wide.to(x.dtype), None if bias is None else rows_of(wide, bias.shape[0]).sum(0)
-    return dx, dx.new_empty(0) if bias is None or db is None else db.to(bias.dtype)
-
-
-@_gelu_backward_op.register_fake
-def _(dy, x, bias, approximate):
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(0) if bias is None else torch.empty_like(bias)
-
-
-def _op_setup(ctx, inputs, output):
-    x, bias, ctx.approximate = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _op_backward(ctx, dy):
-    x, bias = ctx.saved_tensors
-    dx, db = torch.ops.fastlm.gelu_backward(dy, x, bias, ctx.approximate)
-    return dx, None if bias is None else db, None
-
-
-_gelu_op.register_autograd(_op_backward, setup_context=_op_setup)
-
-
 def _check(op: str, x: Tensor, approximate: str) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
-    if approximate not in ("none", "tanh"):
+    if approximate not in FORMS:
         raise ValueError(f"{op}: approximate is {approximate!r}, expected 'none' or 'tanh'")
 
 
+FORMS = ("none", "tanh")
+CPU = Backend("cpu", cpu_unsupported)
+TRITON = Backend("triton", triton_unsupported, proved=PROVED)
+CUDA = Backend("cuda", cuda_unsupported, proved=PROVED_CUDA)
+TORCH, REFERENCE = Backend("torch", always), Backend("reference", always)
+
+
+@register(
+    reference=gelu_ref,
+    backends=(CPU, TRITON, CUDA, TORCH, REFERENCE),
+    differentiable=("x",),
+    draw=lambda draw: [{"x": draw(3, 5, 16), "approximate": form} for form in FORMS],
+    choices={"approximate": FORMS},
+)
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """Gaussian error linear unit, as `torch.nn.functional.gelu`.
 
@@ -177,6 +117,18 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return KERNELS[backend].gelu_fwd(x, None, approximate == "tanh")
 
 
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    tensors = {"x": draw(3, 5, 16), "bias": draw(16)}
+    return [tensors, tensors | {"approximate": "tanh", "dropout_p": 0.3}]
+
+
+@register(
+    reference=gelu_ref,
+    backends=(CPU, TRITON, CUDA, REFERENCE),
+    differentiable=("x", "bias"),
+    draw=_draw,
+    choices={"approximate": FORMS},
+)
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none", dropout_p: float = 0.0) -> Tensor:
     """dropout(gelu(x + bias)) in one pass; backward sums the bias gradient in its own single pass.
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
 from ._autograd import by_reference, reference_gradients, rows_of, stored
@@ -60,23 +61,6 @@ def add_layer_norm_ref(
         x = x * _dropout.factors(x.numel() // max(N, 1), N, dropout_p, seed, wide, x.device).reshape(x.shape)
     z, read = stored(residual.to(wide) + x, residual.dtype)
     return layer_norm_ref(read, weight, bias, N, eps).to(z.dtype), z
-
-
-register(
-    "layer_norm",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
-    Backend("torch", always),
-    Backend("reference", always),
-)
-register(
-    "add_layer_norm",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
-    Backend("reference", always),
-)
 
 
 def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -151,63 +135,6 @@ class _AddLayerNorm(torch.autograd.Function):
         return dx, dz, _like(dw, weight), _like(db, bias), None, None, None, None, None
 
 
-@torch.library.custom_op("fastlm::layer_norm", mutates_args=())
-def _layer_norm_op(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
-    backend = choose("layer_norm", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
-    if backend in KERNELS:
-        y, _, mean, rstd = KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps)
-        return y, mean, rstd
-    rows = rows_of(x, N).to(_native.compute_dtype(x.dtype))
-    rstd = torch.rsqrt(rows.var(-1, correction=0) + eps)
-    return layer_norm_ref(x, weight, bias, N, eps), row_means(rows).squeeze(-1), rstd
-
-
-@_layer_norm_op.register_fake
-def _(x, weight, bias, N, eps):
-    statistics = x.new_empty(x.numel() // N if N else 0, dtype=_native.compute_dtype(x.dtype))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
-
-
-@torch.library.custom_op("fastlm::layer_norm_backward", mutates_args=())
-def _layer_norm_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, N: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy, x = dy.contiguous(), x.contiguous()
-    backend = choose("layer_norm", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
-    if backend in KERNELS:
-        _, dx, dw, db = KERNELS[backend].layer_norm_bwd(dy, x, weight, mean, rstd, N)
-        return dx, dw, db
-    # Written out: autograd does not record inside a custom op.
-    rows, dy_rows = (rows_of(t, N).to(mean.dtype) for t in (x, dy))
-    xhat = (rows - mean[:, None]) * rstd[:, None]
-    g = dy_rows if weight is None else dy_rows * weight.reshape(-1).to(mean.dtype)
-    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[:, None]
-    return dx.reshape(x.shape).to(x.dtype), (dy_rows * xhat).sum(0), dy_rows.sum(0)
-
-
-@_layer_norm_backward_op.register_fake
-def _(dy, x, weight, mean, rstd, N, eps):
-    sums = x.new_empty(N, dtype=mean.dtype)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), sums, torch.empty_like(sums)
-
-
-def _op_setup(ctx, inputs, output):
-    x, weight, bias, ctx.N, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, bias, output[1], output[2])
-
-
-def _op_backward(ctx, dy, dmean, drstd):
-    x, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, dw, db = torch.ops.fastlm.layer_norm_backward(dy, x, weight, mean, rstd, ctx.N, ctx.eps)
-    return dx, _like(dw, weight), _like(db, bias), None, None
-
-
-_layer_norm_op.register_autograd(_op_backward, setup_context=_op_setup)
-
-
 def _check_parameter(op: str, name: str, given: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     if given.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(given.shape)}, expected {shape} to match x")
@@ -215,43 +142,6 @@ def _check_parameter(op: str, name: str, given: Tensor, x: Tensor, shape: tuple[
         raise ValueError(f"{op}: {name} is on {given.device}, x is on {x.device}")
     if not given.is_floating_point():
         raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected a floating-point dtype")
-
-
-@torch.library.custom_op("fastlm::add_layer_norm", mutates_args=())
-def _add_layer_norm_op(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, z, mean, rstd) without dropout; x and residual share a dtype."""
-    x, residual, N = x.contiguous(), residual.contiguous(), x.shape[-1]
-    backend = choose("add_layer_norm", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
-    if backend in KERNELS:
-        y, z, mean, rstd = KERNELS[backend].layer_norm_fwd(x, residual, weight, bias, N, eps, out_dtype=residual.dtype)
-        return y, z, mean, rstd
-    y, z = add_layer_norm_ref(x, residual, weight, bias, eps, 0.0, 0)
-    rows = rows_of(z, N).to(_native.compute_dtype(z.dtype))
-    return y, z, row_means(rows).squeeze(-1), torch.rsqrt(rows.var(-1, correction=0) + eps)
-
-
-@_add_layer_norm_op.register_fake
-def _(x, residual, weight, bias, eps):
-    y, N = torch.empty_like(residual, memory_format=torch.contiguous_format), x.shape[-1]
-    statistics = x.new_empty(x.numel() // N if N else 0, dtype=_native.compute_dtype(residual.dtype))
-    return y, torch.empty_like(y), statistics, torch.empty_like(statistics)
-
-
-def _add_op_setup(ctx, inputs, output):
-    _, _, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(output[1], weight, bias, output[2], output[3])
-
-
-def _add_op_backward(ctx, dy, dz_in, dmean, drstd):
-    z, weight, bias, mean, rstd = ctx.saved_tensors
-    dz, dw, db = torch.ops.fastlm.layer_norm_backward(dy, z, weight, mean, rstd, z.shape[-1], ctx.eps)
-    dz = dz + dz_in
-    return dz, dz, _like(dw, weight), _like(db, bias), None
-
-
-_add_layer_norm_op.register_autograd(_add_op_backward, setup_context=_add_op_setup)
 
 
 def _usual(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -339,6 +229,27 @@ def _stored_by_kernels(stream: torch.dtype, out: torch.dtype) -> bool:
     return out == stream or (stream == torch.float32 and out in (torch.bfloat16, torch.float16))
 
 
+CPU = Backend("cpu", cpu_unsupported)
+TRITON = Backend("triton", triton_unsupported, proved=PROVED)
+CUDA = Backend("cuda", cuda_unsupported, proved=PROVED_CUDA)
+TORCH, REFERENCE = Backend("torch", always), Backend("reference", always)
+
+
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    x, parameters = draw(3, 5, 16), {"weight": draw(16), "bias": draw(16)}
+    return [
+        {"x": x, "normalized_shape": 16} | parameters,
+        {"x": x, "normalized_shape": (5, 16), "eps": 0.1},
+        {"x": x, "normalized_shape": 16, "out_dtype": torch.float16} | parameters,
+    ]
+
+
+@register(
+    reference=layer_norm_ref,
+    backends=(CPU, TRITON, CUDA, TORCH, REFERENCE),
+    differentiable=("x", "weight", "bias"),
+    draw=_draw,
+)
 def layer_norm(
     x: Tensor,
     normalized_shape: int | Sequence[int],
@@ -390,6 +301,22 @@ def layer_norm(
     return KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps, out_dtype=out_dtype, statistics=False)[0]
 
 
+def _add_draw(draw: Draw) -> list[dict[str, Any]]:
+    tensors = {"x": draw(3, 5, 16), "residual": draw(3, 5, 16)}
+    weight, bias = draw(16), draw(16)
+    return [
+        tensors,
+        tensors | {"weight": weight, "dropout_p": 0.3},
+        tensors | {"weight": weight, "bias": bias, "eps": 0.1, "out_dtype": torch.float16},
+    ]
+
+
+@register(
+    reference=add_layer_norm_ref,
+    backends=(CPU, TRITON, CUDA, REFERENCE),
+    differentiable=("x", "residual", "weight", "bias"),
+    draw=_add_draw,
+)
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,

@@ -8,12 +8,14 @@ hand (_products.py).
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported
 from . import _products
@@ -59,14 +61,6 @@ def _slower(request: Request) -> str | None:
     return None
 
 
-register(
-    "linear",
-    Backend("cpu", _unsupported, slower=_slower),
-    Backend("torch", always),
-    Backend("reference", always),
-)
-
-
 # The answers -> the request's features, made once: a tenth of a small call. `large`: ours leads, gradients included.
 _FEATURES = {
     asked: tuple(zip(("few_rows", "gradient", "large", "library_faster"), asked, strict=True))
@@ -107,6 +101,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"linear: x has dtype {x.dtype}, expected a floating-point dtype")
 
 
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    weight = draw(7, 24)
+    return [{"x": draw(3, 24), "weight": weight}, {"x": draw(5, 4, 24), "weight": weight, "bias": draw(7)}]
+
+
+@register(
+    reference=linear_ref,
+    backends=(Backend("cpu", _unsupported, slower=_slower), Backend("torch", always), Backend("reference", always)),
+    differentiable=("x", "weight", "bias"),
+    draw=_draw,
+    note="our kernels for 1 to 8 rows without gradients (fp32: 4 to 8 where MKL is fast) and for large products where "
+    "they lead; the rest is the library's",
+)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer, as `torch.nn.functional.linear`: x weight^T + bias.
 

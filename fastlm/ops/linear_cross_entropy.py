@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ._autograd import by_reference, reference_gradients
 from ._projection import Grads, Projection
 from .cross_entropy import (
     KERNELS,
     PROVED,
+    REDUCTIONS,
     Options,
     Scalar,
     check_class_weight,
@@ -44,15 +48,6 @@ def linear_cross_entropy_ref(
     logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     loss = cross_entropy_ref(logits, target, class_weight, ignore_index, reduction, label_smoothing)
     return loss.to(hidden.dtype)
-
-
-register(
-    "linear_cross_entropy",
-    Backend("cpu", cpu_conditions),
-    Backend("triton", triton_conditions, proved=PROVED),
-    Backend("torch", always),
-    Backend("reference", always),
-)
 
 
 def _scaled(grads: Grads, factor: Tensor) -> Grads:
@@ -285,6 +280,31 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    tensors = {"hidden": draw(7, 16), "weight": draw(11, 16), "target": draw.index(11, 7)}
+    ignored = draw.given([3, 0, 3, 10, 9, 3, 1], torch.int64)
+    more = {"bias": draw(11), "target": ignored, "ignore_index": 3, "label_smoothing": 0.1}
+    return [
+        tensors,
+        tensors | more | {"class_weight": draw(11).abs(), "reduction": "sum", "memory": 0.5},
+        tensors | {"reduction": "none"},
+        tensors | {"target": draw(7, 11).softmax(1)},
+    ]
+
+
+@register(
+    reference=linear_cross_entropy_ref,
+    backends=(
+        Backend("cpu", cpu_conditions),
+        Backend("triton", triton_conditions, proved=PROVED),
+        Backend("torch", always),
+        Backend("reference", always),
+    ),
+    differentiable=("hidden", "weight", "bias"),
+    draw=_draw,
+    choices={"reduction": REDUCTIONS},
+    note="never holds the logits",
+)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
 from ._autograd import by_reference, reference_gradients, rows_of, stored
@@ -58,23 +59,6 @@ def default_eps(dtype: torch.dtype) -> float:
     with torch.inference_mode():
         by_torch = F.rms_norm(torch.full((1,), 2.0**-7, dtype=dtype, device="cpu"), (1,))
     return torch.finfo(torch.float32).eps if by_torch.item() > 0.5 else own
-
-
-register(
-    "rms_norm",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
-    Backend("torch", always),
-    Backend("reference", always),
-)
-register(
-    "add_rms_norm",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("cuda", cuda_unsupported, proved=PROVED_CUDA),
-    Backend("reference", always),
-)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -166,6 +150,23 @@ def _by_torch(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: flo
     return F.rms_norm(x, shape, weight, eps).to(x.dtype)
 
 
+CPU = Backend("cpu", cpu_unsupported)
+TRITON = Backend("triton", triton_unsupported, proved=PROVED)
+CUDA = Backend("cuda", cuda_unsupported, proved=PROVED_CUDA)
+TORCH, REFERENCE = Backend("torch", always), Backend("reference", always)
+
+
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    x = draw(3, 5, 16)
+    return [{"x": x, "normalized_shape": 16, "weight": draw(16)}, {"x": x, "normalized_shape": (5, 16), "eps": 0.1}]
+
+
+@register(
+    reference=rms_norm_ref,
+    backends=(CPU, TRITON, CUDA, TORCH, REFERENCE),
+    differentiable=("x", "weight"),
+    draw=_draw,
+)
 def rms_norm(
     x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -207,6 +208,17 @@ def rms_norm(
     return KERNELS[backend].rms_norm_fwd(x, None, weight, N, eps, statistics=False)[0]
 
 
+def _add_draw(draw: Draw) -> list[dict[str, Any]]:
+    tensors = {"x": draw(3, 5, 16), "residual": draw(3, 5, 16)}
+    return [tensors, tensors | {"weight": draw(16), "eps": 0.1}]
+
+
+@register(
+    reference=add_rms_norm_ref,
+    backends=(CPU, TRITON, CUDA, REFERENCE),
+    differentiable=("x", "residual", "weight"),
+    draw=_add_draw,
+)
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
 from ._autograd import is_batch
@@ -27,16 +28,8 @@ def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     turned = x[..., : 2 * R].to(wide)
     x1, x2 = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :R], turned[..., R:])
     pair = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    y = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    y = torch.stack(pair, -1).reshape(turned.shape) if interleaved else torch.cat(pair, -1)
     return torch.cat((y.to(x.dtype), x[..., 2 * R :]), -1)
-
-
-register(
-    "rotary",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("reference", always),
-)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -81,6 +74,24 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError("rotary: cos or sin requires a gradient, which this op does not have; detach them")
 
 
+def _draw(draw: Draw) -> list[dict[str, Any]]:
+    x = draw(2, 4, 6, 11)
+    return [
+        {"x": x, "cos": draw(6, 4), "sin": draw(6, 4)},
+        {"x": x, "cos": draw(2, 6, 5), "sin": draw(2, 6, 5), "interleaved": True},
+    ]
+
+
+@register(
+    reference=rotary_ref,
+    backends=(
+        Backend("cpu", cpu_unsupported),
+        Backend("triton", triton_unsupported, proved=PROVED),
+        Backend("reference", always),
+    ),
+    differentiable=("x",),
+    draw=_draw,
+)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotary position embedding of queries or keys.
 

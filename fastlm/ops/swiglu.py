@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, register
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.registry import register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
 from ._autograd import by_reference, reference_gradients
@@ -21,14 +22,6 @@ def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
     """The definition, in fp32 or wider."""
     wide = gate.to(_native.compute_dtype(gate.dtype))
     return (wide * torch.sigmoid(wide) * up.to(wide.dtype)).to(gate.dtype)
-
-
-register(
-    "swiglu",
-    Backend("cpu", cpu_unsupported),
-    Backend("triton", triton_unsupported, proved=PROVED),
-    Backend("reference", always),
-)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -56,6 +49,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(M, x.shape[-1])
 
 
+@register(
+    reference=swiglu_ref,
+    backends=(
+        Backend("cpu", cpu_unsupported),
+        Backend("triton", triton_unsupported, proved=PROVED),
+        Backend("reference", always),
+    ),
+    differentiable=("gate", "up"),
+    draw=lambda draw: [{"gate": draw(3, 5, 16), "up": draw(3, 5, 16)}],
+)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Gated activation of a Transformer's feed-forward layer: silu(gate) * up.
 

@@ -1,8 +1,9 @@
-"""cross_entropy and linear_cross_entropy under `fastlm verify`."""
+"""cross_entropy under `fastlm verify`, and what it shares with linear_cross_entropy."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,10 @@ def _target(generator: random.Random, N: int, V: int, ignored: int, mean: bool) 
     return target
 
 
-def _draw(generator: random.Random, dtype: torch.dtype, exact: bool, linear: bool) -> Sample:
+Draw = Callable[[random.Random, torch.dtype, bool, int, int], Tensors]  # (..., rows, classes) -> what has gradients
+
+
+def draw_loss(generator: random.Random, dtype: torch.dtype, exact: bool, draw: Draw) -> Sample:
     reduction = generator.choice(("none", "sum") if exact else ("none", "sum", "mean", "mean"))
     empty = reduction != "mean" and generator.random() < 0.05
     N = 0 if empty else size(generator, 40)
@@ -40,43 +44,21 @@ def _draw(generator: random.Random, dtype: torch.dtype, exact: bool, linear: boo
     if reduction == "mean" and ignored >= 0:
         target[0] = (ignored + 1) % V
     weight = None if exact or generator.random() < 0.7 else (normal(generator, V).abs() + 0.1).to(dtype)
-    if linear:
-        tensors = _linear(generator, dtype, exact, N, V)
-        rows: tuple[str, ...] = ("hidden", "target")
-    else:
-        likeliest = integers(generator, 0, V - 1, N)
-        logits = F.one_hot(likeliest, V) * GAP if exact else normal(generator, N, V) * generator.choice((1, 4))
-        tensors, rows = {"input": logits.to(dtype)}, ("input", "target")
+    tensors = draw(generator, dtype, exact, N, V)
     differentiable = tuple(name for name, t in tensors.items() if t is not None)
-    tensors |= {"target": target, "class_weight": weight}
     # Where rows are summed into one number, a row alone is another call.
-    rows = rows if reduction == "none" else ()
+    rows = (next(iter(tensors)), "target") if reduction == "none" else ()
+    tensors |= {"target": target, "class_weight": weight}
     return Sample(dtype, settings, tensors, differentiable, generator.getrandbits(31), exact, rows)
 
 
-def _linear(generator: random.Random, dtype: torch.dtype, exact: bool, N: int, V: int) -> Tensors:
-    """hidden (N, K), weight (V, K), bias (V,) or None; the exact kind makes one logit GAP and the others 0."""
-    K = size(generator, 130)
-    if exact:
-        hidden = F.one_hot(integers(generator, 0, K - 1, N), K) * 32
-        weight = torch.zeros(V, K, dtype=torch.int64)
-        weight[integers(generator, 0, V - 1, K), torch.arange(K)] = 32
-        return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "bias": None}
-    bias = normal(generator, V).to(dtype) if generator.random() < 0.3 else None
-    return {
-        "hidden": normal(generator, N, K).to(dtype),
-        "weight": (normal(generator, V, K) * K**-0.5).to(dtype),
-        "bias": bias,
-    }
+def _logits_alone(generator: random.Random, dtype: torch.dtype, exact: bool, N: int, V: int) -> Tensors:
+    likeliest = integers(generator, 0, V - 1, N)
+    logits = F.one_hot(likeliest, V) * GAP if exact else normal(generator, N, V) * generator.choice((1, 4))
+    return {"input": logits.to(dtype)}
 
 
 def _call(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
-    if "hidden" in t:
-        return (
-            fastlm.linear_cross_entropy(
-                t["hidden"], t["weight"], t["target"], t["bias"], class_weight=t["class_weight"], **sample.settings
-            ),
-        )
     return (fastlm.cross_entropy(t["input"], t["target"], t["class_weight"], **sample.settings),)
 
 
@@ -84,11 +66,11 @@ def _logits(t: Tensors) -> Tensor:
     return F.linear(t["hidden"], t["weight"], t["bias"]) if "hidden" in t else t["input"]
 
 
-def _stock(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
+def stock(t: Tensors, sample: Sample) -> tuple[Tensor, ...]:
     return (F.cross_entropy(_logits(t), t["target"], t["class_weight"], **sample.settings),)
 
 
-def _rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str, Rounding]:
+def rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str, Rounding]:
     """Logits may be rounded before the softmax, and their gradients before the products with them."""
     with torch.no_grad():
         logits = _logits(t)
@@ -114,7 +96,4 @@ def _rounding(sample: Sample, t: Tensors, grads: tuple[Tensor, ...]) -> dict[str
     }
 
 
-CROSS_ENTROPY = Spec("cross_entropy", lambda g, d, e: _draw(g, d, e, False), _call, _stock, None, _rounding)
-LINEAR_CROSS_ENTROPY = Spec(
-    "linear_cross_entropy", lambda g, d, e: _draw(g, d, e, True), _call, _stock, None, _rounding, invariant=False
-)
+CROSS_ENTROPY = Spec("cross_entropy", lambda g, d, e: draw_loss(g, d, e, _logits_alone), _call, stock, None, rounding)

@@ -13,38 +13,13 @@ import torch
 
 import fastlm
 from fastlm._core import dispatch as _dispatch
+from fastlm._core import registry
 
 from ..errors import BackendError, ConfigError
-from .attention import ATTENTION
-from .attention_varlen import ATTENTION_VARLEN
 from .checks import Errors, check, device_of, threads
-from .cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
-from .gelu import BIAS_GELU, GELU
-from .layer_norm import ADD_LAYER_NORM, LAYER_NORM
-from .linear import LINEAR
 from .op import FLOATS, Sample, Spec
-from .rms_norm import ADD_RMS_NORM, RMS_NORM
-from .rotary import ROTARY
-from .swiglu import SWIGLU
 
-SPECS = {
-    spec.name: spec
-    for spec in (
-        LAYER_NORM,
-        ADD_LAYER_NORM,
-        RMS_NORM,
-        ADD_RMS_NORM,
-        GELU,
-        BIAS_GELU,
-        SWIGLU,
-        ROTARY,
-        ATTENTION,
-        ATTENTION_VARLEN,
-        CROSS_ENTROPY,
-        LINEAR,
-        LINEAR_CROSS_ENTROPY,
-    )
-}
+SPECS: dict[str, Spec] = {spec.name: spec for spec in registry.found(__package__, Spec)}
 BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 FOREIGN = ("torch",)  # backends whose kernels are somebody else's
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastlm.nn as ours
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
-from ops.test_batched_gradients import OPS, flat
+from samples import CASES
 
 SIZES = {"vocab_size": 31, "context_length": 8, "n_head": 2, "n_embd": 16}
 MODELS = {
@@ -26,31 +26,25 @@ LAYERS = {
 }
 
 
-def op_and_leaves(name):
-    op, *tensors = OPS[name]
-    return op, [t.clone().requires_grad_() for t in tensors]
-
-
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_fake_mode_gives_the_shapes_for_tensors_with_numbers(name):
-    op, tensors = op_and_leaves(name)
-    expected = flat(op(*tensors))
+    case, (leaves, others) = CASES[name], CASES[name].leaves()
+    expected = case.run(leaves, others)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        found = flat(op(*tensors))
+        found = case.run(leaves, others)
     assert all(type(y) is FakeTensor for y in found)
-    assert [y.shape for y in found] == [y.shape for y in expected]
+    assert [(y.shape, y.dtype) for y in found] == [(y.shape, y.dtype) for y in expected]
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if name not in ("rotary", "attention_varlen")])
-def test_meta_tensors_give_the_shapes(name, monkeypatch):
-    op, tensors = op_and_leaves(name)
-    expected = flat(op(*tensors))
-    target = OPS["cross_entropy"][0].__globals__["TARGET"]
-    monkeypatch.setitem(OPS["cross_entropy"][0].__globals__, "TARGET", target.to("meta"))
-    found = flat(op(*(t.detach().to("meta").requires_grad_() for t in tensors)))
+@pytest.mark.parametrize("name", CASES)
+def test_meta_tensors_give_the_shapes(name):
+    case, (leaves, others) = CASES[name], CASES[name].leaves("meta")
+    expected = case.run(*case.leaves())
+    found = case.run(leaves, others)
     assert all(y.is_meta for y in found)
-    assert [y.shape for y in found] == [y.shape for y in expected]
+    assert [(y.shape, y.dtype) for y in found] == [(y.shape, y.dtype) for y in expected]
     sum(y.sum() for y in found).backward()
+    assert all(t.grad.is_meta for t in leaves.values())
 
 
 @pytest.mark.parametrize("train", [True, False])

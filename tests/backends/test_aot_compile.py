@@ -49,7 +49,8 @@ ALL = pytest.param("all", marks=pytest.mark.gpu_code)
 @pytest.fixture(scope="module", params=["one", ALL])
 def compiled(request, tmp_path_factory):
     """Resources of what was compiled, kept by the hash of the kernels and of the compiler."""
-    sources = [AOT, *sorted(Path(attention.__file__).parent.rglob("*.py"))]
+    folders = Path(attention.__file__).parent, AOT.parent / "launches"
+    sources = [AOT, *(path for folder in folders for path in sorted(folder.rglob("*.py")))]
     versions = (sys.version, triton.__version__, torch.__version__)
     with build.locked(folder := build.cache_folder(), "triton"):
         kept = folder / f"triton-{request.param}-{build.digest(*versions, *(p.read_bytes() for p in sources))}.json"

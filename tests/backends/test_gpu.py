@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import fastlm
+from fastlm._core import registry
 from fastlm.backends import cuda as _native_cuda
 from fastlm.errors import BackendError
+from samples import CASES as SAMPLES
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -82,8 +84,38 @@ CASES = {
 
 
 DROPOUT = "attention, bias, dropout"
-ON_CUDA = [name for name in CASES if name.startswith(("attention", "layer", "add", "rms", "gelu", "bias"))]
-PARAMS = [("triton", name) for name in CASES] + [("cuda", name) for name in ON_CUDA]
+OF = {"attention": "scaled_dot_product_attention"}  # cases that are not named after their op
+
+
+def _sample(case):
+    """An op's sample on the GPU, its dropout's mask the same in every run."""
+    leaves, others = case.leaves("cuda", torch.bfloat16)
+
+    def run(*tensors):
+        torch.default_generator.manual_seed(3)
+        return tuple(case.run(dict(zip(leaves, tensors, strict=True)), others))
+
+    return run, list(leaves.values())
+
+
+def _served(case, backend):
+    """Whether the backend takes the sample, on any GPU that it takes at all."""
+    if case.op.backend(backend) is None or not case.keeps_inputs:
+        return False
+    with fastlm.backend(backend):
+        reason = fastlm.explain(case.op.function, **case.arguments("cuda", torch.bfloat16)).reasons[backend]
+    return reason == "selected" or (backend == "cuda" and _native_cuda.missing_reason is not None)
+
+
+PARAMS = [
+    (backend, name)
+    for backend in ("triton", "cuda")
+    for name in CASES
+    if registry.get(OF.get(op := name.partition(",")[0], op)).backend(backend)
+]
+PARAMS += [(b, f"sample of {name}") for b in ("triton", "cuda") for name, case in SAMPLES.items() if _served(case, b)]
+DROPPED = {DROPOUT, *(f"sample of {name}" for name, case in SAMPLES.items() if "dropout_p" in case.arguments("meta"))}
+CASES |= {f"sample of {name}": (lambda case=case: _sample(case)) for name, case in SAMPLES.items()}
 
 
 @pytest.fixture(params=PARAMS, ids=" ".join, autouse=True)
@@ -166,14 +198,16 @@ def test_cuda_graph(case, request):
             _step(function, inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    if request.node.callspec.params["case"] == ("triton", DROPOUT):
+    backend, name = request.node.callspec.params["case"]
+    if backend == "triton" and name in DROPPED:
         with pytest.raises(BackendError, match="a CUDA graph would repeat one mask"), torch.cuda.graph(graph):
             _step(function, inputs)
         return
     with torch.cuda.graph(graph):
         captured = _step(function, inputs)
-    if DROPOUT in request.node.name:
+    if name == DROPOUT:
         _check_masks(graph, captured, inputs[2])
+    if name in DROPPED:  # each replay drops others
         return
     with torch.no_grad():
         for t in inputs:

@@ -11,59 +11,30 @@ from torch import nn
 import fastlm
 import fastlm.nn as ours
 from fastlm.ops import _products
+from samples import CASES
 
 torch.manual_seed(0)
 B, T, C = 3, 5, 16
 X = torch.randn(B, T, C)
 ROWS, TARGET = torch.randn(7, C), torch.randint(0, 11, (7,))
-OFFSETS = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
-Q = torch.randn(2, 4, 6, 8)
-COS, SIN = torch.randn(2, 6, 3)
 TABLE = torch.randn(11, C)
-# Each a function of the tensors that follow, whose gradients are wanted.
-OPS = {
-    "layer_norm": (lambda x, w, b: fastlm.layer_norm(x, C, w, b), X, X[0, 0], X[0, 1]),
-    "add_layer_norm": (lambda x, r, w: fastlm.add_layer_norm(x, r, w, dropout_p=0.3), X, X.flip(0), X[0, 0]),
-    "rms_norm": (lambda x, w: fastlm.rms_norm(x, C, w), X, X[0, 0]),
-    "add_rms_norm": (lambda x, r, w: fastlm.add_rms_norm(x, r, w), X, X.flip(0), X[0, 0]),
-    "gelu": (fastlm.gelu, X),
-    "bias_gelu": (lambda x, b: fastlm.bias_gelu(x, b, "tanh", 0.3), X, X[0, 0]),
-    "swiglu": (fastlm.swiglu, X, X.flip(0)),
-    "rotary": (lambda x: fastlm.rotary(x, COS, SIN), Q),
-    "attention": (
-        lambda q, k, v, mask: fastlm.scaled_dot_product_attention(
-            q, k, v, mask, 0.3, enable_gqa=True, window=(3, None), return_lse=True
-        ),
-        Q, Q[:, :2] * 0.5, Q[:, 2:], torch.randn(6, 6),
-    ),
-    "attention_varlen": (
-        lambda q, k: fastlm.attention_varlen(q, k, k, OFFSETS, is_causal=True), ROWS.view(7, 2, 8), ROWS.view(7, 2, 8),
-    ),
-    "cross_entropy": (lambda x: fastlm.cross_entropy(x, TARGET.clamp(max=10), label_smoothing=0.1), ROWS),
-    "cross_entropy_none": (lambda x: fastlm.cross_entropy(x, TARGET, reduction="none"), ROWS),
-    "linear_cross_entropy": (lambda x, w: fastlm.linear_cross_entropy(x, w, TARGET), ROWS, TABLE),
-}  # fmt: skip
+OPS = [name for name, case in CASES.items() if case.keeps_inputs]
 
 
 def leaves(*tensors):
     return [t.clone().requires_grad_() for t in tensors]
 
 
-def flat(outputs):
-    return list(outputs) if isinstance(outputs, tuple) else [outputs]
-
-
 def draw(outputs, size=4):
     """Gradients for the outputs, of the shapes alone."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(size, *out.shape, generator=generator) for out in outputs]
+    return [torch.randn(size, *out.shape, generator=generator).to(out.dtype) for out in outputs]
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_batch_equals_one_at_a_time(name):
-    op, *tensors = OPS[name]
-    inputs = leaves(*tensors)
-    outputs = flat(op(*inputs))
+    named, others = CASES[name].leaves()
+    inputs, outputs = list(named.values()), CASES[name].run(named, others)
     gradients = draw(outputs)
     # Kernels make each of these, one after the other.
     each = [torch.autograd.grad(outputs, inputs, [g[i] for g in gradients], retain_graph=True) for i in range(4)]

@@ -15,8 +15,10 @@ from torch import Tensor
 
 import fastlm
 from fastlm._core import dispatch as _dispatch
+from fastlm._core import registry
 from fastlm.ops.rotary import rotary_ref
 from fastlm.verify.guards import MARGIN, Guards, guarded_allocations
+from samples import CASES
 
 Tensors = dict[str, Tensor]
 
@@ -209,8 +211,36 @@ OPS = {
 }  # fmt: skip
 
 
+def _by_samples(op: registry.Op, sample: dict) -> Op:
+    """An op without a line above: a letter for each extent of a sample's tensors, and the reference to compare with."""
+    leaves, others = op.split(sample)
+    letters = {n: chr(ord("A") + i) for i, n in enumerate(sorted({n for t in leaves.values() for n in t.shape}))}
+    shapes = {name: "".join(letters[n] for n in t.shape) for name, t in leaves.items()}
+    call = _seeded(lambda t: op.function(**t, **others))
+    return Op(op.name, shapes, {letter: n for n, letter in letters.items()}, call, _by_reference(call))
+
+
+WRITTEN = {op.name for op in OPS.values()}
+OPS |= {
+    name: _by_samples(case.op, case.arguments())
+    for name, case in CASES.items()
+    if case.op.name not in WRITTEN and set(case.op.tensors) <= set(case.op.differentiable)
+}
+
+
 def test_every_op_is_here():
+    """One of whose tensors some are indices or the like is not made by its samples."""
     assert {op.name for op in OPS.values()} == set(_dispatch.ops())
+
+
+@pytest.mark.parametrize("name", ["gelu 1", "add_layer_norm 1", "swiglu"])
+def test_an_op_without_a_line_is_made_of_its_samples(name):
+    case = CASES[name]
+    op = _by_samples(case.op, case.arguments())
+    tensors = {n: torch.randn([op.extents[d] for d in dims]) for n, dims in op.shapes.items()}
+    assert [t.shape for t in tensors.values()] == [t.shape for t in case.leaves()[0].values()]
+    for ours, expected in zip(_run(op.call, tensors), _run(op.stock, tensors), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def _serves(op: Op, backend: str) -> bool:

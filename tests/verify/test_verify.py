@@ -185,7 +185,7 @@ def test_command_line(capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "softmax"], "op is 'softmax', expected one of layer_norm, add_layer_norm, "),
+        (["--op", "softmax"], "op is 'softmax', expected one of scaled_dot_product_attention, attention_varlen, "),
         (["--backend", "metal"], "backend is 'metal', expected one of cpu, triton, cuda, torch, reference"),
         (["--seconds", "0"], "seconds is 0.0, expected a number above 0"),
         (["--samples", "0"], "samples is 0, expected at least 1"),
