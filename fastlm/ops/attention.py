@@ -40,7 +40,7 @@ from ._attention_inputs import (
     unit_stride,
 )
 from ._attention_reference import Options, attention_backward_ref, attention_ref
-from ._autograd import by_reference, reference_gradients
+from ._autograd import by_kernels, operator
 from ._thresholds import SHORT_DECODE
 
 KERNELS: dict[str, Any] = {
@@ -129,20 +129,16 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @by_kernels(attention_ref, tensors=4)
     def backward(ctx, dout, dlse):
         q, k, v, mask, out, lse, rest = ctx.saved_tensors
-        need = ctx.needs_input_grad[:4]
-        if by_reference(dout, dlse):
-            grads = reference_gradients(
-                lambda *inputs: attention_ref(*inputs, *ctx.options), (q, k, v, mask), need, (dout, dlse)
-            )
-            return *grads, None, None
+        need = ctx.needs_input_grad
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         dq, dk, dv, dmask = KERNELS[ctx.backend].attention_bwd(
             dout, None if dlse is None else dlse.contiguous(), q, k, v, mask, out, lse, *ctx.options,
             inputs=any(need[:3]), mask_grad=need[3], rest=rest,
         )  # fmt: skip
-        return dq, dk, dv, None if dmask is None else dmask.to(mask.dtype), None, None
+        return dq, dk, dv, None if dmask is None else dmask.to(mask.dtype)
 
 
 # Under torch.compile attention is one operator.
@@ -161,7 +157,23 @@ def _op_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: O
     return backend if backend in KERNELS else "reference"
 
 
-@torch.library.custom_op("fastlm::attention", mutates_args=())
+def _op_fake(q, k, v, mask, *given):
+    B, H, T, _ = q.shape
+    out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(B, H, T, dtype=_native.compute_dtype(q.dtype))
+
+
+def _op_gradients(ctx, dout, dlse):
+    q, k, v, mask, seed, out, lse = ctx.saved_tensors
+    mask_grad = ctx.needs_input_grad[3]
+    dout = torch.zeros_like(out) if dout is None else dout
+    *grads, dmask = torch.ops.fastlm.attention_backward(
+        dout, dlse, q, k, v, mask, seed, out, lse, *ctx.options, mask_grad
+    )
+    return *grads, dmask if mask_grad else None
+
+
+@operator("attention", _op_fake, _op_gradients)
 def _attention_op(
     q: Tensor,
     k: Tensor,
@@ -185,14 +197,12 @@ def _attention_op(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-@_attention_op.register_fake
-def _(q, k, v, mask, *given):
-    B, H, T, _ = q.shape
-    out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(B, H, T, dtype=_native.compute_dtype(q.dtype))
+def _backward_fake(dout, dlse, q, k, v, mask, *given):
+    dmask = mask.new_empty(mask.shape) if given[-1] else q.new_empty(0)
+    return *(_native.heads_like(unit_stride(x)) for x in (q, k, v)), dmask
 
 
-@torch.library.custom_op("fastlm::attention_backward", mutates_args=())
+@operator("attention_backward", _backward_fake)
 def _attention_backward_op(
     dout: Tensor,
     dlse: Tensor | None,
@@ -225,31 +235,6 @@ def _attention_backward_op(
     else:
         dq, dk, dv, dmask = attention_backward_ref(dout, dlse, q, k, v, mask, options, mask_grad)
     return dq, dk, dv, q.new_empty(0) if mask is None or dmask is None else dmask.to(mask.dtype)
-
-
-@_attention_backward_op.register_fake
-def _(dout, dlse, q, k, v, mask, *given):
-    dmask = mask.new_empty(mask.shape) if given[-1] else q.new_empty(0)
-    return *(_native.heads_like(unit_stride(x)) for x in (q, k, v)), dmask
-
-
-def _op_setup(ctx, inputs, output):
-    q, k, v, mask, seed, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, mask, seed, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _op_backward(ctx, dout, dlse):
-    q, k, v, mask, seed, out, lse = ctx.saved_tensors
-    mask_grad = ctx.needs_input_grad[3]
-    dout = torch.zeros_like(out) if dout is None else dout
-    *grads, dmask = torch.ops.fastlm.attention_backward(
-        dout, dlse, q, k, v, mask, seed, out, lse, *ctx.options, mask_grad
-    )
-    return *grads, dmask if mask_grad else None, *[None] * 7
-
-
-_attention_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
 def _request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, lse: bool) -> Request:

@@ -33,7 +33,7 @@ from ._attention_inputs import (
     unit_stride,
 )
 from ._attention_reference import Options, attention_varlen_backward_ref, attention_varlen_ref
-from ._autograd import by_reference, reference_gradients
+from ._autograd import by_kernels, operator
 from .attention import (
     PROVED,
     PROVED_CUDA,
@@ -61,18 +61,12 @@ class _AttentionVarlen(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @by_kernels(attention_varlen_ref, tensors=5)
     def backward(ctx, dout, dlse):
         q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
-        if by_reference(dout, dlse):
-            grads = reference_gradients(
-                lambda *inputs: attention_varlen_ref(*inputs, cu_q, cu_k, *ctx.options),
-                (q, k, v), ctx.needs_input_grad[:3], (dout, dlse),
-            )  # fmt: skip
-            return *grads, None, None, None, None
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         dlse = None if dlse is None else dlse.contiguous()
-        grads = KERNELS[ctx.backend].attention_varlen_bwd(dout, dlse, q, k, v, cu_q, cu_k, out, lse, *ctx.options)
-        return *grads, None, None, None, None
+        return KERNELS[ctx.backend].attention_varlen_bwd(dout, dlse, q, k, v, cu_q, cu_k, out, lse, *ctx.options)
 
 
 # Under torch.compile it is one operator.
@@ -83,7 +77,18 @@ def _op_backend(q: Tensor, v: Tensor, options: Options) -> str:
     return backend if backend in KERNELS else "reference"
 
 
-@torch.library.custom_op("fastlm::attention_varlen", mutates_args=())
+def _op_fake(q, k, v, *given):
+    tokens, H, _ = q.shape
+    return q.new_empty(tokens, H, v.shape[2]), q.new_empty(H, tokens, dtype=_native.compute_dtype(q.dtype))
+
+
+def _op_gradients(ctx, dout, dlse):
+    *tensors, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    return torch.ops.fastlm.attention_varlen_backward(dout, dlse, *tensors, out, lse, *ctx.options)
+
+
+@operator(_NAME, _op_fake, _op_gradients)
 def _varlen_op(
     q: Tensor,
     k: Tensor,
@@ -109,13 +114,11 @@ def _varlen_op(
     return attention_varlen_ref(q, k, v, cu_q, cu_k, *options)
 
 
-@_varlen_op.register_fake
-def _(q, k, v, *given):
-    tokens, H, _ = q.shape
-    return q.new_empty(tokens, H, v.shape[2]), q.new_empty(H, tokens, dtype=_native.compute_dtype(q.dtype))
+def _backward_fake(dout, dlse, q, k, v, *given):
+    return tuple(_native.heads_like(unit_stride(x)) for x in (q, k, v))
 
 
-@torch.library.custom_op("fastlm::attention_varlen_backward", mutates_args=())
+@operator("attention_varlen_backward", _backward_fake)
 def _varlen_backward_op(
     dout: Tensor,
     dlse: Tensor | None,
@@ -143,27 +146,6 @@ def _varlen_backward_op(
     if backend in KERNELS:
         return KERNELS[backend].attention_varlen_bwd(dout, dlse, q, k, v, cu_q, cu_k, out, lse, *options)
     return attention_varlen_backward_ref(dout, dlse, q, k, v, cu_q, cu_k, options)
-
-
-@_varlen_backward_op.register_fake
-def _(dout, dlse, q, k, v, *given):
-    return tuple(_native.heads_like(unit_stride(x)) for x in (q, k, v))
-
-
-def _op_setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, seed, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, cu_q, cu_k, seed, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _op_backward(ctx, dout, dlse):
-    q, k, v, cu_q, cu_k, seed, out, lse = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.fastlm.attention_varlen_backward(dout, dlse, q, k, v, cu_q, cu_k, seed, out, lse, *ctx.options)
-    return *grads, *[None] * 9
-
-
-_varlen_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
 def _request(q: Tensor, v: Tensor, options: Options, lse: bool) -> Request:

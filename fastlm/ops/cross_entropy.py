@@ -27,7 +27,7 @@ from .._core.dispatch import (
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients
+from ._autograd import by_kernels, operator
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.cross_entropy")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
@@ -166,16 +166,9 @@ class _CrossEntropy(torch.autograd.Function):
         return reduced(loss, count, options)
 
     @staticmethod
+    @by_kernels(lambda *given: cross_entropy_ref(*given[:-1]).to(given[-1]), tensors=3)
     def backward(ctx, grad):
         x, target, weight, stats = ctx.saved_tensors
-        if by_reference(grad):
-            dx, _ = reference_gradients(
-                lambda x, t: cross_entropy_ref(x, t, weight, *ctx.options[:3]).to(ctx.options.dtype),
-                (x, target),
-                (True, False),
-                (grad,),
-            )
-            return dx, None, None, None, None, None
         out, ctx.dx = ctx.dx, None  # handed out once: what a second backward pass returns is another tensor
         unless = {}
         if ctx.options.reduction == "none":
@@ -188,7 +181,7 @@ class _CrossEntropy(torch.autograd.Function):
             if math.isfinite(value):
                 _expected[0] = value
             if out is not None and value == ctx.guess:
-                return out, None, None, None, None, None
+                return (out,)
             scale = row_scale(value, ctx.count, ctx.options)
         if ctx.inplace:
             out = x.detach()
@@ -197,10 +190,20 @@ class _CrossEntropy(torch.autograd.Function):
         )
         if ctx.inplace:
             torch.autograd.graph.increment_version(x)  # whoever else saved the logits is told that they are gone
-        return dx, None, None, None, None, None
+        return (dx,)
 
 
-@torch.library.custom_op("fastlm::cross_entropy", mutates_args=())
+def _op_fake(x, target, weight, ignore_index, reduction, label_smoothing, dtype):
+    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=dtype)
+    return loss, x.new_empty(x.shape[0], 3, dtype=_native.compute_dtype(x.dtype))
+
+
+def _op_gradients(ctx, grad, _):
+    *options, _ = ctx.options
+    return (torch.ops.fastlm.cross_entropy_backward(grad, *ctx.saved_tensors, *options),)
+
+
+@operator("cross_entropy", _op_fake, _op_gradients, saved=lambda tensors, outputs, _: (*tensors, outputs[1]))
 def _cross_entropy_op(
     x: Tensor,
     target: Tensor,
@@ -221,13 +224,11 @@ def _cross_entropy_op(
     return loss.to(dtype, copy=True), x.new_zeros(x.shape[0], 3, dtype=_native.compute_dtype(x.dtype))
 
 
-@_cross_entropy_op.register_fake
-def _(x, target, weight, ignore_index, reduction, label_smoothing, dtype):
-    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=dtype)
-    return loss, x.new_empty(x.shape[0], 3, dtype=_native.compute_dtype(x.dtype))
+def _backward_fake(grad, x, target, weight, stats, ignore_index, reduction, label_smoothing):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastlm::cross_entropy_backward", mutates_args=())
+@operator("cross_entropy_backward", _backward_fake)
 def _cross_entropy_backward_op(
     grad: Tensor,
     x: Tensor,
@@ -251,24 +252,6 @@ def _cross_entropy_backward_op(
         return KERNELS[backend].cross_entropy_bwd(x, target, weight, stats, scale, ignore_index, label_smoothing)
     dx = cross_entropy_grad_ref(x, target, weight, ignore_index, reduction, label_smoothing, grad)
     return dx.to(x.dtype)
-
-
-@_cross_entropy_backward_op.register_fake
-def _(grad, x, target, weight, stats, ignore_index, reduction, label_smoothing):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _op_setup(ctx, inputs, output):
-    x, target, weight, *ctx.options, _ = inputs
-    ctx.save_for_backward(x, target, weight, output[1])
-
-
-def _op_backward(ctx, grad, _):
-    dx = torch.ops.fastlm.cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return dx, None, None, None, None, None, None
-
-
-_cross_entropy_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
 def check_options(op: str, reduction: str, label_smoothing: float) -> None:

@@ -18,7 +18,7 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients, rows_of, stored
+from ._autograd import by_kernels, rows_of, stored
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -76,63 +76,52 @@ def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return grad if grad.shape == parameter.shape else grad.reshape(parameter.shape)
 
 
+def _as(out_dtype: torch.dtype, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    return y.to(out_dtype), *rest
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, N, eps, out_dtype, backend):
         y, _, mean, rstd = KERNELS[backend].layer_norm_fwd(x, None, weight, bias, N, eps, out_dtype=out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.N, ctx.eps, ctx.out_dtype, ctx.backend = N, eps, out_dtype, backend
+        ctx.options, ctx.backend = (N, eps, out_dtype), backend
         return y
 
     @staticmethod
+    @by_kernels(lambda *given: layer_norm_ref(*given[:-1]).to(given[-1]), tensors=3)
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad
-        if by_reference(dy):
-            grads = reference_gradients(
-                lambda x, w, b: layer_norm_ref(x, w, b, ctx.N, ctx.eps).to(ctx.out_dtype),
-                (x, weight, bias),
-                need[:3],
-                (dy,),
-            )
-            return *grads, None, None, None, None
         _, dx, dw, db = KERNELS[ctx.backend].layer_norm_bwd(
-            dy.contiguous(), x, weight, mean, rstd, ctx.N, weight_grads=need[1] or need[2]
+            dy.contiguous(), x, weight, mean, rstd, ctx.options[0], weight_grads=need[1] or need[2]
         )
-        return dx, _like(dw, weight), _like(db, bias), None, None, None, None
+        return dx, _like(dw, weight), _like(db, bias)
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, out_dtype, backend):
-        N = x.shape[-1]
         y, z, mean, rstd = KERNELS[backend].layer_norm_fwd(
-            x, residual, weight, bias, N, eps, dropout_p, seed, out_dtype=out_dtype
+            x, residual, weight, bias, x.shape[-1], eps, dropout_p, seed, out_dtype=out_dtype
         )
         ctx.save_for_backward(x, residual, weight, bias, z, mean, rstd)
-        ctx.options = N, eps, dropout_p, seed, out_dtype, backend
+        ctx.options, ctx.backend = (eps, dropout_p, seed, out_dtype), backend
         ctx.set_materialize_grads(False)
         return y, z
 
     @staticmethod
+    @by_kernels(lambda *given: _as(given[-1], *add_layer_norm_ref(*given[:-1])), tensors=4)
     def backward(ctx, dy, dz_in):
-        x, residual, weight, bias, z, mean, rstd = ctx.saved_tensors
-        N, eps, dropout_p, seed, out_dtype, backend = ctx.options
+        x, _, weight, bias, z, mean, rstd = ctx.saved_tensors
+        _, dropout_p, seed, out_dtype = ctx.options
         need = ctx.needs_input_grad
-
-        def reference(x, residual, weight, bias):
-            y, z = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
-            return y.to(out_dtype), z
-
-        if by_reference(dy, dz_in):
-            grads = reference_gradients(reference, (x, residual, weight, bias), need[:4], (dy, dz_in))
-            return *grads, None, None, None, None, None
         dy = torch.zeros_like(z, dtype=out_dtype) if dy is None else dy.contiguous()
-        dz, dx, dw, db = KERNELS[backend].layer_norm_bwd(
-            dy, z, weight, mean, rstd, N,
+        dz, dx, dw, db = KERNELS[ctx.backend].layer_norm_bwd(
+            dy, z, weight, mean, rstd, x.shape[-1],
             None if dz_in is None else dz_in.contiguous(), dropout_p, seed, x.dtype, need[2] or need[3],
         )  # fmt: skip
-        return dx, dz, _like(dw, weight), _like(db, bias), None, None, None, None, None
+        return dx, dz, _like(dw, weight), _like(db, bias)
 
 
 def _check_parameter(op: str, name: str, given: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
-from ._autograd import by_reference, reference_gradients
+from ._autograd import by_kernels, operator
 from ._projection import Grads, Projection
 from .cross_entropy import (
     KERNELS,
@@ -50,6 +50,12 @@ def linear_cross_entropy_ref(
     return loss.to(hidden.dtype)
 
 
+def _loss_ref(hidden, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing, dtype) -> Tensor:
+    """The same as the autograd class takes it."""
+    options = ignore_index, reduction, label_smoothing
+    return linear_cross_entropy_ref(hidden, weight, target, bias, *options, class_weight).to(dtype)
+
+
 def _scaled(grads: Grads, factor: Tensor) -> Grads:
     """The gradients times the scalar that the loss received, in place."""
     if factor.device.type == "cpu" and factor.item() == 1:
@@ -77,32 +83,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return reduced(loss, projection.count, options)
 
     @staticmethod
+    @by_kernels(_loss_ref, tensors=5)
     def backward(ctx, grad):
-        hidden, weight, bias, target, class_weight, stats = ctx.saved_tensors
-        options, need, rest = ctx.options, ctx.needs_input_grad[:3], (None,) * 5
-        if by_reference(grad):
-
-            def reference(hidden, weight, bias):
-                loss = linear_cross_entropy_ref(
-                    hidden,
-                    weight,
-                    target,
-                    bias,
-                    options.ignore_index,
-                    options.reduction,
-                    options.label_smoothing,
-                    class_weight,
-                )
-                return loss.to(options.dtype)
-
-            return *reference_gradients(reference, (hidden, weight, bias), need, (grad,)), *rest
+        *tensors, stats = ctx.saved_tensors
+        hidden, options = tensors[0], ctx.options
         grads, ctx.grads = ctx.grads, None  # handed out once, since they are scaled in place
         if grads is not None and (hidden.dtype != torch.float16 or grad.item() == 1):
-            return *_scaled(grads, grad), *rest
+            return tuple(_scaled(grads, grad))
         del grads
-        tensors = (hidden, weight, bias, target, class_weight)
-        projection = Projection(KERNELS[ctx.backend], tensors, options, ctx.memory)
-        return *projection.gradients(stats, _scale(grad, stats, projection.count, options), need), *rest
+        projection = Projection(KERNELS[ctx.backend], tuple(tensors), options, ctx.memory)
+        scale = _scale(grad, stats, projection.count, options)
+        return tuple(projection.gradients(stats, scale, ctx.needs_input_grad[:3]))
 
 
 def _scale(grad: Tensor, stats: Tensor, count: Scalar, options: Options) -> Scalar:
@@ -120,7 +111,38 @@ def _or_empty(grads: Grads, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, bias
 
 
-@torch.library.custom_op("fastlm::linear_cross_entropy", mutates_args=())
+def _op_fake(hidden, weight, bias, target, class_weight, ignore_index, reduction, smoothing, dtype, memory, wanted):
+    each = reduction == "none"
+    loss = hidden.new_empty(hidden.shape[:1] if each else (), dtype=dtype)
+    stats = hidden.new_empty(hidden.shape[0], 3, dtype=_native.compute_dtype(hidden.dtype))
+    inputs = (hidden, weight, bias)
+    made = Grads(
+        *(
+            t.new_empty(t.shape) if want and t is not None and not each else None
+            for t, want in zip(inputs, wanted, strict=True)
+        )
+    )
+    return loss, stats, *_or_empty(made, hidden)
+
+
+def _op_saved(tensors, outputs, options):
+    """For a reduced loss the gradients that were made with it."""
+    _, stats, *grads = outputs
+    return (*tensors, stats) if options[1] == "none" else grads
+
+
+def _op_gradients(ctx, grad, *_):
+    ignore_index, reduction, label_smoothing, _, memory, wanted = ctx.options
+    if reduction == "none":
+        grads = torch.ops.fastlm.linear_cross_entropy_backward(
+            grad, *ctx.saved_tensors, ignore_index, label_smoothing, memory, wanted
+        )
+    else:
+        grads = tuple(g * grad.to(g.dtype) for g in ctx.saved_tensors)
+    return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
+
+
+@operator("linear_cross_entropy", _op_fake, _op_gradients, _op_saved)
 def _linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
@@ -170,22 +192,13 @@ def _op_by_reference(hidden, weight, bias, target, class_weight, options: Option
     return loss.to(options.dtype, copy=True), stats, *_or_empty(grads, hidden)
 
 
-@_linear_cross_entropy_op.register_fake
-def _(hidden, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing, dtype, memory, wanted):
-    each = reduction == "none"
-    loss = hidden.new_empty(hidden.shape[:1] if each else (), dtype=dtype)
-    stats = hidden.new_empty(hidden.shape[0], 3, dtype=_native.compute_dtype(hidden.dtype))
+def _backward_fake(grad, hidden, weight, bias, *given):
     inputs = (hidden, weight, bias)
-    made = Grads(
-        *(
-            t.new_empty(t.shape) if want and t is not None and not each else None
-            for t, want in zip(inputs, wanted, strict=True)
-        )
-    )
-    return loss, stats, *_or_empty(made, hidden)
+    made = (t.new_empty(t.shape) if w and t is not None else None for t, w in zip(inputs, given[-1], strict=True))
+    return _or_empty(Grads(*made), hidden)
 
 
-@torch.library.custom_op("fastlm::linear_cross_entropy_backward", mutates_args=())
+@operator("linear_cross_entropy_backward", _backward_fake)
 def _linear_cross_entropy_backward_op(
     grad: Tensor,
     hidden: Tensor,
@@ -208,47 +221,6 @@ def _linear_cross_entropy_backward_op(
         return _or_empty(projection.gradients(stats, grad.to(stats.dtype).contiguous(), wanted), hidden)
     grads = _grads_by_reference(hidden, weight, bias, target, class_weight, options, grad, wanted)
     return _or_empty(grads, hidden)
-
-
-@_linear_cross_entropy_backward_op.register_fake
-def _(grad, hidden, weight, bias, target, class_weight, stats, ignore_index, label_smoothing, memory, wanted):
-    inputs = (hidden, weight, bias)
-    made = (t.new_empty(t.shape) if w and t is not None else None for t, w in zip(inputs, wanted, strict=True))
-    return _or_empty(Grads(*made), hidden)
-
-
-def _op_setup(ctx, inputs, output):
-    (
-        hidden,
-        weight,
-        bias,
-        target,
-        class_weight,
-        ctx.ignore_index,
-        ctx.reduction,
-        ctx.smoothing,
-        _,
-        ctx.memory,
-        ctx.wanted,
-    ) = inputs
-    _, stats, *grads = output
-    if ctx.reduction == "none":
-        ctx.save_for_backward(hidden, weight, bias, target, class_weight, stats)
-    else:
-        ctx.save_for_backward(*grads)
-
-
-def _op_backward(ctx, grad, *_):
-    if ctx.reduction == "none":
-        grads = torch.ops.fastlm.linear_cross_entropy_backward(
-            grad, *ctx.saved_tensors, ctx.ignore_index, ctx.smoothing, ctx.memory, ctx.wanted
-        )
-    else:
-        grads = tuple(g * grad.to(g.dtype) for g in ctx.saved_tensors)
-    return *(g if w else None for g, w in zip(grads, ctx.wanted, strict=True)), *(None,) * 8
-
-
-_linear_cross_entropy_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
 def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

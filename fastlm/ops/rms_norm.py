@@ -18,7 +18,7 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients, rows_of, stored
+from ._autograd import by_kernels, rows_of, stored
 
 KERNELS: dict[str, Any] = {
     "cpu": _native,
@@ -66,18 +66,17 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, N, eps, backend):
         y, _, rstd = KERNELS[backend].rms_norm_fwd(x, None, weight, N, eps)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.N, ctx.eps, ctx.backend = N, eps, backend
+        ctx.options, ctx.backend = (N, eps), backend
         return y
 
     @staticmethod
+    @by_kernels(rms_norm_ref, tensors=2)
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        if by_reference(dy):
-            grads = reference_gradients(lambda x, w: rms_norm_ref(x, w, ctx.N, ctx.eps), (x, weight), need[:2], (dy,))
-            return *grads, None, None, None
-        _, dx, dw = KERNELS[ctx.backend].rms_norm_bwd(dy.contiguous(), x, weight, rstd, ctx.N, weight_grad=need[1])
-        return dx, _like(dw, weight), None, None, None
+        _, dx, dw = KERNELS[ctx.backend].rms_norm_bwd(
+            dy.contiguous(), x, weight, rstd, ctx.options[0], weight_grad=ctx.needs_input_grad[1]
+        )
+        return dx, _like(dw, weight)
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -85,24 +84,20 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps, backend):
         y, z, rstd = KERNELS[backend].rms_norm_fwd(x, residual, weight, x.shape[-1], eps)
         ctx.save_for_backward(x, residual, weight, z, rstd)
-        ctx.eps, ctx.backend = eps, backend
+        ctx.options, ctx.backend = (eps,), backend
         ctx.set_materialize_grads(False)
         return y, z
 
     @staticmethod
+    @by_kernels(add_rms_norm_ref, tensors=3)
     def backward(ctx, dy, dz_in):
-        x, residual, weight, z, rstd = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        if by_reference(dy, dz_in):
-            grads = reference_gradients(
-                lambda x, r, w: add_rms_norm_ref(x, r, w, ctx.eps), (x, residual, weight), need[:3], (dy, dz_in)
-            )
-            return *grads, None, None
+        x, _, weight, z, rstd = ctx.saved_tensors
         dy = torch.zeros_like(z) if dy is None else dy.contiguous()
+        dz_in = None if dz_in is None else dz_in.contiguous()
         dz, dx, dw = KERNELS[ctx.backend].rms_norm_bwd(
-            dy, z, weight, rstd, x.shape[-1], None if dz_in is None else dz_in.contiguous(), x.dtype, need[2]
+            dy, z, weight, rstd, x.shape[-1], dz_in, x.dtype, ctx.needs_input_grad[2]
         )
-        return dx, dz, _like(dw, weight), None, None
+        return dx, dz, _like(dw, weight)
 
 
 def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:

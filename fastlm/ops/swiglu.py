@@ -12,7 +12,7 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
-from ._autograd import by_reference, reference_gradients
+from ._autograd import by_kernels
 
 KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.swiglu")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
@@ -28,15 +28,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, backend):
         ctx.save_for_backward(gate, up)
-        ctx.backend = backend
+        ctx.options, ctx.backend = (), backend
         return KERNELS[backend].swiglu_fwd(gate, up)
 
     @staticmethod
+    @by_kernels(swiglu_ref, tensors=2)
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        if by_reference(dy):
-            return *reference_gradients(swiglu_ref, (gate, up), ctx.needs_input_grad[:2], (dy,)), None
-        return *KERNELS[ctx.backend].swiglu_bwd(dy.contiguous(), gate, up), None
+        return KERNELS[ctx.backend].swiglu_bwd(dy.contiguous(), *ctx.saved_tensors)
 
 
 def _rows(x: Tensor) -> Tensor:
