@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastlm._core import dispatch as _dispatch
+from fastlm._core.registry import ops
 from fastlm.backends import cpu as _native
 from fastlm.benchmarks import compare, goals, harness, kernel, memory, plots, registry, report, roof, runner, worker
 from fastlm.benchmarks.case import Case, Counts, Unavailable
@@ -36,7 +37,9 @@ def _rows(case, against=("torch",), **kwargs):
 # By how many extents a benchmark has, and of those that need more to take their own way.
 SHAPES = {2: (6, 32), 3: (5, 8, 33), 4: (2, 3, 17, 8)}
 LARGER = {"train": (1, 32), "bert": (3, 16), "generate": (1, 5, 4), "linear": (2, 40, 96), "adamw": (1, 32, 64)}
-OWN = {b.name for b in registry.KERNELS} | {"train", "bert", "generate"}  # what fastlm's own code always serves
+# What fastlm's own code always serves.
+ON_CPU = [op.name for op in ops() if op.backend("cpu")]
+OWN = {b.name for b in registry.KERNELS if any(map(b.times, ON_CPU))} | {"train", "bert", "generate"}
 
 
 @pytest.mark.parametrize("name", registry.BENCHMARKS)

@@ -87,6 +87,12 @@ def test_an_op_lacks_nothing(op):
     assert lacking(op) == []
 
 
+def test_every_file_of_ops_has_a_specification():
+    """Which `import fastlm` enters: without a name in fastlm/__init__.py nothing would know of an op."""
+    files = {path.stem for path in (ROOT / "fastlm/ops").glob("[!_]*.py")}
+    assert files == set(registry.stems())
+
+
 def test_every_op_is_of_a_specification():
     assert {op.name for op in registry.ops()} == set(_dispatch.ops()) == set(SPECS)
     assert {op.name for op in registry.ops()} >= {name for b in KERNELS for name in b.ops or (b.name,)}
