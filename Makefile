@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The tests compile the CUDA kernels themselves; FASTLM_CUDA=1 installs them too, which takes longer.
 export FASTLM_CUDA ?= 0
 
-.PHONY: demo test test-gpu-code test-no-compiler sanitize lint bench bench-cpu gpu-check environment clean
+.PHONY: demo test test-gpu-code test-slow test-no-compiler sanitize lint bench bench-cpu gpu-check environment clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -20,12 +20,19 @@ demo: $(VENV)/.train
 
 # Whole files to a process: some share a fixture that takes long to make. One thread each: the tests' arrays are small,
 # and those about threads set their own number.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m "not gpu_code"
+	FASTLM_FUZZ_INPUTS=200 $(PYTEST) -m "not gpu_code and not slow"
 
-# Every Triton and CUDA kernel in every configuration for every architecture, of which `make test` compiles one each.
+# Every Triton and CUDA kernel in every configuration for every architecture, of which `make test` compiles one each,
+# and every case of those that run on the CPU, of which it runs a few a test.
 test-gpu-code: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m gpu_code
+	$(PYTEST) -m gpu_code
+
+# The package as a user builds it, and ten times as many damaged inputs to every reader.
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
+	$(PYTEST) tests/data/test_data_fuzz.py tests/formats/test_fuzz_models.py tests/training/test_run_folder_fuzz.py
 
 # Every verb where fastlm was installed without a compiler, and without Python's headers.
 test-no-compiler: $(VENV)/.test

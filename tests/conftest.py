@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -153,6 +154,7 @@ def _on_cuda(request):
         yield "cuda"
 
 
+FEW = 4  # cases of a test of interpreted or emulated kernels in `make test`; the others are in `make test-gpu-code`
 ON_GPU = {"triton": _on_triton, "cuda": _on_cuda}
 
 
@@ -184,6 +186,7 @@ def attention_kernels(request):
     fastlm.set_cpu_isa(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
 def pytest_collection_modifyitems(config, items):
     def unsupported(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -194,3 +197,20 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if unsupported(item)])
     items[:] = [item for item in items if not unsupported(item)]
+    if not torch.cuda.is_available():
+        _leave_most_interpreted_cases_to_gpu_code(items)
+
+
+def _leave_most_interpreted_cases_to_gpu_code(items):
+    """Mark all but a few cases of each test of a GPU's kernels that run on the CPU, a thousand times slower."""
+    cases = defaultdict(list)
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = next((value for value in params.values() if isinstance(value, str) and value in ON_GPU), None)
+        if backend is not None:
+            cases[item.path, item.originalname, backend].append(item)
+    for found in cases.values():
+        kept = {round(i * (len(found) - 1) / (FEW - 1)) for i in range(FEW)}  # from the first to the last
+        for number, item in enumerate(found):
+            if number not in kept:
+                item.add_marker(pytest.mark.gpu_code)

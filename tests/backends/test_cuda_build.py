@@ -78,7 +78,6 @@ def kernels_built(built):
     return [match.groupdict() for match in ENTRY.finditer(built.log)]
 
 
-@pytest.mark.slow
 def test_every_kernel_compiles_for_every_architecture(built, kernels_built):
     names = {arch: {k["name"] for k in kernels_built if k["arch"] == arch} for arch in built.archs}
     sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu*"))
@@ -87,13 +86,11 @@ def test_every_kernel_compiles_for_every_architecture(built, kernels_built):
             assert any(declared in name for name in names[arch]), f"{declared} for sm_{arch}"
 
 
-@pytest.mark.slow
 def test_nothing_spills(kernels_built):
     spilled = [k for k in kernels_built if int(k["stores"]) or int(k["loads"]) or int(k["stack"])]
     assert not spilled, "\n".join(map(str, spilled))
 
 
-@pytest.mark.slow
 def test_registers_fit_a_block(kernels_built):
     """The norms launch up to 512 threads, Hopper's 384, others 256: more registers and the launch would fail."""
     for kernel in kernels_built:
@@ -113,7 +110,6 @@ PRODUCTS = ("HGMMA.64x128x16", "UTMALDG.4D", "SYNCS", "USETMAXREG")
 SUMS = ("HGMMA.64x64x16", "STSM.16.M88.4", "UBLKCP.G.S", "UBLKRED.G.S.ADD.F32", "FENCE.VIEW.ASYNC.G")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "name", "instructions"),
     [
@@ -138,7 +134,6 @@ def test_hopper_kernels_use_its_instructions(built, stem, name, instructions):
     assert not re.findall(r".*\(C75\d\d\).*", built.log)
 
 
-@pytest.mark.slow
 def test_the_module_imports_without_a_driver(built, tmp_path):
     (module,) = built.folder.glob("_cuda*" + importlib.machinery.EXTENSION_SUFFIXES[0])
     libraries = subprocess.run(["ldd", module], capture_output=True, text=True).stdout

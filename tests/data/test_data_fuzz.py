@@ -15,8 +15,8 @@ from fastlm.cli import main
 from fastlm.data import PrepareConfig, Tokenizer, load_manifest, load_tokens, prepare
 from fastlm.data.reading import check_encoding, read_text
 from fastlm.errors import ConfigError, DataError
+from fuzz import INPUTS
 
-INPUTS = 2000
 NASTY = [
     None, True, False, 0, 1, -1, 3, 65536, 2**31, 2**32, 2**64, 10**30, 0.5, -0.0, float("nan"), float("inf"), "", "x",
     "uint16", "\ud800", "x" * 300, [], [0], ["uint16"], [[]], {}, {"a": 1}, {"type": "BPE"}, [None, {"tokens": 1}],

@@ -20,10 +20,10 @@ from fastlm.inference import quantize
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
 from formats.test_gguf_tokenizer import write_tokenizer
 from formats.test_load_save import write_gguf
+from fuzz import INPUTS
 
 resource = pytest.importorskip("resource", reason="the bound on memory is POSIX's")
 
-COUNT = 2000  # inputs a reader
 MEMORY = 2**30  # bytes of address space that reading a file of a few thousand may take
 ODD = [
     None, True, False, 0, 1, -1, 2, 3, 100_000, 2**31, 2**63, 2**64, 10**400, 0.5, -0.5, 1e308, float("nan"),
@@ -143,7 +143,7 @@ def limit_memory():
     resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
-def fuzz(path, alter, load, count=COUNT):
+def fuzz(path, alter, load, count=INPUTS):
     """Load `count` alterations of the file at `path`; returns how many were loaded and how many refused."""
     original, generator = path.read_bytes(), random.Random(0)
     load()  # what is loaded once, such as packages, is not of the file
@@ -173,7 +173,7 @@ def fuzz(path, alter, load, count=COUNT):
 @pytest.mark.parametrize("name", MODELS)
 def test_config_json(name, tmp_path):
     fastlm.save(MODELS[name](), tmp_path)
-    fuzz(tmp_path / "config.json", altered_text, lambda: fastlm.load(tmp_path), COUNT // 2)
+    fuzz(tmp_path / "config.json", altered_text, lambda: fastlm.load(tmp_path), INPUTS // 2)
 
 
 def test_safetensors_of_a_folder(tmp_path):
@@ -206,7 +206,7 @@ def test_checkpoint(tmp_path):
 def test_quantized(scheme, tmp_path):
     path = tmp_path / "model.safetensors"
     fastlm.save(quantize(MODELS["llama"](), scheme), path, format="fastlm")
-    fuzz(path, altered_safetensors, lambda: fastlm.load(path), COUNT // 2)
+    fuzz(path, altered_safetensors, lambda: fastlm.load(path), INPUTS // 2)
 
 
 def test_pickle(tmp_path):

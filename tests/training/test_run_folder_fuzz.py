@@ -21,8 +21,7 @@ from fastlm.training import TrainConfig, train
 from fastlm.training.loop import Trainer
 from fastlm.training.metrics import MetricsLog, plot_losses, read_metrics
 from fastlm.training.progress import Reporter
-
-COUNT = 2000  # inputs a reader
+from fuzz import INPUTS
 
 # What a value is replaced by; integers beyond 64 bits, and more digits than Python converts, among them.
 ODD = [
@@ -122,13 +121,13 @@ def without_digit_limit():
 
 
 def inputs(original: bytes, seed: int):
-    """COUNT damaged forms of a file; of a JSON object half are valid JSON with odd values."""
+    """INPUTS damaged forms of a file; of a JSON object half are valid JSON with odd values."""
     source = random.Random(seed)
     try:
         value = json.loads(original)
     except ValueError:
         value = None
-    for i in range(COUNT):
+    for i in range(INPUTS):
         yield text_of(altered(value, source)) if value is not None and i % 2 else damaged(original, source)
 
 
@@ -150,7 +149,7 @@ def test_settings(run, tmp_path):
     for data in inputs((run / "out" / "config.toml").read_bytes(), 1):
         path.write_bytes(data)
         refused += taken("config.toml", ConfigError, TrainConfig.load, path) is None
-    assert COUNT // 4 < refused < COUNT
+    assert INPUTS // 4 < refused < INPUTS
 
 
 def test_settings_of_odd_values(run, tmp_path):
@@ -161,13 +160,13 @@ def test_settings_of_odd_values(run, tmp_path):
     values = ["0xf" + "f" * 9000, "9" * 30, "nan", "-inf", "1979-05-27", "[[1]]", "{a=1}", '"\\u0000"', "true", "''"]
     settings = [number for number, line in enumerate(lines) if " = " in line]
     refused = 0
-    for _ in range(COUNT // 2):
+    for _ in range(INPUTS // 2):
         number = source.choice(settings)
         odd = [*lines]
         odd[number] = lines[number].split(" = ")[0] + " = " + source.choice(values)
         path.write_text("\n".join(odd), encoding="utf-8")
         refused += taken("config.toml", ConfigError, TrainConfig.load, path) is None
-    assert COUNT // 4 < refused <= COUNT // 2
+    assert INPUTS // 4 < refused <= INPUTS // 2
 
 
 def test_metrics(run, tmp_path, monkeypatch):
@@ -213,7 +212,7 @@ def test_tokens(run, tmp_path):
     vocab_size = load_manifest(run / "data").vocab_size
     refused = 0
     source = random.Random(5)
-    for _ in range(COUNT):
+    for _ in range(INPUTS):
         data = bytearray(original)
         for _ in range(source.choice((0, 1, 3))):
             data[source.randrange(len(data))] = source.randrange(256)
@@ -228,7 +227,7 @@ def test_tokens(run, tmp_path):
         else:
             assert good
             loader.batch(0)
-    assert COUNT // 4 < refused < COUNT
+    assert INPUTS // 4 < refused < INPUTS
 
 
 def test_checkpoints_notice_every_damage(run, tmp_path):
@@ -255,7 +254,7 @@ def test_metadata_of_files_without_checksums(run, tmp_path, entry):
     plain = {name: getattr(whole, name) for name in
              ("state", "model_config", "train_config", "step", "tokenizer_fingerprint")}  # fmt: skip
     source = random.Random(entry)
-    for i in range(COUNT // 5):
+    for i in range(INPUTS // 5):
         odd = altered({"v": plain[entry]}, source).get("v", 3)
         text = text_of(odd).decode() if i % 3 else damaged(text_of(odd), source).decode(errors="replace")
         metadata = {name: json.dumps(value) for name, value in plain.items()} | {entry: text}
