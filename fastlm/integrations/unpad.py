@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.dispatch import must_trace
+from ..models.common.unpad import kept_rows, sequence_bounds, spread
 from ..nn._plain import plain
 from ..ops.attention import OBSERVERS
 
@@ -23,13 +23,10 @@ def unpadded_forward(original: Any) -> Callable[..., Any]:
         assert attention_mask is not None  # for the type checker
         B, T, C = hidden_states.shape
         seen = attention_mask[:, 0, 0]  # (B, T)
-        places = seen.flatten().nonzero().squeeze(1)  # (tokens,)
-        lengths = F.pad(seen.sum(1).cumsum(0), (1, 0)).int()  # (B + 1,)
-        packed = hidden_states.reshape(B * T, C)[places].unsqueeze(0)
-        output = original.forward(self, packed, None, *args, cu_seq_lens_q=lengths, **kwargs)
-        states = output.last_hidden_state
-        padded = states.new_zeros(B * T, C).index_copy(0, places, states.squeeze(0))
-        output.last_hidden_state = padded.view(B, T, C)
+        rows = kept_rows(seen)
+        packed = hidden_states.reshape(B * T, C)[rows].unsqueeze(0)
+        output = original.forward(self, packed, None, *args, cu_seq_lens_q=sequence_bounds(seen), **kwargs)
+        output.last_hidden_state = spread(output.last_hidden_state.squeeze(0), rows, (B, T))
         return output
 
     return forward

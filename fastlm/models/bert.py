@@ -16,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn._fused import add_norm, apply_norm, linear_gelu
+from ..nn._fused import apply_norm, linear_gelu, residual_chain
 from ..nn._plain import plain
 from ..nn.linear import Linear, linear
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .common.checks import check_ids, check_same_shape, check_tokens
+from .common.attention import SelfAttention
+from .common.checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
 from .common.config import ModelConfig
+from .common.model import Model
+from .common.positions import learned_positions
 from .common.unpad import Packing
 
-IGNORED_TARGET = -100
 HEADS = ("none", "masked-lm", "pretraining", "classification")
 
 
@@ -77,8 +79,7 @@ class BERTConfig(ModelConfig):
         self._check_sizes(
             "vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "n_token_type", "n_class"
         )
-        if self.n_embd % self.n_head:
-            self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+        self._check_multiple("n_embd", "n_head")
         self._check_rates("dropout", "attention_dropout")
         if self.head_dropout is not None:
             self._check_rates("head_dropout")
@@ -91,36 +92,23 @@ class BERTConfig(ModelConfig):
             self._refuse("pooler", f"true for the head {self.head}")
 
 
-class BERTAttention(nn.Module):
-    def __init__(self, config: BERTConfig):
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.attention_dropout
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
-        self.out = Linear(config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """(N, C) -> (N, C); every token attends to all of its own sequence."""
-        dropout = self.dropout if self.training else 0.0
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(1)  # (N, H, D), views of the projection
-        return self.out(packing.attend(q, k, v, dropout).flatten(1))
-
-
 class BERTLayer(nn.Module):
     def __init__(self, config: BERTConfig):
         super().__init__()
         self.dropout, self.activation = config.dropout, config.activation
-        self.attention = BERTAttention(config)
+        self.attention = SelfAttention(config.n_embd, config.n_head, config.attention_dropout)
         self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
         self.up = Linear(config.n_embd, config.n_inner)
         self.down = Linear(config.n_inner, config.n_embd)
         self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        x = self.add_norm(self.attention(x, packing), x, self.attention_norm)
-        return self.add_norm(self.down(linear_gelu(x, self.up, self.activation)), x, self.mlp_norm)
+        dropout = self.dropout if self.training else 0.0
+        attention = (lambda x: self.attention(x, packing)), dropout, self.attention_norm
+        return residual_chain(x, (attention, (self.mlp, dropout, self.mlp_norm)), norm_first=False)
 
-    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
-        return add_norm(branch, x, norm, self.dropout if self.training else 0.0)[0]
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(linear_gelu(x, self.up, self.activation))
 
 
 class MaskedLMHead(nn.Module):
@@ -144,7 +132,7 @@ class MaskedLMHead(nn.Module):
         return self.decoder(states) + self.bias
 
 
-class BERT(nn.Module):
+class BERT(Model):
     """BERT: token, position and segment embeddings, post-norm encoder layers, and the heads that it was trained with.
 
     Args:
@@ -168,13 +156,6 @@ class BERT(nn.Module):
         if config.head == "classification":
             self.classifier = Linear(config.n_embd, config.n_class)
         self._initialise()
-
-    def _initialise(self) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
 
     @property
     def head_weight(self) -> Tensor:
@@ -274,7 +255,7 @@ class BERT(nn.Module):
         if attention_mask is not None and offset:
             columns = (attention_mask != 0).long().cumsum(1) - 1
         elif packing.rows is None and plain(self.wpe, nn.Embedding):
-            return self.wpe.weight[offset : offset + T].repeat(tokens.shape[0], 1)
+            return learned_positions(self.wpe, offset, T, tokens.device).repeat(tokens.shape[0], 1)
         else:
             columns = torch.arange(T, device=tokens.device).expand_as(tokens)
         return self.wpe(packing.pack(columns + offset))
@@ -306,7 +287,3 @@ class BERT(nn.Module):
         if token_types is not None:
             check_same_shape("BERT", "token_types", token_types, "tokens", tokens)
             check_ids("BERT", "token_types", token_types, self.config.n_token_type)
-
-    def num_parameters(self) -> int:
-        """Number of trained values; a tied decoder is the embedding and counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())

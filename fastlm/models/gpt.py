@@ -20,18 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.dispatch import autocast_dtype
-from ..nn._fused import add, add_norm, apply_linear, apply_norm, head_loss, linear_gelu, norms_within_reach
-from ..nn._plain import plain
-from ..ops._products import linear, tied_embedding
-from ..ops.attention import scaled_dot_product_attention
-from ..ops.linear_cross_entropy import linear_cross_entropy
-from .common.checks import check_ids, check_same_shape, check_tokens
+from ..nn._fused import apply_linear, apply_norm, linear_gelu, pre_norm
+from ..ops._products import linear
+from .common.attention import causal_attention
 from .common.config import ModelConfig
+from .common.model import CausalLM
+from .common.positions import learned_positions
 
 if TYPE_CHECKING:
     from .common.cache import KVCache
-
-IGNORED_TARGET = -100
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ class GPTConfig(ModelConfig):
         self._check_sizes("vocab_size", "context_length", "n_layer", "n_head", "n_embd")
         if self.n_inner is not None:
             self._check_sizes("n_inner")
-        if self.n_embd % self.n_head:
-            self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+        self._check_multiple("n_embd", "n_head")
         self._check_rates("dropout")
         self._check_positive("layer_norm_eps")
         self._check_flags("tie_embeddings")
@@ -91,13 +87,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = apply_linear(x, self.c_attn, linear).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D), views of the projection
-        mask, is_causal = None, T > 1
-        if cache is not None and cache.length:
-            mask, is_causal = cache.mask(T), False
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        dropout = self.dropout if self.training else 0.0
-        y = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal)
+        y = causal_attention(q, k, v, self.layer, cache, self.dropout if self.training else 0.0)
         return apply_linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj, linear)
 
 
@@ -127,12 +117,11 @@ class Block(nn.Module):
         """Take ln_1(x), if it is there, and x, both (B, T, C); return next_norm(y), if it is given, and y."""
         dtype, dropout = product_dtype(x), self.dropout if self.training else 0.0
         normed = apply_norm(x, self.ln_1, dtype) if normed is None else normed
-        normed, x = add_norm(self.attn(normed, cache), x, self.ln_2, dropout, dtype)
-        branch = self.mlp(normed)
-        return (None, add(branch, x, dropout)) if next_norm is None else add_norm(branch, x, next_norm, dropout, dtype)
+        attention = (lambda x: self.attn(x, cache)), dropout, self.ln_2
+        return pre_norm(normed, x, (attention, (self.mlp, dropout, next_norm)), dtype)
 
 
-class GPT(nn.Module):
+class GPT(CausalLM):
     """GPT-2: learned positions, pre-norm blocks, tanh-GELU, output head tied to the token embedding.
 
     Args:
@@ -140,6 +129,8 @@ class GPT(nn.Module):
             of deviation 0.02, those that write to the residual stream from 0.02 / sqrt(2 n_layer), since
             2 n_layer of them add up there; biases 0.
     """
+
+    block = Block
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -150,73 +141,12 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._initialise()
+        self._initialise(("c_proj.weight",), 0.02 / math.sqrt(2 * config.n_layer))
 
-    def _initialise(self) -> None:
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=residual_std if name.endswith("c_proj.weight") else 0.02)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """Weight of the output projection, (V, C)."""
-        return self.wte.weight if self.config.tie_embeddings else self.lm_head.weight
-
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Next-token logits, or the mean loss.
-
-        Args:
-            tokens: (B, T) int64 ids.
-            targets: (B, T) int64 ids that follow each token; -100 leaves a position out of the loss.
-            cache: holds the keys and values of the tokens before these, and takes up those of these.
-
-        Returns:
-            Logits (B, T, V); with `targets`, the mean cross-entropy in nats, a scalar, and the logits are
-            never held. The residual stream stays in the parameters' dtype under autocast.
-
-        Raises:
-            ValueError: for a wrong rank, dtype or shape, a sequence longer than the context, or (on the
-                CPU and outside torch.compile, where looking is free) an id outside the vocabulary.
-        """
-        if targets is not None:
-            check_same_shape("GPT", "targets", targets, "tokens", tokens)
-            check_ids("GPT", "targets", targets, self.config.vocab_size, IGNORED_TARGET)
-        if targets is None:
-            return self.logits(self.hidden(tokens, cache))
-        start = 0 if cache is None else cache.length
-        check_tokens("GPT", tokens, self.config, start)
-        if self.config.tie_embeddings and plain(self.wte, nn.Embedding):
-            rows, head = tied_embedding(self.wte.weight, tokens)
-        else:
-            rows, head = self.wte(tokens), self.wte.weight
-        hidden = self._blocks(rows, start, cache).flatten(0, 1)
-        if self.config.tie_embeddings:
-            return linear_cross_entropy(hidden, head, targets.flatten())
-        return head_loss(hidden, self.lm_head, targets.flatten())
-
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Output of the last LayerNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
-        start = 0 if cache is None else cache.length
-        check_tokens("GPT", tokens, self.config, start)
-        return self._blocks(self.wte(tokens), start, cache)
-
-    def _blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
-        """From the tokens' embeddings (B, T, C), the first at position `start`, to the last LayerNorm's output."""
-        T = rows.shape[1]
-        if plain(self.wpe, nn.Embedding):
-            positions = self.wpe.weight[start : start + T]
-        else:
-            positions = self.wpe(torch.arange(start, start + T, device=rows.device))
+    def blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
+        positions = learned_positions(self.wpe, start, rows.shape[1], rows.device)
         x = F.dropout(rows + positions, self.config.dropout, self.training)  # (B, T, C)
-        normed = None
-        for block, next_norm in zip(self.h, norms_within_reach(self.h, Block, "ln_1", self.ln_f), strict=True):
-            normed, x = block(normed, x, next_norm, cache)
-        if cache is not None:
-            cache.advance(T)
-        return apply_norm(x, self.ln_f, product_dtype(x)) if normed is None else normed
+        return self._through(self.h, "ln_1", self.ln_f, x, cache, out_dtype=product_dtype(x))
 
     def product_weights(self) -> list[Tensor]:
         """The matrices of all products, each once."""
@@ -226,10 +156,6 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
         return linear(hidden, self.wte.weight) if self.config.tie_embeddings else self.lm_head(hidden)
-
-    def num_parameters(self) -> int:
-        """Number of trained values; a tied output head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, context: int | None = None) -> int:
         """Floating-point operations that one training step (forward and backward) spends on a token.

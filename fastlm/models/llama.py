@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..nn._fused import add, add_norm, apply_linear, apply_norm, head_loss, norms_within_reach
+from ..nn._fused import apply_linear, apply_norm, pre_norm
+from ..nn.embedding import rotary_rates
 from ..nn.linear import linear
-from ..ops.attention import scaled_dot_product_attention
-from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
-from .common.checks import check_ids, check_same_shape, check_tokens
+from .common.attention import causal_attention
 from .common.config import ModelConfig
+from .common.model import CausalLM
 
 if TYPE_CHECKING:
     from .common.cache import KVCache
@@ -81,8 +81,7 @@ class LlamaConfig(ModelConfig):
         if self.n_kv_head is None:
             object.__setattr__(self, "n_kv_head", self.n_head)
         if self.head_size is None:
-            if self.n_embd % self.n_head:
-                self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+            self._check_multiple("n_embd", "n_head")
             object.__setattr__(self, "head_size", self.n_embd // self.n_head)
         self._check_sizes("n_kv_head", "head_size", "rope_original_context")
         if self.n_head % self.n_kv_head:
@@ -106,11 +105,15 @@ class LlamaConfig(ModelConfig):
         shared = self.n_kv_head * self.head_size
         return self.n_head * self.head_size, shared, shared
 
+    @property
+    def rotary_size(self) -> int:
+        """Elements of a head that turn, an even number; the rest stay."""
+        return self.head_size
+
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """Radians a token for each pair of a head's elements, (D / 2,) fp32."""
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
-    frequencies = 1.0 / config.rope_theta**exponents
+    """Radians a token for each pair of a head's elements that turn, (R,) fp32."""
+    frequencies = rotary_rates(config.rotary_size, config.rope_theta, torch.float32)
     if config.rope_scaling is None:
         return frequencies
     stretched = frequencies / config.rope_factor
@@ -121,6 +124,13 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     share = ((turns - low) / (high - low)).clamp(0, 1)
     return torch.lerp(stretched, frequencies, share)
+
+
+def rotations(frequencies: Tensor, start: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (T, R) fp32, of the angles at positions `start` to `start + T`, for `frequencies` (R,)."""
+    positions = torch.arange(start, start + T, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, frequencies.to(device))
+    return angles.cos(), angles.sin()
 
 
 class LlamaAttention(nn.Module):
@@ -136,27 +146,13 @@ class LlamaAttention(nn.Module):
         qkv = self.qkv(x).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
         heads = self.config.n_head, self.config.n_kv_head, self.config.n_kv_head
         q, k, v = qkv.split(heads, 1)
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-        y = self.attend(q, k, v)
+        q, k = self.rotate(q, k, cos, sin)
+        y = causal_attention(q, k, v, self.layer, cache, self.config.dropout if self.training else 0.0, self.window)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the last T of S tokens over those before them, within the window."""
-        T, S = q.shape[2], k.shape[2]
-        if self.window is not None and self.window + T <= S:  # what no query of these sees is not read
-            seen = self.window + T - 1
-            k, v, S = k[:, :, -seen:], v[:, :, -seen:], seen
-        before = None if self.window is None or self.window >= S else self.window - 1  # tokens that a query looks back
-        mask = None
-        if 1 < T < S:  # is_causal and window would have the first query look at the first key
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-            mask = mask if before is None else mask.triu(S - T - before)
-        window = None if before is None or T < S else (before, None)
-        dropout = self.config.dropout if self.training else 0.0
-        is_causal = T > 1 and mask is None
-        return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=True, window=window)
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, (B, H, T, D) and (B, K, T, D), turned by their positions."""
+        return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
 class LlamaMLP(nn.Module):
@@ -171,10 +167,13 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
+    attention_kind: ClassVar[type[LlamaAttention]] = LlamaAttention
+    dropout = 0.0  # on the residual branches
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.attention = LlamaAttention(config, layer)
+        self.attention = self.attention_kind(config, layer)
         self.mlp_norm = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
@@ -188,13 +187,13 @@ class LlamaBlock(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """As `Block` of gpt.py, with attention_norm for ln_1."""
+        dropout = self.dropout if self.training else 0.0
         normed = apply_norm(x, self.attention_norm) if normed is None else normed
-        normed, x = add_norm(self.attention(normed, cos, sin, cache), x, self.mlp_norm)
-        branch = self.mlp(normed)
-        return (None, add(branch, x)) if next_norm is None else add_norm(branch, x, next_norm)
+        attention = (lambda x: self.attention(x, cos, sin, cache)), dropout, self.mlp_norm
+        return pre_norm(normed, x, (attention, (self.mlp, dropout, next_norm)))
 
 
-class Llama(nn.Module):
+class Llama(CausalLM):
     """Llama: rotary positions, pre-norm blocks, grouped-query attention, SwiGLU.
 
     Args:
@@ -202,81 +201,26 @@ class Llama(nn.Module):
             that write to the residual stream from 0.02 / sqrt(2 n_layer); norms 1, biases 0.
     """
 
+    block = LlamaBlock
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.n_layer))
+        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._initialise()
+        self._initialise(("attention.out.weight", "mlp.down.weight"), 0.02 / math.sqrt(2 * config.n_layer))
 
-    def _initialise(self) -> None:
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                writes_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=residual_std if writes_stream else 0.02)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """Weight of the output projection, (V, C)."""
-        return self.wte.weight if self.config.tie_embeddings else self.lm_head.weight
-
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Next-token logits, or the mean loss.
-
-        Args:
-            tokens: (B, T) int64 ids.
-            targets: (B, T) int64 ids that follow each token; -100 leaves a position out of the loss.
-            cache: holds the keys and values of the tokens before these, and takes up those of these.
-
-        Returns:
-            Logits (B, T, V); with `targets`, the mean cross-entropy in nats, a scalar, and the logits are
-            never held.
-
-        Raises:
-            ValueError: for a wrong rank, dtype or shape, a sequence longer than the context, or (on the
-                CPU and outside torch.compile) an id outside the vocabulary.
-        """
-        if targets is not None:
-            check_same_shape("Llama", "targets", targets, "tokens", tokens)
-            check_ids("Llama", "targets", targets, self.config.vocab_size, ignored=-100)
-        hidden = self.hidden(tokens, cache)
-        if targets is None:
-            return self.logits(hidden)
-        if self.config.tie_embeddings:
-            return linear_cross_entropy(hidden.flatten(0, 1), self.wte.weight, targets.flatten())
-        return head_loss(hidden.flatten(0, 1), self.lm_head, targets.flatten())
-
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Output of the last RMSNorm, (B, T, C), for int64 `tokens` (B, T); see `forward`."""
-        start = 0 if cache is None else cache.length
-        check_tokens("Llama", tokens, self.config, start)
-        T = tokens.shape[1]
-        x = self.wte(tokens)  # (B, T, C)
-        cos, sin = self.rotations(start, T, x.device)
-        normed = None
-        norms = norms_within_reach(self.layers, LlamaBlock, "attention_norm", self.norm)
-        for block, next_norm in zip(self.layers, norms, strict=True):
-            normed, x = block(normed, x, next_norm, cos, sin, cache)
-        if cache is not None:
-            cache.advance(T)
-        return apply_norm(x, self.norm) if normed is None else normed
+    def blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
+        cos, sin = self.rotations(start, rows.shape[1], rows.device)
+        return self._through(self.layers, "attention_norm", self.norm, rows, cache, cos, sin)
 
     def rotations(self, start: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, (T, D / 2) fp32, of the angles at positions `start` to `start + T`."""
-        positions = torch.arange(start, start + T, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, rotary_frequencies(self.config).to(device))
-        return angles.cos(), angles.sin()
+        """Cosines and sines, (T, R) fp32, of the angles at positions `start` to `start + T`; 2 R = rotary_size."""
+        return rotations(rotary_frequencies(self.config), start, T, device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
         return linear(hidden, self.wte.weight) if self.config.tie_embeddings else apply_linear(hidden, self.lm_head)
-
-    def num_parameters(self) -> int:
-        """Number of trained values; a tied output head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())

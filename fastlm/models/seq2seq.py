@@ -16,19 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn._fused import add, add_norm, apply_norm, linear_gelu
-from ..nn._plain import plain
+from ..nn._fused import apply_norm, residual_chain
+from ..nn.embedding import sinusoid_angles
+from ..nn.feed_forward import feed_forward
 from ..nn.linear import Linear, linear
 from ..ops.attention import scaled_dot_product_attention
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .common.checks import check_ids, check_same_shape, check_tokens
+from .common.attention import SelfAttention
+from .common.checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
 from .common.config import ModelConfig
+from .common.model import Model
+from .common.positions import learned_positions
 from .common.unpad import Packing
 
 if TYPE_CHECKING:
     from .common.decoder_cache import DecoderCache
 
-IGNORED_TARGET = -100
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,12 @@ class Seq2SeqConfig(ModelConfig):
             "vocab_size", "context_length", "n_encoder_layer", "n_decoder_layer", "n_head", "n_embd", "n_inner",
             "source_vocab_size",
         )  # fmt: skip
-        if self.n_embd % self.n_head:
-            self._refuse("n_embd", f"a multiple of n_head {self.n_head}")
+        self._check_multiple("n_embd", "n_head")
         if self.n_embd % 2 and self.positions == "sinusoidal":
             self._refuse("n_embd", "an even number, for sinusoidal positions")
         self._check_rates("dropout", "attention_dropout", "label_smoothing")
         self._check_positive("layer_norm_eps")
-        self._check_choice("activation", ("relu", "gelu", "silu"))
+        self._check_choice("activation", tuple(ACTIVATIONS))
         self._check_choice("positions", ("sinusoidal", "learned"))
         self._check_flags("norm_first", "scale_embeddings", "tie_embeddings", "output_bias")
         self._check_ids(self.vocab_size, "pad_id", "start_id", "end_id")
@@ -119,36 +122,9 @@ class Memory:
 
 
 def sinusoids(start: int, length: int, C: int, device: torch.device) -> Tensor:
-    """The paper's position encodings of `length` positions from `start` on, (length, C) fp32."""
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    frequencies = 10000 ** (-torch.arange(0, C, 2, dtype=torch.float32, device=device) / C)
-    angles = torch.outer(positions, frequencies)
+    """The paper's position encodings of `length` positions from `start` on, (length, C) fp32: sines, then cosines."""
+    angles = sinusoid_angles(torch.arange(start, start + length, dtype=torch.float32, device=device), C)
     return torch.cat([angles.sin(), angles.cos()], 1)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: Seq2SeqConfig, layer: int):
-        super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.attention_dropout
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
-        self.out = Linear(config.n_embd, config.n_embd)
-
-    def encode(self, x: Tensor, packing: Packing) -> Tensor:
-        """(N, C) -> (N, C): every source token attends to all of its own sequence."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(1)
-        return self.out(packing.attend(q, k, v, self.dropout if self.training else 0.0).flatten(1))
-
-    def decode(self, x: Tensor, cache: DecoderCache | None) -> Tensor:
-        """(R, T, C) -> (R, T, C): every target token attends to those before it and itself."""
-        T = x.shape[1]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (R, H, T, D) each
-        mask, is_causal = None, T > 1
-        if cache is not None:
-            if cache.length:
-                mask, is_causal = cache.mask(T), False
-            k, v = cache.append(self.layer, k, v)
-        y = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
-        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -181,7 +157,7 @@ class CrossAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """What encoder and decoder layers share: the MLP, and how a sublayer meets the residual stream."""
+    """What encoder and decoder layers share: the MLP, and how sublayers meet the residual stream."""
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -191,45 +167,47 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def mlp(self, x: Tensor) -> Tensor:
-        if self.activation == "gelu":
-            return self.down(linear_gelu(x, self.up))
-        return self.down((F.relu if self.activation == "relu" else F.silu)(self.up(x)))
+        return feed_forward(x, self.up, ACTIVATIONS[self.activation], None, self.down)
 
-    def residual(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], norm: nn.Module) -> Tensor:
+    def chain(self, x: Tensor, *sublayers: tuple[Callable[[Tensor], Tensor], nn.Module]) -> Tensor:
+        """The residual stream through sublayers, each with its norm."""
         dropout = self.dropout if self.training else 0.0
-        if self.norm_first:
-            return add(sublayer(apply_norm(x, norm)), x, dropout)
-        return add_norm(sublayer(x), x, norm, dropout)[0]
+        every = [(function, dropout, norm) for function, norm in sublayers]
+        return residual_chain(x, every, self.norm_first)
 
 
 class EncoderLayer(Layer):
     def __init__(self, config: Seq2SeqConfig, layer: int):
         super().__init__(config)
-        self.attention = SelfAttention(config, layer)
+        self.attention = SelfAttention(config.n_embd, config.n_head, config.attention_dropout, layer)
         self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        x = self.residual(x, lambda x: self.attention.encode(x, packing), self.attention_norm)
-        return self.residual(x, self.mlp, self.mlp_norm)
+        return self.chain(
+            x, (lambda x: self.attention.encode(x, packing), self.attention_norm), (self.mlp, self.mlp_norm)
+        )
 
 
 class DecoderLayer(Layer):
     def __init__(self, config: Seq2SeqConfig, layer: int):
         super().__init__(config)
         self.layer = layer
-        self.attention = SelfAttention(config, layer)
+        self.attention = SelfAttention(config.n_embd, config.n_head, config.attention_dropout, layer)
         self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
         self.cross_attention = CrossAttention(config)
         self.cross_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
 
     def forward(self, x: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
         held = None if cache is None else cache.memory[self.layer]
-        x = self.residual(x, lambda x: self.attention.decode(x, cache), self.attention_norm)
-        x = self.residual(x, lambda x: self.cross_attention(x, memory, held), self.cross_norm)
-        return self.residual(x, self.mlp, self.mlp_norm)
+        return self.chain(
+            x,
+            (lambda x: self.attention.decode(x, cache), self.attention_norm),
+            (lambda x: self.cross_attention(x, memory, held), self.cross_norm),
+            (self.mlp, self.mlp_norm),
+        )
 
 
-class Seq2Seq(nn.Module):
+class Seq2Seq(Model):
     """The encoder-decoder Transformer.
 
     Args:
@@ -253,9 +231,9 @@ class Seq2Seq(nn.Module):
             self.encoder_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
             self.decoder_norm = nn.LayerNorm(config.n_embd, config.layer_norm_eps)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
-        self._initialise()
+        self._draw()
 
-    def _initialise(self) -> None:
+    def _draw(self) -> None:
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -342,16 +320,10 @@ class Seq2Seq(nn.Module):
         x = table(tokens) * (math.sqrt(C) if self.config.scale_embeddings else 1.0)
         if positions is None:
             x = x + sinusoids(start, T, C, x.device).to(x.dtype)
-        elif plain(positions, nn.Embedding):
-            x = x + positions.weight[start : start + T]
         else:
-            x = x + positions(torch.arange(start, start + T, device=x.device))
+            x = x + learned_positions(positions, start, T, x.device)
         return F.dropout(x, self.config.dropout, self.training)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
         return linear(hidden, self.head_weight, self.output_bias)
-
-    def num_parameters(self) -> int:
-        """Number of trained values; a tied matrix counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())

@@ -5,7 +5,7 @@ Each function gives what calling the modules gives, within rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,47 @@ def add(x: Tensor, residual: Tensor, dropout: nn.Module | float | None = None) -
     if isinstance(dropout, nn.Module):
         return residual + dropout(x)
     return residual + (F.dropout(x, dropout) if dropout else x)
+
+
+# A sublayer's function, the dropout after it, and its normalization, or the one that follows its addition.
+Dropout = nn.Module | float | None
+Sublayer = tuple[Callable[[Tensor], Tensor], Dropout, nn.Module]
+FollowedSublayer = tuple[Callable[[Tensor], Tensor], Dropout, nn.Module | None]
+
+
+def pre_norm(
+    normed: Tensor, x: Tensor, sublayers: Iterable[FollowedSublayer], out_dtype: torch.dtype | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """The residual stream x through sublayers, x = x + dropout_i(f_i(normed)), normed = norm_i(x), in one pass each.
+
+    Args:
+        normed: what the first sublayer takes.
+        sublayers: each with the normalization that follows its addition; None where that is out of reach, in the last.
+        out_dtype: of fused layer normalizations' results.
+
+    Returns:
+        (normed or None, x) after the last.
+    """
+    for function, dropout, norm in sublayers:
+        branch = function(normed)
+        if norm is None:
+            return None, add(branch, x, dropout)
+        normed, x = add_norm(branch, x, norm, dropout, out_dtype)
+    return normed, x
+
+
+def residual_chain(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> Tensor:
+    """The residual stream x through sublayers that begin or end with their own normalization.
+
+    Post-norm x = norm_i(x + dropout_i(f_i(x))), else x = x + dropout_i(f_i(norm_i(x))), fused with the norm after it.
+    """
+    if norm_first:
+        following = [*(norm for _, _, norm in sublayers[1:]), None]
+        followed = [(f, dropout, norm) for (f, dropout, _), norm in zip(sublayers, following, strict=True)]
+        return pre_norm(apply_norm(x, sublayers[0][2]), x, followed)[1]
+    for function, dropout, norm in sublayers:
+        x = add_norm(function(x), x, norm, dropout)[0]
+    return x
 
 
 def _rate(dropout: nn.Module | float | None) -> float | None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ..ops.rotary import rotary
+
+
+def sinusoid_angles(positions: Tensor, d_model: int, base: float = 10000.0) -> Tensor:
+    """Angles p / base^(2 i / d_model) of `positions` (T,), (T, d_model / 2) in their dtype; Vaswani et al. 2017."""
+    rates = base ** (-torch.arange(0, d_model, 2, device=positions.device, dtype=positions.dtype) / d_model)
+    return positions[:, None] * rates
+
+
+def rotary_rates(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """Radians a token, base^(-2 i / rotary_dim), for each pair of a head's elements that turn: (rotary_dim / 2,)."""
+    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim)
 
 
 class SinusoidalPositions(nn.Module):
@@ -20,9 +29,7 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, d_model: int, max_length: int = 5000, base: float = 10000.0, device=None, dtype=None) -> None:
         super().__init__()
-        positions = torch.arange(max_length, device=device, dtype=torch.float64)
-        rates = base ** (-torch.arange(0, d_model, 2, device=device, dtype=torch.float64) / d_model)
-        angles = positions[:, None] * rates
+        angles = sinusoid_angles(torch.arange(max_length, device=device, dtype=torch.float64), d_model, base)
         table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[:, :d_model]
         self.register_buffer("table", table.to(dtype or torch.get_default_dtype()), persistent=False)
 
@@ -148,8 +155,7 @@ class RotaryEmbedding(nn.Module):
 
         The frequencies are made anew each time: as a buffer they would be rounded by `module.to(torch.bfloat16)`.
         """
-        exponents = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=torch.float64) / self.rotary_dim
-        angles = positions[..., None] * torch.exp(-math.log(self.base) * exponents)
+        angles = positions[..., None] * rotary_rates(self.rotary_dim, self.base, torch.float64, positions.device)
         return angles.cos().float(), angles.sin().float()
 
     def forward(

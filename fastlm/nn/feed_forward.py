@@ -65,14 +65,20 @@ class SwiGLU(nn.Module):
 
 
 def feed_forward(
-    x: Tensor, linear1: nn.Module, activation: Callable[[Tensor], Tensor], dropout: nn.Module, linear2: nn.Module
+    x: Tensor,
+    linear1: nn.Module,
+    activation: Callable[[Tensor], Tensor],
+    dropout: nn.Module | None,
+    linear2: nn.Module,
 ) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), with linear1's bias, GELU and dropout in one pass."""
     form = gelu_form(activation)
-    if form is not None and plain(dropout, nn.Dropout):
-        return linear2(linear_gelu(x, linear1, form, dropout.p if dropout.training else 0.0))
+    if form is not None and (dropout is None or plain(dropout, nn.Dropout)):
+        rate = dropout.p if dropout is not None and dropout.training else 0.0
+        return linear2(linear_gelu(x, linear1, form, rate))
     hidden = linear1(x)
-    return linear2(dropout(activation(hidden) if form is None else gelu(hidden, form)))
+    hidden = activation(hidden) if form is None else gelu(hidden, form)
+    return linear2(hidden if dropout is None else dropout(hidden))
 
 
 def gelu_form(activation: Callable[[Tensor], Tensor]) -> str | None:

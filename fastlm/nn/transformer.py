@@ -14,21 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._drop_in import DropIn
-from ._fused import add, add_norm
+from ._fused import residual_chain
 from .attention import MultiheadAttention
 from .feed_forward import feed_forward
 from .layer_norm import LayerNorm
 from .linear import Linear
-
-# (the sublayer's function, the dropout after it or None, its normalization)
-Sublayer = tuple[Callable[[Tensor], Tensor], nn.Dropout | None, nn.LayerNorm]
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer, metaclass=DropIn, stands_for=nn.TransformerEncoderLayer):
@@ -74,7 +70,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer, metaclass=DropIn, stan
         attend = partial(_self_attention, self, src_mask, src_key_padding_mask, is_causal)
         attention = _block(self, "_sa_block", attend, self.dropout1, src_mask, src_key_padding_mask, is_causal)
         feed_forward = _block(self, "_ff_block", partial(_feed_forward, self), self.dropout2)
-        return _chain(src, [(*attention, self.norm1), (*feed_forward, self.norm2)], self.norm_first)
+        return residual_chain(src, [(*attention, self.norm1), (*feed_forward, self.norm2)], self.norm_first)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer, metaclass=DropIn, stands_for=nn.TransformerDecoderLayer):
@@ -123,7 +119,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer, metaclass=DropIn, stan
         cross_attention = _block(self, "_mha_block", look_up, self.dropout2, memory, *other)
         feed_forward = _block(self, "_ff_block", partial(_feed_forward, self), self.dropout3)
         sublayers = [(*attention, self.norm1), (*cross_attention, self.norm2), (*feed_forward, self.norm3)]
-        return _chain(tgt, sublayers, self.norm_first)
+        return residual_chain(tgt, sublayers, self.norm_first)
 
 
 TransformerLayer = TransformerEncoderLayer | TransformerDecoderLayer
@@ -159,19 +155,6 @@ def _cross_attention(
 
 def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
     return feed_forward(x, layer.linear1, layer.activation, layer.dropout, layer.linear2)
-
-
-def _chain(x: Tensor, sublayers: list[Sublayer], norm_first: bool) -> Tensor:
-    """The residual stream x through every sublayer."""
-    if not norm_first:
-        for function, dropout, norm in sublayers:
-            x, _ = add_norm(function(x), x, norm, dropout)
-        return x
-    normed = sublayers[0][2](x)
-    for (function, dropout, _), (_, _, next_norm) in pairwise(sublayers):
-        normed, x = add_norm(function(normed), x, next_norm, dropout)
-    function, dropout, _ = sublayers[-1]
-    return add(function(normed), x, dropout)
 
 
 def _block(

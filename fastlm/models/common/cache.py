@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .. import GPTConfig, LlamaConfig, Seq2SeqConfig
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """Which of S tokens each of the last T sees: those before it and itself, (T, S) bool."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 class KVCache:
@@ -30,7 +32,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: GPTConfig | LlamaConfig | Seq2SeqConfig,
+        config: Any,
         batch_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -70,8 +72,7 @@ class KVCache:
         """Which positions each of the next `T` tokens sees, (T, length + T); None where that is all."""
         if T == 1:
             return None
-        visible = torch.ones(T, self.length + T, dtype=torch.bool, device=self.keys.device)
-        return visible.tril(self.length)
+        return causal_mask(T, self.length + T, self.keys.device)
 
     def advance(self, T: int) -> None:
         """Count `T` tokens, appended to every layer, as read."""

@@ -50,6 +50,10 @@ class ModelConfig:
             if size > LARGEST:
                 self._refuse(name, f"an integer of at most {LARGEST}")
 
+    def _check_multiple(self, name: str, of: str) -> None:
+        if getattr(self, name) % getattr(self, of):
+            self._refuse(name, f"a multiple of {of} {getattr(self, of)}")
+
     def _check_rates(self, *names: str) -> None:
         for name in names:
             rate = getattr(self, name)

@@ -16,6 +16,22 @@ from ...ops.attention import OBSERVERS, scaled_dot_product_attention
 from ...ops.attention_varlen import attention_varlen
 
 
+def kept_rows(kept: Tensor) -> Tensor:
+    """(B, T) bool -> (N,) places in the flattened (B, T) of the tokens that are no padding."""
+    return kept.flatten().nonzero().squeeze(1)
+
+
+def sequence_bounds(kept: Tensor) -> Tensor:
+    """(B, T) bool -> (B + 1,) int32 places of the sequences' beginnings among the kept tokens, and their number N."""
+    return F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def spread(x: Tensor, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(N, ...) -> (B, T, ...): each row in its place, and 0 elsewhere."""
+    flat = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+    return flat.index_copy(0, rows, x).unflatten(0, shape)
+
+
 @dataclass
 class Packing:
     """Where packed tokens come from.
@@ -41,10 +57,8 @@ class Packing:
         kept = mask != 0
         if kept.is_meta or torch.compiler.is_compiling() or OBSERVERS:
             return cls(shape, mask=kept)
-        rows = kept.flatten().nonzero().squeeze(1)
-        if len(rows) == kept.numel():
-            return cls(shape)
-        return cls(shape, rows, F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32))
+        rows = kept_rows(kept)
+        return cls(shape) if len(rows) == kept.numel() else cls(shape, rows, sequence_bounds(kept))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (N, ...)."""
@@ -54,8 +68,7 @@ class Packing:
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, T, ...), with 0 where there is padding."""
         if self.rows is not None:
-            flat = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-            x = flat.index_copy(0, self.rows, x)
+            return spread(x, self.rows, self.shape)
         x = x.unflatten(0, self.shape)
         return x if self.mask is None else torch.where(self.mask.view(*self.shape, *[1] * (x.dim() - 2)), x, 0)
 
