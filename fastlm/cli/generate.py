@@ -25,7 +25,7 @@ from .flags import parse
 
 if TYPE_CHECKING:
     from ..data import Tokenizer
-    from ..models import GPT, Llama
+    from ..models import CausalLM
 
 SEPARATOR = "\n" + "-" * 40 + "\n"
 # Where neither a flag nor the model's folder says anything.
@@ -99,7 +99,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def load(source: str, check_tensors: bool = False) -> tuple[GPT | Llama, Tokenizer]:
+def load(source: str, check_tensors: bool = False) -> tuple[CausalLM, Tokenizer]:
     """Load a model that continues text, and its tokenizer, from whatever `fastlm.load` reads.
 
     The tokenizer is tokenizer.json in the folder or beside the file, or else what a GGUF file holds of it.
@@ -111,7 +111,7 @@ def load(source: str, check_tensors: bool = False) -> tuple[GPT | Llama, Tokeniz
     """
     from ..formats import load as loading
     from ..formats.checkpoint import check_tokenizer, load_checkpoint
-    from ..models import GPT, Llama
+    from ..models import CausalLM
 
     path = loading.resolve(source)
     plain = path.suffix == ".safetensors" and not is_quantized_file(path)
@@ -121,8 +121,9 @@ def load(source: str, check_tensors: bool = False) -> tuple[GPT | Llama, Tokeniz
     )
     if checkpoint is not None and check_tensors:
         loading.check_finite(path, model)
-    if not isinstance(model, (GPT, Llama)):
-        raise CheckpointError(f"{path}: holds a {type(model).__name__}, expected one that continues text: GPT or Llama")
+    if not isinstance(model, CausalLM):
+        known = " or ".join(name for name, (kind, _) in loading.MODELS.items() if issubclass(kind, CausalLM))
+        raise CheckpointError(f"{path}: holds a {type(model).__name__}, expected one that continues text: {known}")
     tokenizer = _tokenizer(path)
     if checkpoint is not None and checkpoint.tokenizer_fingerprint:  # `fastlm.save` knows of no tokenizer
         check_tokenizer(checkpoint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
@@ -159,7 +160,7 @@ def _named_end(folder: Path) -> str | None:
     return end if isinstance(end, str) and end else None
 
 
-def _ends(model: GPT | Llama, tokenizer: Tokenizer) -> list[int]:
+def _ends(model: CausalLM, tokenizer: Tokenizer) -> list[int]:
     """The ids that end a text: those that the model's folder names, or else the tokenizer's."""
     ends = list(generation_of(model).ends(model.config.vocab_size))
     return ends or ([] if tokenizer.eot_id is None else [tokenizer.eot_id])
@@ -178,7 +179,7 @@ def _check(options: Options) -> None:
         raise ConfigError("prompt and prompt_file are both given; choose one")
 
 
-def _check_memory(num_samples: int, model: GPT | Llama, device: torch.device) -> None:
+def _check_memory(num_samples: int, model: CausalLM, device: torch.device) -> None:
     """Raise ConfigError for more samples than whose logits alone would fit, before any of them is made."""
     least, there = 4 * num_samples * model.config.vocab_size, memory_of(device)
     if there and least > there:
@@ -223,7 +224,7 @@ def _dtype(options: Options, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def _held(model: GPT | Llama, options: Options) -> GPT | Llama:
+def _held(model: CausalLM, options: Options) -> CausalLM:
     """The model with its weights in the format asked for."""
     if options.weights is not None and quantized_layers(model):
         raise ConfigError(f"--weights is {options.weights}, but {options.model} is quantized already")
@@ -232,7 +233,7 @@ def _held(model: GPT | Llama, options: Options) -> GPT | Llama:
     return model
 
 
-def _prompt_ids(prompt: str, tokenizer: Tokenizer, model: GPT | Llama) -> list[int]:
+def _prompt_ids(prompt: str, tokenizer: Tokenizer, model: CausalLM) -> list[int]:
     context_length = model.config.context_length
     ids = tokenizer.start_ids + tokenizer.encode(prompt)
     if not ids:
@@ -273,7 +274,7 @@ class _Text:
         return "" if self.finished else self.stream.flush()
 
 
-def _emit(options: Options, model: GPT | Llama, tokenizer: Tokenizer, prompt: str, ids: list[int]) -> None:
+def _emit(options: Options, model: CausalLM, tokenizer: Tokenizer, prompt: str, ids: list[int]) -> None:
     """Generate and print; the first sample goes out piece by piece, the others when all are done."""
     ends = _ends(model, tokenizer)
     texts = [_Text(tokenizer, ids, ends) for _ in range(options.num_samples)]
@@ -294,7 +295,7 @@ def _emit(options: Options, model: GPT | Llama, tokenizer: Tokenizer, prompt: st
     print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def _steps(options: Options, model: GPT | Llama, tokens: Tensor, ends: list[int]) -> Iterator[Tensor]:
+def _steps(options: Options, model: CausalLM, tokens: Tensor, ends: list[int]) -> Iterator[Tensor]:
     """The tokens as they are drawn, after a line on standard error for what the folder says and is not followed."""
     said = generation_of(model)
     count, temperature = options.max_new_tokens, options.temperature

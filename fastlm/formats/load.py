@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, DataError
-from ..models.bert import BERT, BERTConfig
 from ..models.common.config import shown
 from ..models.common.generation import NOTHING_SAID, Generation, carry
-from ..models.gpt import GPT, GPTConfig
-from ..models.llama import Llama, LlamaConfig
-from ..models.seq2seq import Seq2Seq, Seq2SeqConfig
 from .filling import blank, fill, non_finite, share
+from .hf.architectures import ARCHITECTURES
 from .hf.files import CONFIG, PICKLES, listed
 from .hf.layout import SHARD_BYTES
 from .hf.layout import load as load_folder
@@ -27,12 +24,7 @@ from .saving import state_to_save
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-MODELS: dict[str, tuple[type[nn.Module], Any]] = {
-    "GPT": (GPT, GPTConfig),
-    "BERT": (BERT, BERTConfig),
-    "Llama": (Llama, LlamaConfig),
-    "Seq2Seq": (Seq2Seq, Seq2SeqConfig),
-}
+MODELS: dict[str, tuple[type[nn.Module], Any]] = {a.model.__name__: (a.model, a.config) for a in ARCHITECTURES}
 SHARED = "shared_parameters"  # of a checkpoint's state
 
 
@@ -60,7 +52,7 @@ def load(
 
     Args:
         path: a Hugging Face folder (config.json with safetensors, whole or sharded, or a pickle of tensors) of
-            GPT-2, BERT, RoBERTa, Llama, Mistral, Qwen2 or Marian; a GGUF file of a Llama type, which is
+            GPT-2, BERT, RoBERTa, Llama, Mistral, Qwen2, Qwen3, Phi-3 or Marian; a GGUF file of a Llama type, which is
             dequantized (needs the `gguf` package); a run folder of `fastlm train`, which stands for its best
             checkpoint or, without one, its last; a checkpoint file; or a file of `save_quantized`.
         dropout: replaces the rates of a folder or GGUF file, for training on.
@@ -69,8 +61,9 @@ def load(
         check_tensors: refuse tensors that hold NaN or infinities, in `dtype`, with their names and how many there are.
 
     Returns:
-        GPT, BERT, Llama or Seq2Seq, by what the file says. Its `generation` keeps what the file says about generating
-        (ids, lengths, sampling, beams), which the functions of `fastlm.inference` follow and `save` writes again.
+        A model of `fastlm.models`, by what the file says. Its `generation` keeps what the file says about generating
+        (ids, lengths, sampling, beams), which the functions of `fastlm.inference` follow and `save` writes again, and
+        its `config.family` the relative that it is of.
 
     Raises:
         CheckpointError: for nothing or nothing known at `path`; an architecture that is not known, with those that
@@ -207,7 +200,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", sha
     """Write a model so that `load` reads it again.
 
     Args:
-        model: GPT, BERT, Llama or Seq2Seq.
+        model: one of `fastlm.models`.
         path: a folder; for "fastlm" a folder or a file that ends in .safetensors.
         format: "hf", a folder that transformers loads (a Seq2Seq as Marian, where it is one: without a bias of
             the logits it is given one of zeros), or "fastlm", a checkpoint, or what `save_quantized` writes.

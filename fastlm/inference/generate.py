@@ -18,11 +18,11 @@ from .modes import evaluate_again, evaluating
 from .sampling import Cuts, check_sampling, sample
 
 if TYPE_CHECKING:
-    from ..models import GPT, Llama
+    from ..models import GPT, CausalLM
 
 
 def generate(
-    model: GPT | Llama,
+    model: CausalLM,
     tokens: Tensor,
     max_new_tokens: int | None = None,
     *,
@@ -48,7 +48,7 @@ def generate(
     as several beams, is listed in one UserWarning.
 
     Args:
-        model: a GPT or a Llama, on any device.
+        model: one that continues text, such as a GPT or a Llama, on any device.
         tokens: (B, T) int64 prompts of one length, T >= 1.
         max_new_tokens: steps at most; None takes the folder's, or else 20.
         temperature, top_k, top_p: see `fastlm.inference.sample`; a folder that says nothing leaves a temperature of 1.
@@ -134,13 +134,13 @@ def _ends(said: Generation, vocab_size: int, stop_token: int | Iterable[int] | s
     return ends  # type: ignore[return-value]
 
 
-def _evaluating(model: GPT | Llama, steps: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+def _evaluating(model: CausalLM, steps: Iterator[Tensor]) -> Generator[Tensor, None, None]:
     with evaluating(model):
         yield from steps
 
 
 def _steps(
-    model: GPT | Llama,
+    model: CausalLM,
     tokens: Tensor,
     max_new_tokens: int,
     draw: Callable[[Tensor], Tensor],
@@ -157,9 +157,13 @@ def _steps(
     for step in range(max_new_tokens):
         evaluate_again(model)
         with torch.inference_mode():
-            if cache.length + unread.shape[1] > context:
+            length = cache.length + unread.shape[1]
+            if length > context:
                 cache.clear()
                 unread = window = window[:, -max(1, context // 2) :]
+            elif cache.length and model.outgrows(cache.length, length):
+                cache.clear()
+                unread = window
             if step == 1 and decoder.unsupported(model, tokens.shape[0]) is None:
                 one_token = decoder.Decoder(cast("GPT", model), cache, max_new_tokens >= decoder.STEPS_WORTH_PACKING)
             if one_token is not None and unread.shape[1] == 1:
@@ -180,7 +184,7 @@ def _steps(
             return
 
 
-def _make_cache(model: GPT | Llama, batch_size: int, max_length: int) -> KVCache:
+def _make_cache(model: CausalLM, batch_size: int, max_length: int) -> KVCache:
     weight = model.wte.weight
     dtype = autocast_dtype(weight.device.type) or weight.dtype
     return KVCache(model.config, batch_size, dtype, weight.device, max_length)

@@ -11,6 +11,7 @@ BERT Model"): layers see (N, C) packed tokens, and attention is told where each 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,8 @@ class BERTConfig(ModelConfig):
         ConfigError: naming the field that is out of range.
     """
 
+    families: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta")
+
     vocab_size: int
     context_length: int
     n_layer: int
@@ -74,6 +77,7 @@ class BERTConfig(ModelConfig):
     tie_decoder: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_inner is None and isinstance(self.n_embd, int):
             object.__setattr__(self, "n_inner", 4 * self.n_embd)
         self._check_sizes(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class GPTConfig(ModelConfig):
         ConfigError: for a size below 1, a rate outside [0, 1), or n_embd not divisible by n_head.
     """
 
+    families: ClassVar[tuple[str, ...]] = ("gpt2",)
+
     vocab_size: int
     context_length: int
     n_layer: int
@@ -57,6 +59,7 @@ class GPTConfig(ModelConfig):
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_sizes("vocab_size", "context_length", "n_layer", "n_head", "n_embd")
         if self.n_inner is not None:
             self._check_sizes("n_inner")

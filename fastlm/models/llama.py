@@ -53,6 +53,9 @@ class LlamaConfig(ModelConfig):
         ConfigError: naming the field that is out of range.
     """
 
+    families: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+    scalings: ClassVar[tuple[str | None, ...]] = (None, "linear", "llama3")
+
     vocab_size: int
     context_length: int
     n_layer: int
@@ -77,6 +80,7 @@ class LlamaConfig(ModelConfig):
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_sizes("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner")
         if self.n_kv_head is None:
             object.__setattr__(self, "n_kv_head", self.n_head)
@@ -91,8 +95,9 @@ class LlamaConfig(ModelConfig):
         self._check_positive(
             "rms_norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"
         )
-        if self.rope_scaling not in (None, "linear", "llama3"):
-            self._refuse("rope_scaling", "None, linear or llama3")
+        if self.rope_scaling not in self.scalings:
+            *others, last = map(str, self.scalings)
+            self._refuse("rope_scaling", f"{', '.join(others)} or {last}")
         if self.sliding_window is not None:
             self._check_sizes("sliding_window")
         self._check_sizes("first_window_layer", low=0)
@@ -201,7 +206,7 @@ class Llama(CausalLM):
             that write to the residual stream from 0.02 / sqrt(2 n_layer); norms 1, biases 0.
     """
 
-    block = LlamaBlock
+    block: ClassVar[type[LlamaBlock]] = LlamaBlock
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

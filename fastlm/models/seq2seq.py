@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,8 @@ class Seq2SeqConfig(ModelConfig):
         ConfigError: naming the field that is out of range.
     """
 
+    families: ClassVar[tuple[str, ...]] = ("marian",)
+
     vocab_size: int
     context_length: int
     n_encoder_layer: int = 6
@@ -83,6 +85,7 @@ class Seq2SeqConfig(ModelConfig):
     end_id: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_inner is None and isinstance(self.n_embd, int):
             object.__setattr__(self, "n_inner", 4 * self.n_embd)
         if self.source_vocab_size is None:

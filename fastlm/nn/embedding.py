@@ -14,9 +14,15 @@ def sinusoid_angles(positions: Tensor, d_model: int, base: float = 10000.0) -> T
     return positions[:, None] * rates
 
 
-def rotary_rates(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """Radians a token, base^(-2 i / rotary_dim), for each pair of a head's elements that turn: (rotary_dim / 2,)."""
-    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim)
+def rotary_rates(
+    rotary_dim: int,
+    base: float,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    factors: Tensor | float = 1.0,
+) -> Tensor:
+    """Radians a token, base^(-2 i / rotary_dim) / factors, for each pair of a head's elements that turn: (R,)."""
+    return 1.0 / (factors * base ** (torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim))
 
 
 class SinusoidalPositions(nn.Module):

@@ -18,7 +18,20 @@ from fastlm.cli import main as cli
 from fastlm.compression.quantization import QuantizedLinear, dequantize, quantize_int4
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import generate, load_quantized, quantize, save_quantized
-from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
+from fastlm.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Phi3,
+    Phi3Config,
+    Qwen3,
+    Qwen3Config,
+    Seq2Seq,
+    Seq2SeqConfig,
+)
 
 FORMATS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
 IDS = [f"{scheme}-{group}" for scheme, group in FORMATS]
@@ -179,6 +192,8 @@ def test_errors(tmp_path):
 OTHERS = {
     "Llama": lambda: Llama(LlamaConfig(101, 48, 2, 4, 32, 64, n_kv_head=2)),
     "Llama, tied": lambda: Llama(LlamaConfig(101, 48, 2, 4, 32, 64, n_kv_head=2, tie_embeddings=True)),
+    "Qwen3": lambda: Qwen3(Qwen3Config(101, 48, 2, 4, 32, 64, n_kv_head=2, head_size=16, tie_embeddings=True)),
+    "Phi3": lambda: Phi3(Phi3Config(101, 48, 2, 4, 32, 64, rotary_share=0.5, sliding_window=9)),
     "GPT": lambda: GPT(CONFIG),
     "GPT, untied": lambda: GPT(dataclasses.replace(CONFIG, tie_embeddings=False)),
 }

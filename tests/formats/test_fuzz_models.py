@@ -17,7 +17,20 @@ from fastlm.data import Tokenizer
 from fastlm.errors import CheckpointError, FastlmError
 from fastlm.formats.gguf.tokenizer import load_tokenizer
 from fastlm.inference import quantize
-from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
+from fastlm.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Phi3,
+    Phi3Config,
+    Qwen3,
+    Qwen3Config,
+    Seq2Seq,
+    Seq2SeqConfig,
+)
 from formats.test_gguf_tokenizer import write_tokenizer
 from formats.test_load_save import write_gguf
 from fuzz import INPUTS
@@ -36,6 +49,10 @@ MODELS = {
     "llama": lambda: Llama(LlamaConfig(11, 8, 1, 2, 4, 8, rope_scaling="llama3", rope_factor=8.0)),
     "qwen2": lambda: Llama(LlamaConfig(11, 8, 1, 2, 4, 8, qkv_bias=True, sliding_window=4)),
     "marian": lambda: Seq2Seq(Seq2SeqConfig(11, 8, 1, 1, 2, 4)),
+    "qwen3": lambda: Qwen3(Qwen3Config(11, 8, 1, 2, 4, 8, head_size=4, sliding_window=4)),
+    "phi3": lambda: Phi3(
+        Phi3Config(11, 8, 1, 2, 8, 8, rope_scaling="longrope", rope_short_factors=(1, 2), rope_long_factors=(1, 3))
+    ),
 }
 
 
@@ -217,11 +234,23 @@ def test_pickle(tmp_path):
     fuzz(path, damaged, lambda: fastlm.load(tmp_path))
 
 
-def test_gguf(tmp_path):
+GGUF_MODELS = {
+    "llama": lambda: Llama(LlamaConfig(11, 8, 1, 2, 32, 32)),
+    "qwen3": lambda: Qwen3(Qwen3Config(11, 8, 1, 2, 32, 32, head_size=16)),
+    "phi3": lambda: Phi3(
+        Phi3Config(11, 8, 1, 2, 32, 32, rotary_share=0.25, rope_scaling="longrope", rope_short_factors=(1, 2),
+                   rope_long_factors=(1, 3))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GGUF_MODELS)
+def test_gguf(kind, tmp_path):
     path = tmp_path / "model.gguf"
-    write_gguf(Llama(LlamaConfig(11, 8, 1, 2, 32, 32)), path, "Q8_0")
+    write_gguf(GGUF_MODELS[kind](), path, "Q8_0", kind)
     header = path.read_bytes().index(b"output_norm") + 200
-    fuzz(path, lambda data, random: damaged(data, random, header), lambda: fastlm.load(path))
+    count = COUNT if kind == "llama" else COUNT // 2
+    fuzz(path, lambda data, random: damaged(data, random, header), lambda: fastlm.load(path), count)
 
 
 def test_tokenizer_of_a_gguf(tmp_path):

@@ -1,5 +1,6 @@
 """fastlm.load and fastlm.save: every format in, two formats out, and files that are not what they should be."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -17,7 +18,20 @@ import fastlm.data
 from fastlm.cli import main as cli
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.formats.checkpoint import save_checkpoint
-from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
+from fastlm.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Phi3,
+    Phi3Config,
+    Qwen3,
+    Qwen3Config,
+    Seq2Seq,
+    Seq2SeqConfig,
+)
 from fastlm.models.llama import rotary_frequencies
 from hf import CLOSE, perturbed, reload_as_theirs, transformers
 
@@ -26,6 +40,10 @@ MODELS = {
     "BERT": lambda: BERT(BERTConfig(61, 24, 2, 2, 16)),
     "Llama": lambda: Llama(LlamaConfig(61, 24, 2, 4, 16, 40, n_kv_head=2)),
     "Seq2Seq": lambda: Seq2Seq(Seq2SeqConfig(61, 24, 2, 2, 2, 16, output_bias=True)),
+    "Qwen3": lambda: Qwen3(Qwen3Config(61, 24, 2, 4, 16, 40, n_kv_head=2, head_size=8)),
+    "Phi3": lambda: Phi3(
+        Phi3Config(61, 24, 2, 4, 16, 40, rope_scaling="longrope", rope_short_factors=(1, 2.5), rope_long_factors=(1, 3))
+    ),
 }
 GPT2_FOLDER_FILES = {"config.json", "model.safetensors"}
 
@@ -58,8 +76,73 @@ def test_round_trip(name, format, tmp_path):
     fastlm.save(model, tmp_path / "deep" / "new", format=format)
     again = fastlm.load(tmp_path / "deep" / "new")
     assert_same(model, again)
+    assert again.config.family in (model.config.family, *([] if model.config.family else model.config.families))
     assert not again.training
     assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+FAMILIES = {  # whose relatives share a class, and could be told from each other by chance alone
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "xlm-roberta": ("XLMRoberta", {"pad_token_id": 1, "max_position_embeddings": 26}),
+    "roberta": ("Roberta", {"pad_token_id": 1, "max_position_embeddings": 26}),
+}
+
+
+@pytest.mark.parametrize("again", ["hf", "fastlm", "quantized"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_remembers_its_family(family, again, tmp_path):
+    name, changes = FAMILIES[family]
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 24}  # fmt: skip
+    head = "ForMaskedLM" if "oberta" in name.lower() else "ForCausalLM"
+    theirs = getattr(transformers, name + head)(getattr(transformers, f"{name}Config")(**(sizes | changes))).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = fastlm.load(tmp_path / "theirs")
+    assert model.config.family == family
+    kept = fastlm.quantize(fastlm.load(tmp_path / "theirs")) if again == "quantized" else model
+    fastlm.save(kept, tmp_path / "kept", "hf" if again == "hf" else "fastlm")
+    kept = fastlm.load(tmp_path / "kept")
+    assert (kept.config, kept.config.family) == (model.config, family)
+    if again != "quantized":
+        fastlm.save(kept, tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == family
+        tokens = torch.arange(3, 20)[None]
+        reloaded = reload_as_theirs(type(theirs), tmp_path / "again")
+        torch.testing.assert_close(reloaded(tokens).logits, theirs(tokens).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [({}, "llama"), ({"sliding_window": 5}, "mistral"), ({"qkv_bias": True}, "qwen2"),
+     ({"qkv_bias": True, "output_bias": True, "mlp_bias": True}, "llama"),
+     ({"qkv_bias": True, "sliding_window": 4, "first_window_layer": 1}, "qwen2")],
+)  # fmt: skip
+def test_a_checkpoint_from_before_families_is_written_as_the_one_that_can_express_it(changes, family, tmp_path):
+    model = Llama(LlamaConfig(61, 24, 2, 4, 16, 40, **changes))
+    settings = {name: value for name, value in model.config.to_dict().items() if name != "family"}
+    object.__setattr__(model.config, "to_dict", lambda: settings)
+    save_checkpoint(tmp_path / "best.safetensors", model, state={"model": "Llama"})
+    loaded = fastlm.load(tmp_path)
+    assert loaded.config.family is None
+    fastlm.save(loaded, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == family
+
+
+def test_a_relative_that_was_changed_into_another_is_saved_as_that(tmp_path):
+    config = LlamaConfig(61, 24, 2, 4, 16, 40, family="llama")
+    model = Llama(dataclasses.replace(config, sliding_window=7))
+    fastlm.save(model, tmp_path)
+    assert fastlm.load(tmp_path).config.family == "mistral"
+
+
+def test_a_family_that_is_not_known_is_refused(tmp_path):
+    model = a_model("Llama")
+    object.__setattr__(model.config, "family", "gemma")
+    save_checkpoint(tmp_path / "best.safetensors", model, state={"model": "Llama"})
+    with pytest.raises(CheckpointError, match="family is 'gemma', expected None or llama or mistral or qwen2"):
+        fastlm.load(tmp_path)
 
 
 def test_loads_a_checkpoint_of_training(tmp_path):
@@ -294,6 +377,18 @@ def write_gguf(model, path, quantization="F32", kind="llama", extra=None, fields
     for name, value in (fields or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{kind}.{name}", value)
+    if kind == "qwen3":
+        writer.add_key_length(c.head_size)
+    if kind == "phi3":
+        writer.add_rope_dimension_count(c.rotary_size)
+        writer.add_rope_scaling_orig_ctx_len(c.rope_original_context)
+        if c.sliding_window:
+            writer.add_sliding_window(c.sliding_window)
+        if c.rope_attention_factor:
+            writer.add_rope_scaling_attn_factors(c.rope_attention_factor)
+        if c.rope_scaling:
+            factors = {"long": c.rope_long_factors, "short": c.rope_short_factors}
+            extra = {f"rope_factors_{name}.weight": torch.tensor(f) for name, f in factors.items()} | (extra or {})
     dtype = gguf.GGMLQuantizationType[quantization]
     for name, tensor in gguf_tensors(model, kind).items() | (extra or {}).items():
         values = tensor.detach().numpy().astype("float32")
@@ -313,6 +408,8 @@ def gguf_tensors(model, kind):
         "mlp_norm": "ffn_norm",
         "attention.out": "attn_output",
         "mlp.down": "ffn_down",
+        "attention.q_norm": "attn_q_norm",
+        "attention.k_norm": "attn_k_norm",
     }
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -323,7 +420,9 @@ def gguf_tensors(model, kind):
             continue
         layer, module, leaf = match.groups()
         block = f"blk.{layer}."
-        if module == "attention.qkv":
+        if kind == "phi3" and module in ("attention.qkv", "mlp.gate_up"):
+            tensors[f"{block}{'attn_qkv' if module == 'attention.qkv' else 'ffn_up'}.{leaf}"] = tensor
+        elif module == "attention.qkv":
             q, k, v = tensor.split(model.config.qkv_sizes)
             if kind == "llama":  # its rotary pairs are neighbours
                 q, k = (side_by_side(x, n) for x, n in ((q, model.config.n_head), (k, model.config.n_kv_head)))
@@ -343,10 +442,10 @@ def side_by_side(x, heads):
     return x[torch.tensor(order)]
 
 
-def gguf_model(**changes):
+def gguf_model(kind=Llama, config=LlamaConfig, **changes):
     torch.manual_seed(0)
     sizes = {"n_kv_head": 2, "rope_theta": 500.0} | changes
-    return perturbed(Llama(LlamaConfig(61, 24, 2, 4, 32, 64, **sizes)))
+    return perturbed(kind(config(61, 24, 2, 4, 32, 64, **sizes)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -358,6 +457,39 @@ def test_gguf_in_full_precision_is_exact(kind, tied, tmp_path):
     again = fastlm.load(tmp_path)
     torch.testing.assert_close(again(tokens), model(tokens), rtol=1e-6, atol=1e-6)
     assert set(again.state_dict()) == set(model.state_dict())
+
+
+LONGROPE = {"rope_scaling": "longrope", "rope_original_context": 10, "rope_attention_factor": 1.25,
+            "rope_short_factors": (1.0, 1.5, 2.0), "rope_long_factors": (2.0, 2.5, 4.0)}  # fmt: skip
+RELATIVES = {
+    "qwen3": (Qwen3, Qwen3Config, {"head_size": 16}),
+    "qwen3, tied": (Qwen3, Qwen3Config, {"head_size": 4, "tie_embeddings": True}),
+    "qwen3, biases": (Qwen3, Qwen3Config, {"qkv_bias": True, "output_bias": True}),
+    "phi3": (Phi3, Phi3Config, {}),
+    "phi3, window": (Phi3, Phi3Config, {"rotary_share": 0.5, "sliding_window": 6, "tie_embeddings": True}),
+    "phi3, longrope": (Phi3, Phi3Config, {"rotary_share": 0.75, **LONGROPE}),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_gguf_of_relatives_is_exact(name, tmp_path):
+    model_kind, config, changes = RELATIVES[name]
+    model = gguf_model(model_kind, config, **changes)
+    write_gguf(model, tmp_path / "model.gguf", kind=name.split(",")[0])
+    again = fastlm.load(tmp_path)
+    assert type(again) is type(model)
+    for length in (8, 20):
+        tokens = torch.arange(length)[None]
+        torch.testing.assert_close(again(tokens), model(tokens), rtol=1e-6, atol=1e-6)
+    fastlm.save(again, tmp_path / "hf")
+    assert fastlm.load(tmp_path / "hf").config == again.config
+
+
+def test_gguf_of_a_phi3_that_is_not_whole(tmp_path):
+    model = gguf_model(Phi3, Phi3Config, rotary_share=0.75, **LONGROPE)
+    write_gguf(model, tmp_path / "model.gguf", kind="phi3", extra={"rope_factors_long.weight": torch.ones(5)})
+    with pytest.raises(CheckpointError, match=r"rope_factors_long\.weight is not there with 3 factors"):
+        fastlm.load(tmp_path)
 
 
 @pytest.mark.parametrize(("quantization", "bits"), [("F16", 11), ("BF16", 8), ("Q8_0", 7)])
@@ -428,7 +560,9 @@ def test_gguf_that_cannot_be_loaded(tmp_path, monkeypatch):
     model = gguf_model()
     path = tmp_path / "model.gguf"
     write_gguf(model, path, kind="falcon")
-    with pytest.raises(CheckpointError, match=r"general\.architecture is 'falcon', expected llama or qwen2"):
+    with pytest.raises(
+        CheckpointError, match=r"general\.architecture is 'falcon', expected llama or qwen2 or qwen3 or phi3"
+    ):
         fastlm.load(path)
     write_gguf(model, path, extra={"blk.0.ffn_gate_inp.weight": torch.zeros(4, 32)})
     with pytest.raises(CheckpointError, match=r"unexpected blk\.0\.ffn_gate_inp\.weight"):

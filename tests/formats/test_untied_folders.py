@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {"lm_head.weight": "model.embed_tokens.weight"},
     ),
     "qwen2": ("Qwen2ForCausalLM", LLAMA, {"lm_head.weight": "model.embed_tokens.weight"}),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}, {"lm_head.weight": "model.embed_tokens.weight"}),
+    "phi3": ("Phi3ForCausalLM", LLAMA | {"pad_token_id": None}, {"lm_head.weight": "model.embed_tokens.weight"}),
     "bert": (
         "BertForMaskedLM",
         BERT,

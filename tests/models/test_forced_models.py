@@ -5,7 +5,20 @@ import torch
 
 import fastlm
 from fastlm.backends import cpu
-from fastlm.models import BERT, GPT, BERTConfig, GPTConfig, Llama, LlamaConfig, Seq2Seq, Seq2SeqConfig
+from fastlm.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Phi3,
+    Phi3Config,
+    Qwen3,
+    Qwen3Config,
+    Seq2Seq,
+    Seq2SeqConfig,
+)
 
 pytestmark = pytest.mark.skipif(cpu.missing_reason is not None, reason="no CPU extension")
 
@@ -42,8 +55,8 @@ def _gpt(tied):
     return model, lambda tokens: model(tokens, tokens)
 
 
-def _llama():
-    model = Llama(LlamaConfig(VOCABULARY, LENGTH, n_layer=1, n_head=4, n_embd=WIDTH, n_inner=512, n_kv_head=2))
+def _llama(model=Llama, config=LlamaConfig, **options):
+    model = model(config(VOCABULARY, LENGTH, n_layer=1, n_head=4, n_embd=WIDTH, n_inner=512, n_kv_head=2, **options))
     return model, lambda tokens: model(tokens, tokens)
 
 
@@ -59,7 +72,10 @@ def _seq2seq():
 
 MODELS = {
     "gpt": lambda: _gpt(True), "gpt untied": lambda: _gpt(False), "llama": _llama, "bert": _bert, "seq2seq": _seq2seq,
+    "llama tied": lambda: _llama(tie_embeddings=True), "qwen3": lambda: _llama(Qwen3, Qwen3Config, head_size=32),
+    "phi3": lambda: _llama(Phi3, Phi3Config, rotary_share=0.75, sliding_window=100, residual_dropout=0.1),
 }  # fmt: skip
+WITH_ROTARY = ("llama", "llama tied", "qwen3", "phi3")
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
@@ -71,7 +87,7 @@ def test_no_kernel_of_ours_runs_under_the_reference(kernels, name, autocast):
         loss(tokens).backward()
         assert kernels.calls  # what counts them sees them
         kernels.calls.clear()
-        for forced in ("reference", "torch") if name != "llama" else ("reference",):
+        for forced in ("reference", "torch") if name not in WITH_ROTARY else ("reference",):
             with fastlm.backend(forced):
                 try:
                     loss(tokens).backward()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,33 @@ from ...errors import CheckpointError, ConfigError
 from ...models.common.config import shown
 from ...models.common.generation import Generation, carry
 from ...models.llama import rotary_frequencies
-from ..hf.layout import Settings, assemble
-from ..hf.llama import LLAMA_FOLDER
+from ..hf.layout import Architecture, Settings, assemble
+from ..hf.llama import LLAMA_FOLDER, QWEN2_FOLDER
+from ..hf.phi3 import PHI3_FOLDER
+from ..hf.qwen3 import QWEN3_FOLDER
 from .file import open_gguf
 
-KINDS = ("llama", "qwen2")
+
+class Kind(NamedTuple):
+    """What a kind of Llama has of its own in these files.
+
+    Attributes:
+        folder: of the same family.
+        names: of modules of a block that others have not, in Hugging Face's terms.
+        permuted: whether rows of queries and keys lie in rotary pairs.
+    """
+
+    folder: Architecture
+    names: Mapping[str, str] = MappingProxyType({})
+    permuted: bool = False
+
+
+KINDS = {
+    "llama": Kind(LLAMA_FOLDER, permuted=True),
+    "qwen2": Kind(QWEN2_FOLDER),
+    "qwen3": Kind(QWEN3_FOLDER, {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}),
+    "phi3": Kind(PHI3_FOLDER, {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
+}
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -32,6 +56,7 @@ BLOCK_NAMES = {
 }
 NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 FACTORS = "rope_freqs.weight"
+LONGROPE = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
 # Names of tokens that end a text in llama.cpp, whatever else the file says: llama-vocab.cpp, `special_eog_ids`.
@@ -48,7 +73,7 @@ SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": 
 def load_gguf(
     path: Path, dropout: float | None = None, dtype: torch.dtype | None = None, check_tensors: bool = False
 ) -> nn.Module:
-    """Load a Llama, Mistral or Qwen2 from a GGUF file, its weights dequantized; see `fastlm.load`.
+    """Load a Llama, Mistral, Qwen 2, Qwen 3 or Phi-3 from a GGUF file, its weights dequantized; see `fastlm.load`.
 
     Raises:
         CheckpointError: if the `gguf` package is missing, the file is damaged or of another architecture, or its
@@ -56,14 +81,14 @@ def load_gguf(
     """
     fields, tensors = open_gguf(path, _package())
     kind = fields.get("general.architecture")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(f"{path}: general.architecture is {shown(kind)}, expected {' or '.join(KINDS)}")
     settings = Settings(_settings(path, fields, kind, tensors), path)
 
     def read() -> dict[str, Stored]:
-        return _named(tensors, settings, permuted=kind == "llama")
+        return _named(tensors, settings, KINDS[kind])
 
-    model = assemble(LLAMA_FOLDER, settings, read, path, dropout, dtype, check_tensors)
+    model = assemble(KINDS[kind].folder, settings, read, path, dropout, dtype, check_tensors)
     carry(model, _generation(fields, path))
     return model
 
@@ -136,18 +161,23 @@ def _settings(path: Path, fields: dict[str, Any], kind: str, tensors: dict[str, 
         "head_dim": field("attention.key_length", None),
         "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
         "rope_theta": field("rope.freq_base", 10000.0),
-        "attention_bias": kind == "llama" and "blk.0.attn_q.bias" in tensors,
+        "attention_bias": kind != "qwen2" and "blk.0.attn_q.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     # llama.cpp takes a factor without a type for a linear one; older files have it under another name.
     scaling, factor = field("rope.scaling.type", None), field("rope.scaling.factor", field("rope.scale_linear", 0))
-    if scaling == "linear" or (scaling is None and factor):
-        settings["rope_scaling"] = {"rope_type": "linear", "factor": factor or field("rope.scaling.factor")}
-    elif scaling not in (None, "none"):
-        raise CheckpointError(f"{path}: rope.scaling.type is {shown(scaling)}, expected none or linear")
-    _check_whole_heads(path, field("rope.dimension_count", None), settings)
+    known = "longrope" if kind == "phi3" else "linear"
+    if scaling not in (None, "none", known):
+        raise CheckpointError(f"{path}: rope.scaling.type is {shown(scaling)}, expected none or {known}")
     if field("attention.causal", True) is not True:
         raise CheckpointError(f"{path}: {kind}.attention.causal is not true: every token would look at all others")
+    if kind == "phi3":
+        if factor not in (0, 1):
+            raise CheckpointError(f"{path}: rope.scaling.factor is {shown(factor)}, expected none for a phi3")
+        return settings | _phi3_settings(path, field, settings, tensors)
+    if scaling == "linear" or (scaling is None and factor):
+        settings["rope_scaling"] = {"rope_type": "linear", "factor": factor or field("rope.scaling.factor")}
+    _check_whole_heads(path, field("rope.dimension_count", None), settings)
     if FACTORS in tensors:
         settings["rope_scaling"] = _llama3_scaling(path, tensors[FACTORS], settings)
     return settings
@@ -163,6 +193,35 @@ def _check_whole_heads(path: Path, rotated: Any, settings: dict[str, Any]) -> No
         return
     if rotated != size:
         raise CheckpointError(f"{path}: rope.dimension_count is {shown(rotated)}, expected the heads' size, {size}")
+
+
+def _phi3_settings(
+    path: Path, field: Callable[..., Any], settings: dict[str, Any], tensors: dict[str, Stored]
+) -> dict[str, Any]:
+    """Phi-3's own: its heads' turning part, its window, and the factors of LongRoPE, which are tensors here."""
+    width, heads, head_size = settings["hidden_size"], settings["num_attention_heads"], settings["head_dim"]
+    turning = field("rope.dimension_count", None)
+    if not all(size is None or (type(size) is int and size > 0) for size in (width, heads, head_size, turning)):
+        raise CheckpointError(f"{path}: its sizes of heads are {shown([width, heads, head_size, turning])}")
+    head_size = head_size or max(width // heads, 1)
+    turning = turning or head_size
+    original = field("rope.scaling.original_context_length", settings["max_position_embeddings"])
+    own = {
+        "sliding_window": field("attention.sliding_window", None) or None,
+        "original_max_position_embeddings": original,
+        # Rounded up, since theirs is cut off to whole elements.
+        "partial_rotary_factor": 1.0 if turning == head_size else math.nextafter(turning / head_size, math.inf),
+    }
+    if not any(name in tensors for name in LONGROPE.values()):
+        return own
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    for theirs, name in LONGROPE.items():
+        if name not in tensors or tensors[name].shape != (turning // 2,):
+            raise CheckpointError(f"{path}: {name} is not there with {turning // 2} factors")
+        scaling[theirs] = [float(factor) for factor in tensors[name].read(None).float()]
+    if (attention_factor := field("rope.scaling.attn_factor", None)) is not None:
+        scaling["attention_factor"] = attention_factor
+    return own | {"rope_scaling": scaling}
 
 
 def _llama3_scaling(path: Path, stored: Stored, settings: dict[str, Any]) -> dict[str, Any]:
@@ -187,18 +246,19 @@ def _llama3_scaling(path: Path, stored: Stored, settings: dict[str, Any]) -> dic
     return scaling
 
 
-def _named(tensors: dict[str, Stored], settings: Settings, permuted: bool) -> dict[str, Stored]:
+def _named(tensors: dict[str, Stored], settings: Settings, kind: Kind) -> dict[str, Stored]:
     """Tensors under Hugging Face's names; unknown ones keep theirs and are reported as such."""
     heads = {"attn_q": settings.get("num_attention_heads"), "attn_k": settings.get("num_key_value_heads")}
+    names = {**BLOCK_NAMES, **kind.names}
     named = {}
     for name, stored in tensors.items():
-        if name == FACTORS:
+        if name == FACTORS or name in LONGROPE.values():
             continue
         block = name.split(".")
-        if block[0] == "blk" and len(block) == 4 and block[2] in BLOCK_NAMES:
-            if permuted and block[2] in heads:
+        if block[0] == "blk" and len(block) == 4 and block[2] in names:
+            if kind.permuted and block[2] in heads:
                 stored = _halves(stored, heads[block[2]])
-            named[f"layers.{block[1]}.{BLOCK_NAMES[block[2]]}.{block[3]}"] = stored
+            named[f"layers.{block[1]}.{names[block[2]]}.{block[3]}"] = stored
         else:
             module, _, leaf = name.rpartition(".")
             named[f"{NAMES.get(module, module)}.{leaf}"] = stored

@@ -1,4 +1,4 @@
-"""Hugging Face folders of BERT and RoBERTa: settings and names, there and back."""
+"""Hugging Face folders of BERT, RoBERTa and XLM-RoBERTa: settings and names, there and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ...models.bert import BERT, BERTConfig
 from ...models.common.config import shown
 from .layout import TANH_GELUS, Architecture, Settings
 
-BERT_HEADS = {"Model": "none", "ForMaskedLM": "masked-lm", "ForSequenceClassification": "classification"}
+HEADS = {"Model": "none", "ForMaskedLM": "masked-lm", "ForSequenceClassification": "classification"}
+BERT_HEADS = HEADS | {"ForPreTraining": "pretraining"}
 VOCABULARY_HEADS = ("masked-lm", "pretraining")
 BERT_LAYER = {
     "layers.*.attention.qkv": tuple(f"encoder.layer.*.attention.self.{name}" for name in ("query", "key", "value")),
@@ -51,11 +52,13 @@ def _read_bert(settings: Settings, dropout: float | None, name: str, heads: dict
     settings.expect("is_decoder", False)
     settings.expect("add_cross_attention", False)
     classes = {name + suffix: head for suffix, head in heads.items()}
+    if name == "XLMRoberta":  # which are RoBERTas, and may say so
+        classes |= {f"Roberta{suffix}": head for suffix, head in heads.items()}
     architecture = (settings.sequence("architectures") or [f"{name}Model"])[0]
     if not isinstance(architecture, str) or architecture not in classes:
         settings.refuse(f"architectures is {shown(architecture, str)}, expected one of {', '.join(classes)}")
     head = classes[architecture]
-    roberta = name == "Roberta"
+    roberta = name != "Bert"
     if roberta and head == "masked-lm":  # theirs has the exact GELU in the head, whatever the layers have
         settings.expect("hidden_act", "gelu")
     offset = settings.integer("pad_token_id", 1) + 1 if roberta else 0
@@ -80,16 +83,16 @@ def _read_bert(settings: Settings, dropout: float | None, name: str, heads: dict
     )
 
 
-def _write_bert(config: BERTConfig) -> dict[str, Any]:
-    name = "Roberta" if config.position_offset else "Bert"
-    suffix = {head: suffix for suffix, head in (BERT_HEADS | {"ForPreTraining": "pretraining"}).items()}[config.head]
-    if config.pooler != (config.head != "masked-lm") or (config.position_offset and config.head == "pretraining"):
+def _write_bert(config: BERTConfig, name: str, heads: dict[str, str]) -> dict[str, Any]:
+    if (name == "Bert") != (config.position_offset == 0):
+        raise ConfigError(f"{name} there is none with position_offset {config.position_offset}")
+    suffix = next((suffix for suffix, head in heads.items() if head == config.head), "ForPreTraining")
+    if config.head not in heads.values() or config.pooler != (config.head != "masked-lm"):
         raise ConfigError(f"{name}{suffix} there is no model with pooler {str(config.pooler).lower()}")
     if config.position_offset and config.head == "masked-lm" and config.activation != "none":
         raise ConfigError(f"{name}{suffix} has the exact GELU in its head, this model activation {config.activation}")
     return {
         "architectures": [name + suffix],
-        "model_type": name.lower(),
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length + config.position_offset,
         "num_hidden_layers": config.n_layer,
@@ -145,12 +148,11 @@ def _bert_added(config: BERTConfig, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 BERT_FOLDER = Architecture(
-    model_types=("bert",),
+    family="bert",
     model=BERT,
-    read=lambda settings, dropout: _read_bert(
-        settings, dropout, "Bert", BERT_HEADS | {"ForPreTraining": "pretraining"}
-    ),
-    write=_write_bert,
+    config=BERTConfig,
+    read=lambda settings, dropout: _read_bert(settings, dropout, "Bert", BERT_HEADS),
+    write=lambda config: _write_bert(config, "Bert", BERT_HEADS),
     names=lambda config: BERT_NAMES | _untied_bias(config),
     prefix="bert.",
     unprefixed=("cls.", "classifier."),
@@ -162,20 +164,28 @@ BERT_FOLDER = Architecture(
     added=_bert_added,
     renamed=((".gamma", ".weight"), (".beta", ".bias")),
 )
-ROBERTA_FOLDER = Architecture(
-    model_types=("roberta", "xlm-roberta"),
-    model=BERT,
-    read=lambda settings, dropout: _read_bert(settings, dropout, "Roberta", BERT_HEADS),
-    write=_write_bert,
-    names=lambda config: (
-        ROBERTA_NAMES | _untied_bias(config) | (ROBERTA_CLASSIFIER if config.head == "classification" else {})
-    ),
-    prefix="roberta.",
-    unprefixed=("lm_head.", "classifier."),
-    headless="RobertaModel",
-    stray=_bert_stray,
-    aliases=_bert_aliases,
-    generates=False,
-    untied=lambda config: dataclasses.replace(config, tie_decoder=False),
-    added=_bert_added,
-)
+
+
+def _roberta(family: str, name: str) -> Architecture:
+    return Architecture(
+        family=family,
+        model=BERT,
+        config=BERTConfig,
+        read=lambda settings, dropout: _read_bert(settings, dropout, name, HEADS),
+        write=lambda config: _write_bert(config, name, HEADS),
+        names=lambda config: (
+            ROBERTA_NAMES | _untied_bias(config) | (ROBERTA_CLASSIFIER if config.head == "classification" else {})
+        ),
+        prefix="roberta.",
+        unprefixed=("lm_head.", "classifier."),
+        headless=f"{name}Model",
+        stray=_bert_stray,
+        aliases=_bert_aliases,
+        generates=False,
+        untied=lambda config: dataclasses.replace(config, tie_decoder=False),
+        added=_bert_added,
+    )
+
+
+ROBERTA_FOLDER = _roberta("roberta", "Roberta")
+XLM_ROBERTA_FOLDER = _roberta("xlm-roberta", "XLMRoberta")

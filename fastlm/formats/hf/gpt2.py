@@ -34,7 +34,6 @@ def _read_gpt2(settings: Settings, dropout: float | None) -> GPTConfig:
 def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.context_length,
         "n_layer": config.n_layer,
@@ -51,8 +50,9 @@ def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 GPT2_FOLDER = Architecture(
-    model_types=("gpt2",),
+    family="gpt2",
     model=GPT,
+    config=GPTConfig,
     read=_read_gpt2,
     write=_write_gpt2,
     names=lambda config: {},

@@ -2,7 +2,8 @@
 
 An `Architecture` says how settings become a configuration and back, and under which names a folder keeps the
 tensors: a tensor of ours may be several of theirs, stacked along the first dimension (the fused query, key and
-value projection), or transposed (`Conv1D`). Each family has a module beside this; `architectures.py` lists them.
+value projection), or transposed (`Conv1D`). Each family, or group of relatives, has a module beside this;
+`architectures.py` is the table of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from ..._core.tensor_file import Stored
 from ...errors import CheckpointError, ConfigError
-from ...models.common.config import shown
+from ...models.common.config import ModelConfig, shown
 from ...models.common.generation import FOLLOWED, IDS, UNFOLLOWED, Generation, carry, generation_of
 from ..filling import blank, fill, non_finite, share
 from ..saving import state_to_save
@@ -127,12 +128,13 @@ class Architecture:
     """How one family of models lies in a folder.
 
     Attributes:
-        model_types: of config.json.
-        model: our class.
+        family: its name, which is config.json's model_type.
+        model, config: our classes; relatives share them.
         read: (settings, dropout rate or None) -> our configuration.
         write: our configuration -> settings, or a ConfigError that says what theirs cannot express.
         names: our configuration -> {our module, layer numbers as `*`: their modules}; a module that is not there
             has our name.
+        rows: our configuration -> {our module: rows of each of their modules in it}, where these are not alike.
         prefix: what models with a head put before the names of the base model's tensors.
         unprefixed: beginnings of the names that have no prefix.
         headless: their class of the base model alone, whose names have no prefix.
@@ -145,13 +147,15 @@ class Architecture:
         added: (our configuration, their tensors by name) -> tensors that theirs has besides.
     """
 
-    model_types: tuple[str, ...]
+    family: str
     model: type[nn.Module]
+    config: type[ModelConfig]
     read: Callable[[Settings, float | None], Any]
     write: Callable[[Any], dict[str, Any]]
     names: Callable[[Any], dict[str, tuple[str, ...]]]
     prefix: str
     unprefixed: tuple[str, ...]
+    rows: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
     headless: str = ""
     transposed: re.Pattern[str] = NOTHING
     one_row: re.Pattern[str] = NOTHING
@@ -164,18 +168,18 @@ class Architecture:
 
     def parts(self, config: Any, shapes: dict[str, torch.Size]) -> dict[str, list[Part]]:
         """For each of our tensors those of theirs that it is stacked from."""
-        names = self.names(config)
-        return {ours: self._parts_of(ours, shape, names, config) for ours, shape in shapes.items()}
+        names, rows = self.names(config), self.rows(config)
+        return {ours: self._parts_of(ours, shape, names, rows) for ours, shape in shapes.items()}
 
-    def _parts_of(self, ours: str, shape: torch.Size, names: dict[str, tuple[str, ...]], config: Any) -> list[Part]:
+    def _parts_of(
+        self, ours: str, shape: torch.Size, names: dict[str, tuple[str, ...]], rows: dict[str, tuple[int, ...]]
+    ) -> list[Part]:
         module, _, leaf = ours.rpartition(".")
         numbers = re.findall(r"\.(\d+)(?=\.|$)", module)
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", module)
         # A parameter of the model itself, such as a bias of the logits, is listed by its own name.
         modules = names.get(ours) or tuple(f"{name}.{leaf}" for name in names.get(pattern, (pattern,)))
-        sizes = [shape[0] // len(modules)] * len(modules)
-        if len(modules) == 3 and hasattr(config, "qkv_sizes"):  # grouped queries outnumber keys and values
-            sizes = config.qkv_sizes
+        sizes = rows.get(pattern, (shape[0] // len(modules),) * len(modules))
         theirs = [_fill(name, numbers) for name in modules]
         return [Part(name, size, self._form(name)) for name, size in zip(theirs, sizes, strict=True)]
 
@@ -245,7 +249,7 @@ def assemble(
     Sizes are compared before any tensor is read, and tensors are read one at a time.
     """
     try:
-        config = architecture.read(settings, dropout)
+        config = dataclasses.replace(architecture.read(settings, dropout), family=architecture.family)
     except ConfigError as error:
         raise CheckpointError(f"{settings.path}: {error}") from error
     stored = read()
@@ -297,12 +301,7 @@ def export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{type(model).__name__} has no Hugging Face layout here; those that have: {known}")
     state = {name: tensor.cpu() for name, tensor in state_to_save(model).items()}
     config: Any = model.config
-    try:
-        settings = found[0].write(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{type(model).__name__}: {error}") from error
-    # Relatives share a class: the one that the settings name is written.
-    architecture = next(a for a in found if settings["model_type"] in a.model_types)
+    architecture, settings = _expressed(found, config, type(model).__name__)
     with_head = settings["architectures"][0] != architecture.headless
     tensors: dict[str, Tensor] = {}
     for name, parts in architecture.parts(config, {name: t.shape for name, t in state.items()}).items():
@@ -314,15 +313,26 @@ def export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings | {"dtype": str(dtype).removeprefix("torch.")}, tensors
 
 
+def _expressed(relatives: list[Architecture], config: Any, name: str) -> tuple[Architecture, dict[str, Any]]:
+    """The relative that a configuration is of, or the first that has all of its settings, and config.json's entries."""
+    refused = []
+    for architecture in sorted(relatives, key=lambda relative: relative.family != config.family):
+        try:
+            return architecture, {"model_type": architecture.family, **architecture.write(config)}
+        except ConfigError as error:
+            refused.append(str(error))
+    raise CheckpointError(f"{name}: {'; '.join(refused)}")
+
+
 def _architecture(settings: Settings, model: type[nn.Module] | None) -> Architecture:
     from .architectures import ARCHITECTURES
 
     known = [a for a in ARCHITECTURES if model is None or a.model is model]
-    types = [name for a in known for name in a.model_types]
+    types = [a.family for a in known]
     if model is None and "model_type" not in settings.values:
         settings.refuse(f"missing model_type, expected one of {', '.join(types)}")
     wanted = settings.expect("model_type", *types)
-    return next(a for a in known if wanted in a.model_types)
+    return next(a for a in known if a.family == wanted)
 
 
 def _canonical(

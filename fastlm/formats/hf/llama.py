@@ -1,9 +1,12 @@
-"""Hugging Face folders of Llama, Mistral and Qwen2: settings and names, there and back."""
+"""Hugging Face folders of Llama, Mistral and Qwen2, and what their relatives share: settings and names, both ways."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from ...errors import ConfigError
 from ...models.common.config import shown
@@ -21,45 +24,43 @@ LLAMA_NAMES = {
 }
 
 
-def _read_llama(settings: Settings, dropout: float | None) -> LlamaConfig:
+def read_sizes(settings: Settings, dropout: float | None) -> dict[str, Any]:
+    """What every relative's configuration has of config.json, but for rotary settings, biases and windows."""
     settings.require("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     settings.expect("hidden_act", "silu", "swish")
-    settings.expect("pretraining_tp", 1)
-    qwen = settings.get("model_type") == "qwen2"
-    biases = settings.flag("attention_bias", False)
-    window, first = _window(settings)
-    return LlamaConfig(
-        vocab_size=settings.get("vocab_size"),
-        context_length=settings.get("max_position_embeddings", 2048),
-        n_layer=settings.get("num_hidden_layers"),
-        n_head=settings.get("num_attention_heads"),
-        n_embd=settings.get("hidden_size"),
-        n_inner=settings.get("intermediate_size"),
-        n_kv_head=settings.get("num_key_value_heads"),
-        head_size=settings.get("head_dim"),
-        rms_norm_eps=settings.get("rms_norm_eps", 1e-6),
-        qkv_bias=qwen or biases,
-        output_bias=biases and not qwen,
-        mlp_bias=settings.get("mlp_bias", False),
-        sliding_window=window,
-        first_window_layer=first,
-        dropout=settings.get("attention_dropout", 0.0) if dropout is None else dropout,
-        tie_embeddings=settings.get("tie_word_embeddings", False),
-        **_read_rope(settings),
-    )
+    return {
+        "vocab_size": settings.get("vocab_size"),
+        "context_length": settings.get("max_position_embeddings", 2048),
+        "n_layer": settings.integer("num_hidden_layers", 0),
+        "n_head": settings.get("num_attention_heads"),
+        "n_embd": settings.get("hidden_size"),
+        "n_inner": settings.get("intermediate_size"),
+        "n_kv_head": settings.get("num_key_value_heads"),
+        "head_size": settings.get("head_dim"),
+        "rms_norm_eps": settings.get("rms_norm_eps", 1e-6),
+        "dropout": settings.get("attention_dropout", 0.0) if dropout is None else dropout,
+        "tie_embeddings": settings.get("tie_word_embeddings", False),
+    }
 
 
-def _read_rope(settings: Settings) -> dict[str, Any]:
-    """Rotary settings of either age: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
+def rope_settings(settings: Settings, kinds: tuple[str, ...]) -> tuple[str, Settings, float]:
+    """The kind of rotary scaling, its settings and the base, from settings of either age: `rope_parameters`, or
+    `rope_theta` with `rope_scaling`."""
     name = "rope_parameters" if settings.mapping("rope_parameters") else "rope_scaling"
     rope = Settings(settings.mapping(name) or {}, settings.path, f"{name}.")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        settings.refuse(f"rope_type is {shown(kind, str)}, expected default or linear or llama3")
+    if kind not in kinds:
+        rope.refuse(f"rope_type is {shown(kind, str)}, expected {' or '.join(kinds)}")
+    theta = rope if "rope_theta" in rope.values else settings
+    return kind, rope, theta.number("rope_theta", 10000.0)
+
+
+def read_rope(settings: Settings) -> dict[str, Any]:
+    """Rotary settings of heads that turn whole."""
+    kind, rope, theta = rope_settings(settings, ("default", "linear", "llama3"))
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         settings.refuse("partial_rotary_factor is not 1, expected whole heads to rotate")
-    theta = rope if "rope_theta" in rope.values else settings
-    values: dict[str, Any] = {"rope_theta": theta.number("rope_theta", 10000.0)}
+    values: dict[str, Any] = {"rope_theta": theta}
     if kind != "default":
         rope.require("factor")
         values |= {"rope_scaling": kind, "rope_factor": rope.number("factor", 1.0)}
@@ -71,18 +72,13 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
     return values
 
 
-def _window(settings: Settings) -> tuple[int | None, int]:
-    """The sliding window and the first layer that has it."""
+def read_upper_window(settings: Settings) -> dict[str, Any]:
+    """Qwen's sliding window, of the layers from a first one on."""
     layers = settings.integer("num_hidden_layers", 0)
-    window = settings.integer("sliding_window")
-    if settings.get("model_type") == "llama" or window is None:
-        return None, 0
-    if settings.get("model_type") == "mistral":
-        return window, 0
+    window, first = settings.integer("sliding_window"), settings.integer("max_window_layers", 28)
     kinds = settings.sequence("layer_types")
-    if not settings.flag("use_sliding_window", False):
-        return None, 0
-    first = settings.integer("max_window_layers", 28)
+    if window is None or not settings.flag("use_sliding_window", False):
+        return {"first_window_layer": first}
     if kinds is not None:
         full = [kind == "full_attention" for kind in kinds]
         first = full.index(False) if False in full else layers
@@ -90,12 +86,20 @@ def _window(settings: Settings) -> tuple[int | None, int]:
             settings.refuse(
                 f"layer_types is {shown(kinds)}, expected full attention first and sliding windows after it"
             )
-    return (None, 0) if first >= layers else (window, first)
+    return {"sliding_window": None if first >= layers else window, "first_window_layer": first}
 
 
-def _write_llama(config: LlamaConfig) -> dict[str, Any]:
+def write_upper_window(config: LlamaConfig) -> dict[str, Any]:
     return {
-        **_llama_relative(config),
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": config.first_window_layer,
+    }
+
+
+def write_sizes(config: LlamaConfig) -> dict[str, Any]:
+    """Inverse of `read_sizes` and `read_rope`."""
+    return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "num_hidden_layers": config.n_layer,
@@ -115,26 +119,6 @@ def _write_llama(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _llama_relative(config: LlamaConfig) -> dict[str, Any]:
-    """The relative of Llama that has this combination of biases and window."""
-    if config.qkv_bias and not config.output_bias and not config.mlp_bias:
-        window = {
-            "use_sliding_window": config.sliding_window is not None,
-            "sliding_window": config.sliding_window,
-            "max_window_layers": config.first_window_layer,
-        }
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **window}
-    if config.sliding_window is not None:
-        if config.qkv_bias or config.output_bias or config.mlp_bias or config.first_window_layer:
-            raise ConfigError("no Hugging Face model of this kind has a sliding window with these biases or layers")
-        window = {"sliding_window": config.sliding_window}
-        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **window}
-    if config.qkv_bias != config.output_bias:
-        raise ConfigError("no Hugging Face model of this kind has qkv_bias, output_bias and mlp_bias like these")
-    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **biases}
-
-
 def _write_rope(config: LlamaConfig) -> dict[str, Any] | None:
     if config.rope_scaling is None:
         return None
@@ -148,15 +132,83 @@ def _write_rope(config: LlamaConfig) -> dict[str, Any] | None:
     return scaling
 
 
-LLAMA_FOLDER = Architecture(
-    model_types=("llama", "mistral", "qwen2"),
-    model=Llama,
-    read=_read_llama,
-    write=_write_llama,
-    names=lambda config: LLAMA_NAMES,
-    prefix="model.",
-    unprefixed=("lm_head.",),
-    # Wavelengths that older versions stored as if they were parameters.
-    stray=lambda config: re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-    aliases=lambda config: {"lm_head.weight": "embed_tokens.weight"} if config.tie_embeddings else {},
-)
+def llama_folder(
+    family: str,
+    read: Callable[[Settings, float | None], LlamaConfig],
+    write: Callable[[Any], dict[str, Any]],
+    model: type[nn.Module] = Llama,
+    config: type[LlamaConfig] = LlamaConfig,
+    names: dict[str, tuple[str, ...]] | None = None,
+    fused: bool = False,
+) -> Architecture:
+    """The architecture of a relative of Llama.
+
+    Args:
+        names: of modules that are named otherwise than Llama's.
+        fused: whether theirs has one projection for queries, keys and values, as ours has.
+    """
+    return Architecture(
+        family=family,
+        model=model,
+        config=config,
+        read=read,
+        write=write,
+        names=lambda config: LLAMA_NAMES | (names or {}),
+        rows=lambda config: {} if fused else {"layers.*.attention.qkv": config.qkv_sizes},
+        prefix="model.",
+        unprefixed=("lm_head.",),
+        # Wavelengths that older versions stored as if they were parameters.
+        stray=lambda config: re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+        aliases=lambda config: {"lm_head.weight": "embed_tokens.weight"} if config.tie_embeddings else {},
+    )
+
+
+def _read_llama(settings: Settings, dropout: float | None) -> LlamaConfig:
+    settings.expect("pretraining_tp", 1)
+    biases = settings.flag("attention_bias", False)
+    return LlamaConfig(
+        **read_sizes(settings, dropout),
+        **read_rope(settings),
+        qkv_bias=biases,
+        output_bias=biases,
+        mlp_bias=settings.get("mlp_bias", False),
+    )
+
+
+def _write_llama(config: LlamaConfig) -> dict[str, Any]:
+    if config.sliding_window is not None or config.qkv_bias != config.output_bias:
+        raise ConfigError("a llama has no sliding_window, and qkv_bias as output_bias")
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return {"architectures": ["LlamaForCausalLM"], **write_sizes(config), **biases}
+
+
+def _read_mistral(settings: Settings, dropout: float | None) -> LlamaConfig:
+    sizes = read_sizes(settings, dropout)
+    return LlamaConfig(**sizes, **read_rope(settings), sliding_window=settings.integer("sliding_window"))
+
+
+def _write_mistral(config: LlamaConfig) -> dict[str, Any]:
+    first = config.sliding_window is not None and config.first_window_layer
+    if config.qkv_bias or config.output_bias or config.mlp_bias or first:
+        raise ConfigError("a mistral has no sliding window with these biases or layers")
+    return {
+        "architectures": ["MistralForCausalLM"],
+        **write_sizes(config),
+        "sliding_window": config.sliding_window,
+    }
+
+
+def _read_qwen2(settings: Settings, dropout: float | None) -> LlamaConfig:
+    sizes = read_sizes(settings, dropout)
+    return LlamaConfig(**sizes, **read_rope(settings), **read_upper_window(settings), qkv_bias=True)
+
+
+def _write_qwen2(config: LlamaConfig) -> dict[str, Any]:
+    if not config.qkv_bias or config.output_bias or config.mlp_bias:
+        raise ConfigError("a qwen2 has qkv_bias, and neither output_bias nor mlp_bias")
+    return {"architectures": ["Qwen2ForCausalLM"], **write_sizes(config), **write_upper_window(config)}
+
+
+LLAMA_FOLDER = llama_folder("llama", _read_llama, _write_llama)
+MISTRAL_FOLDER = llama_folder("mistral", _read_mistral, _write_mistral)
+QWEN2_FOLDER = llama_folder("qwen2", _read_qwen2, _write_qwen2)

@@ -86,7 +86,6 @@ def _write_marian(config: Seq2SeqConfig) -> dict[str, Any]:
             raise ConfigError(f"Hugging Face's Marian has {name} {value}, this model {getattr(config, name)}")
     return {
         "architectures": ["MarianMTModel"],
-        "model_type": "marian",
         "vocab_size": config.source_vocab_size,
         "decoder_vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
@@ -119,8 +118,9 @@ def _marian_added(config: Seq2SeqConfig, tensors: dict[str, Tensor]) -> dict[str
 
 
 MARIAN_FOLDER = Architecture(
-    model_types=("marian",),
+    family="marian",
     model=Seq2Seq,
+    config=Seq2SeqConfig,
     read=_read_marian,
     write=_write_marian,
     names=lambda config: MARIAN_NAMES if config.tie_embeddings else MARIAN_NAMES | MARIAN_UNTIED,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from typing_extensions import Self
 
@@ -16,7 +16,22 @@ LARGEST = 2**31 - 1  # of any size or number of layers
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Base of the configurations; a subclass lists its fields and calls the checks in `__post_init__`."""
+    """Base of the configurations; a subclass lists its fields and calls the checks in `__post_init__`.
+
+    Attributes:
+        families: the names, in Hugging Face's terms, of the relatives that have configurations of this class.
+        family: the one that this is of, which files name; None where nobody has said. It says nothing that the other
+            fields do not, so that configurations of two relatives may be equal.
+    """
+
+    families: ClassVar[tuple[str, ...]]
+
+    family: str | None = field(default=None, kw_only=True, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.family is None and len(self.families) == 1:
+            object.__setattr__(self, "family", self.families[0])
+        self._check_choice("family", (None, *self.families))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -31,8 +46,8 @@ class ModelConfig:
         fields = dataclasses.fields(cls)
         if not isinstance(settings, dict):
             raise ConfigError(f"{cls.__name__}: is {settings!r:.80}, expected names with values")
-        unknown = sorted(settings.keys() - {field.name for field in fields})
-        required = {field.name for field in fields if field.default is dataclasses.MISSING}
+        unknown = sorted(settings.keys() - {each.name for each in fields})
+        required = {each.name for each in fields if each.default is dataclasses.MISSING}
         missing = sorted(required - settings.keys())
         if unknown or missing:
             text = ", ".join([f"unknown {name}" for name in unknown] + [f"missing {name}" for name in missing])
@@ -71,9 +86,17 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "true or false")
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in choices:
-            self._refuse(name, " or ".join(choices))
+            self._refuse(name, " or ".join(map(str, choices)))
+
+    def _check_numbers(self, name: str, count: int) -> None:
+        """Numbers above 0, `count` of them, which become a tuple."""
+        values = getattr(self, name)
+        fits = isinstance(values, (list, tuple)) and len(values) == count
+        if not fits or not all(_is_number(value) and 0 < value <= sys.float_info.max for value in values):
+            self._refuse(name, f"{count} numbers above 0")
+        object.__setattr__(self, name, tuple(values))
 
     def _check_ids(self, vocab_size: int, *names: str) -> None:
         for name in names:

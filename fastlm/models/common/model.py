@@ -97,6 +97,10 @@ class CausalLM(Model):
         """From the tokens' embeddings (B, T, C), the first at position `start`, to the last norm's output."""
         raise NotImplementedError
 
+    def outgrows(self, before: int, after: int) -> bool:
+        """Whether keys that were cached of `before` tokens are not those of a sequence of `after`."""
+        return False
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
         raise NotImplementedError
