@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._core.dispatch import autocast_dtype
-from ..nn._fused import apply_linear, apply_norm, linear_gelu, pre_norm
+from ..nn._fused import add_norm, apply_linear, apply_norm, linear_gelu
 from ..ops._products import linear
 from .common.attention import causal_attention
 from .common.config import ModelConfig
-from .common.model import CausalLM
+from .common.model import CausalLM, product_dtype
 from .common.positions import learned_positions
 
 if TYPE_CHECKING:
@@ -73,11 +71,6 @@ class GPTConfig(ModelConfig):
         return self.n_embd // self.n_head
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products run in: the norms write it, so that autocast has nothing left to cast."""
-    return autocast_dtype(x.device.type) or x.dtype
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -120,8 +113,8 @@ class Block(nn.Module):
         """Take ln_1(x), if it is there, and x, both (B, T, C); return next_norm(y), if it is given, and y."""
         dtype, dropout = product_dtype(x), self.dropout if self.training else 0.0
         normed = apply_norm(x, self.ln_1, dtype) if normed is None else normed
-        attention = (lambda x: self.attn(x, cache)), dropout, self.ln_2
-        return pre_norm(normed, x, (attention, (self.mlp, dropout, next_norm)), dtype)
+        normed, x = add_norm(self.attn(normed, cache), x, self.ln_2, dropout, dtype)
+        return add_norm(self.mlp(normed), x, next_norm, dropout, dtype)
 
 
 class GPT(CausalLM):
@@ -149,7 +142,7 @@ class GPT(CausalLM):
     def blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
         positions = learned_positions(self.wpe, start, rows.shape[1], rows.device)
         x = F.dropout(rows + positions, self.config.dropout, self.training)  # (B, T, C)
-        return self._through(self.h, "ln_1", self.ln_f, x, cache, out_dtype=product_dtype(x))
+        return self._through(self.h, "ln_1", self.ln_f, x, cache)
 
     def product_weights(self) -> list[Tensor]:
         """The matrices of all products, each once."""

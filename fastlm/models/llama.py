@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn._fused import apply_linear, apply_norm, pre_norm
+from ..nn._fused import add_norm, apply_linear, apply_norm
 from ..nn.embedding import rotary_rates
 from ..nn.linear import linear
 from ..ops.rotary import rotary
@@ -152,7 +152,8 @@ class LlamaAttention(nn.Module):
         heads = self.config.n_head, self.config.n_kv_head, self.config.n_kv_head
         q, k, v = qkv.split(heads, 1)
         q, k = self.rotate(q, k, cos, sin)
-        y = causal_attention(q, k, v, self.layer, cache, self.config.dropout if self.training else 0.0, self.window)
+        dropout = self.config.dropout if self.training else 0.0
+        y = causal_attention(q, k, v, self.layer, cache, dropout, self.window, grouped=True)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,8 +195,8 @@ class LlamaBlock(nn.Module):
         """As `Block` of gpt.py, with attention_norm for ln_1."""
         dropout = self.dropout if self.training else 0.0
         normed = apply_norm(x, self.attention_norm) if normed is None else normed
-        attention = (lambda x: self.attention(x, cos, sin, cache)), dropout, self.mlp_norm
-        return pre_norm(normed, x, (attention, (self.mlp, dropout, next_norm)))
+        normed, x = add_norm(self.attention(normed, cos, sin, cache), x, self.mlp_norm, dropout)
+        return add_norm(self.mlp(normed), x, next_norm, dropout)
 
 
 class Llama(CausalLM):

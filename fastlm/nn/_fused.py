@@ -6,6 +6,7 @@ Each function gives what calling the modules gives, within rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,17 +50,19 @@ def apply_norm(x: Tensor, norm: nn.Module, out_dtype: torch.dtype | None = None)
 def add_norm(
     x: Tensor,
     residual: Tensor,
-    norm: nn.Module,
+    norm: nn.Module | None,
     dropout: nn.Module | float | None = None,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(norm(z), z) with z = residual + dropout(x), in one pass.
+) -> tuple[Any, Tensor]:
+    """(norm(z), z) with z = residual + dropout(x), in one pass; (None, z) without a normalization.
 
     Args:
-        norm: a layer or RMS normalization.
+        norm: a layer or RMS normalization, or None.
         dropout: a module, or a rate above 0 in training.
         out_dtype: of a fused layer normalization's result.
     """
+    if norm is None:
+        return None, add(x, residual, dropout)
     rate = _rate(dropout)
     if rate is not None and plain(norm, nn.LayerNorm, LayerNorm) and len(norm.normalized_shape) == 1:
         return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, rate, out_dtype=out_dtype)
@@ -76,31 +79,8 @@ def add(x: Tensor, residual: Tensor, dropout: nn.Module | float | None = None) -
     return residual + (F.dropout(x, dropout) if dropout else x)
 
 
-# A sublayer's function, the dropout after it, and its normalization, or the one that follows its addition.
-Dropout = nn.Module | float | None
-Sublayer = tuple[Callable[[Tensor], Tensor], Dropout, nn.Module]
-FollowedSublayer = tuple[Callable[[Tensor], Tensor], Dropout, nn.Module | None]
-
-
-def pre_norm(
-    normed: Tensor, x: Tensor, sublayers: Iterable[FollowedSublayer], out_dtype: torch.dtype | None = None
-) -> tuple[Tensor | None, Tensor]:
-    """The residual stream x through sublayers, x = x + dropout_i(f_i(normed)), normed = norm_i(x), in one pass each.
-
-    Args:
-        normed: what the first sublayer takes.
-        sublayers: each with the normalization that follows its addition; None where that is out of reach, in the last.
-        out_dtype: of fused layer normalizations' results.
-
-    Returns:
-        (normed or None, x) after the last.
-    """
-    for function, dropout, norm in sublayers:
-        branch = function(normed)
-        if norm is None:
-            return None, add(branch, x, dropout)
-        normed, x = add_norm(branch, x, norm, dropout, out_dtype)
-    return normed, x
+# A sublayer's function, the dropout after it, and its normalization.
+Sublayer = tuple[Callable[[Tensor], Tensor], nn.Module | float | None, nn.Module]
 
 
 def residual_chain(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> Tensor:
@@ -109,9 +89,11 @@ def residual_chain(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -
     Post-norm x = norm_i(x + dropout_i(f_i(x))), else x = x + dropout_i(f_i(norm_i(x))), fused with the norm after it.
     """
     if norm_first:
-        following = [*(norm for _, _, norm in sublayers[1:]), None]
-        followed = [(f, dropout, norm) for (f, dropout, _), norm in zip(sublayers, following, strict=True)]
-        return pre_norm(apply_norm(x, sublayers[0][2]), x, followed)[1]
+        normed: Any = apply_norm(x, sublayers[0][2])
+        for i, (function, dropout, _) in enumerate(sublayers, 1):
+            following = sublayers[i][2] if i < len(sublayers) else None
+            normed, x = add_norm(function(normed), x, following, dropout)
+        return x
     for function, dropout, norm in sublayers:
         x = add_norm(function(x), x, norm, dropout)[0]
     return x

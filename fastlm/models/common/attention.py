@@ -26,12 +26,13 @@ def causal_attention(
     cache: KVCache | None = None,
     dropout: float = 0.0,
     window: int | None = None,
+    grouped: bool = False,
 ) -> Tensor:
     """Attention of tokens to those before them and themselves.
 
     Args:
         q: (B, H, T, D).
-        k, v: (B, K, T, D), K a divisor of H.
+        k, v: (B, K, T, D), K a divisor of H; other than H where `grouped` says that it may be.
         layer: whose keys and values in the cache these follow.
         cache: holds those of the tokens before, and takes up these.
         dropout: rate on the attention weights.
@@ -40,11 +41,10 @@ def causal_attention(
     Returns:
         (B, H, T, D).
     """
+    T = S = q.shape[2]
     if cache is not None:
         k, v = cache.append(layer, k, v)  # (B, K, S, D)
-    _, H, T, _ = q.shape
-    _, K, S, _ = k.shape
-    grouped = K != H
+        S = k.shape[2]
     if window is None:
         mask = causal_mask(T, S, q.device) if 1 < T < S else None
         return scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None, enable_gqa=grouped)

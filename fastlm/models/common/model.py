@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..._core.dispatch import autocast_dtype
 from ...nn._fused import apply_norm, head_loss, norms_within_reach
 from ...nn._plain import plain
 from ...ops._products import tied_embedding
@@ -15,6 +16,11 @@ from .checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
 
 if TYPE_CHECKING:
     from .cache import KVCache
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products run in: the norms write it, so that autocast has nothing left to cast."""
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 class Model(nn.Module):
@@ -113,18 +119,16 @@ class CausalLM(Model):
         x: Tensor,
         cache: KVCache | None,
         *others: Any,
-        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The residual stream x (B, T, C) through every block, and the `last` norm of it.
 
         Args:
             first_norm: the blocks' name of the norm that they begin with.
             others: what each block takes besides.
-            out_dtype: of a fused layer normalization's result.
         """
         normed = None
         for block, norm in zip(blocks, norms_within_reach(blocks, self.block, first_norm, last), strict=True):
             normed, x = block(normed, x, norm, *others, cache)
         if cache is not None:
             cache.advance(x.shape[1])
-        return apply_norm(x, last, out_dtype) if normed is None else normed
+        return apply_norm(x, last, product_dtype(x)) if normed is None else normed
