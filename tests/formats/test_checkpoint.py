@@ -243,11 +243,21 @@ def test_another_model_is_refused_and_stays_unchanged(tmp_path, sizes, message):
     assert_same_tensors(other.state_dict(), before)
 
 
-@pytest.mark.parametrize("value", [math.nan, -1.0, 2.0**63, math.inf])
-@pytest.mark.parametrize("name", ["seconds", "best_loss", "loss_sum"])
+@pytest.mark.parametrize("value", [math.nan, -(2.0**64), 2.0**63, math.inf])
+@pytest.mark.parametrize("name", ["seconds", "best", "loss_sum"])
 def test_a_state_that_no_run_leaves_is_refused(name, value):
     with pytest.raises(CheckpointError, match=f"c: state.{name} is not a possible float"):
         State.from_dict({name: value}, "c")
+
+
+def test_times_are_not_negative_but_losses_may_be():
+    with pytest.raises(CheckpointError, match="c: state.seconds is not a possible float"):
+        State.from_dict({"seconds": -1.0}, "c")
+    assert State.from_dict({"best": -1.0, "loss_sum": -2.0}, "c") == State(best=-1.0, loss_sum=-2.0)
+
+
+def test_the_best_loss_of_earlier_versions_is_read():
+    assert State.from_dict({"step": 4, "best_loss": 1.5}, "c") == State(step=4, best=1.5)
 
 
 def test_a_checkpoint_for_inference_cannot_be_resumed_from(tmp_path):
