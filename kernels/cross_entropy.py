@@ -303,7 +303,7 @@ def cross_entropy_fwd(
     smoothing: float,
     scale: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As fastlm.backends.cpu.cross_entropy_fwd; scale may be a () fp32 tensor."""
+    """As fastlm.backends.cpu.cross_entropy.cross_entropy_fwd; scale may be a () fp32 tensor."""
     M, N = x.shape
     loss, stats = x.new_empty(M, dtype=torch.float32), x.new_empty(M, 3, dtype=torch.float32)
     dx = None if scale is None else torch.empty_like(x)
@@ -329,7 +329,7 @@ def cross_entropy_update(
     ignore_index: int,
     smoothing: float,
 ) -> None:
-    """As fastlm.backends.cpu.cross_entropy_update."""
+    """As fastlm.backends.cpu.cross_entropy.cross_entropy_update."""
     M, n = x.shape
     rows, block, warps = _plan(n, False, architecture(x.device))
     if M:
@@ -346,7 +346,7 @@ FINISH_ROWS = 128
 def cross_entropy_finish(
     states: Tensor, target: Tensor, class_weight: Tensor | None, N: int, ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """As fastlm.backends.cpu.cross_entropy_finish."""
+    """As fastlm.backends.cpu.cross_entropy.cross_entropy_finish."""
     M = states.shape[0]
     loss, stats = states.new_empty(M), states.new_empty(M, 3)
     if M:
@@ -371,7 +371,7 @@ def cross_entropy_bwd(
     N: int | None = None,
     unless: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """As fastlm.backends.cpu.cross_entropy_bwd; scale may be a () fp32 tensor.
+    """As fastlm.backends.cpu.cross_entropy.cross_entropy_bwd; scale may be a () fp32 tensor.
 
     unless: (grad, expected): where the scalar tensor grad holds `expected`, `out` already has what would be written
     and is left alone. The device decides, so that nobody waits for it.

@@ -197,7 +197,7 @@ def _plan(N: int, flat: bool, backward: bool, arch: int) -> tuple[Tile, int, int
 
 
 def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
-    """As fastlm.backends.cpu.gelu_fwd."""
+    """As fastlm.backends.cpu.gelu.gelu_fwd."""
     y = torch.empty_like(x)
     M, N = _rows(x, bias, dropout_p)
     if M * N == 0:
@@ -214,7 +214,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0,
 def gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """As fastlm.backends.cpu.gelu_bwd."""
+    """As fastlm.backends.cpu.gelu.gelu_bwd."""
     dx = torch.empty_like(x)
     M, N = _rows(x, bias, dropout_p)
     if M * N == 0:

@@ -323,7 +323,7 @@ def layer_norm_fwd(
     out_dtype: torch.dtype | None = None,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As fastlm.backends.cpu.layer_norm_fwd."""
+    """As fastlm.backends.cpu.layer_norm.layer_norm_fwd."""
     M = x.numel() // N if N else 0
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
@@ -366,7 +366,7 @@ def layer_norm_bwd(
     x_dtype: torch.dtype | None = None,
     weight_grads: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As fastlm.backends.cpu.layer_norm_bwd."""
+    """As fastlm.backends.cpu.layer_norm.layer_norm_bwd."""
     M = z.numel() // N if N else 0
     x_dtype = x_dtype or z.dtype
     dz = torch.empty_like(z)

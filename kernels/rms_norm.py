@@ -215,7 +215,7 @@ def rms_norm_fwd(
     out_dtype: torch.dtype | None = None,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As fastlm.backends.cpu.rms_norm_fwd."""
+    """As fastlm.backends.cpu.rms_norm.rms_norm_fwd."""
     M = x.numel() // N if N else 0
     stream = x if residual is None else residual
     y = torch.empty_like(x, dtype=out_dtype or stream.dtype)
@@ -250,7 +250,7 @@ def rms_norm_bwd(
     x_dtype: torch.dtype | None = None,
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As fastlm.backends.cpu.rms_norm_bwd."""
+    """As fastlm.backends.cpu.rms_norm.rms_norm_bwd."""
     M = z.numel() // N if N else 0
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if x_dtype not in (None, z.dtype) else None

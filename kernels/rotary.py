@@ -68,7 +68,7 @@ def _rotary_kernel(
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """As fastlm.backends.cpu.rotary."""
+    """As fastlm.backends.cpu.rotary.rotary."""
     B, H, L, D = x.shape
     R = cos.shape[-1]
     y = heads_like(x)

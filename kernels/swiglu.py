@@ -81,7 +81,7 @@ def _plan(N: int, backward: bool, arch: int) -> tuple[int, int, int]:
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """As fastlm.backends.cpu.swiglu_fwd."""
+    """As fastlm.backends.cpu.swiglu.swiglu_fwd."""
     M, N = gate.shape
     y = gate.new_empty(M, N)
     if M * N:
@@ -94,7 +94,7 @@ def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """As fastlm.backends.cpu.swiglu_bwd."""
+    """As fastlm.backends.cpu.swiglu.swiglu_bwd."""
     M, N = gate.shape
     dgate, dup = gate.new_empty(M, N), gate.new_empty(M, N)
     if M * N:

@@ -21,6 +21,8 @@ from .._core.dispatch import must_trace, needs_grad
 from .._core.tensor_file import open_safetensors, parse_json
 from .._core.tensor_writer import write_tensors
 from ..backends import cpu as _native
+from ..backends.cpu import quantized_linear as _kernels
+from ..backends.cpu.linear import LINEAR_ROWS
 from ..errors import CheckpointError, ConfigError
 from ..formats.checkpoint import format_of
 from ..formats.filling import blank, fill
@@ -163,7 +165,7 @@ class QuantizedLinear(nn.Module):
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         K = self.in_features
         if self._has_kernel(self.qweight, dtype):
-            return _native.dequantize(self.qweight, self.scale, K, self.padded, self.group_size, dtype)
+            return _kernels.dequantize(self.qweight, self.scale, K, self.padded, self.group_size, dtype)
         return dequantize(self.qweight, self.scale, K, self.group_size).to(dtype)
 
     @staticmethod
@@ -179,9 +181,9 @@ class QuantizedLinear(nn.Module):
         K = self.in_features
         if x.shape[-1:] != (K,):
             raise ValueError(f"QuantizedLinear: x has shape {tuple(x.shape)}, expected (..., {K})")
-        if K <= x.numel() <= _native.LINEAR_ROWS * K and self._has_kernel(x, x.dtype) and not needs_grad(x):
+        if K <= x.numel() <= LINEAR_ROWS * K and self._has_kernel(x, x.dtype) and not needs_grad(x):
             held: Any = self._buffers  # nn.Module's __getattr__ takes 0.4 us for each
-            return _native.quantized_linear_fwd(
+            return _kernels.quantized_linear_fwd(
                 x.contiguous(), held["qweight"], held["scale"], held["bias"], self.padded, self.group_size
             )
         bias = None if self.bias is None else self.bias.to(x.dtype)

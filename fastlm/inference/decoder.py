@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .._core.dispatch import forced_backend
 from ..backends import cpu as _native
+from ..backends.cpu.decode import decode_step, huge_pages
+from ..backends.cpu.linear import LINEAR_ROWS
 from ..compression.quantization import QuantizedLinear
 from ..models.common.cache import KVCache
 from ..nn._plain import plain, redirected
@@ -39,8 +41,8 @@ def unsupported(model: nn.Module, batch_size: int) -> str | None:
         return _native.missing_reason
     if forced_backend() not in (None, "cpu"):
         return f"the {forced_backend()} backend is forced"
-    if not 1 <= batch_size <= _native.LINEAR_ROWS:
-        return f"there are {batch_size} rows, its kernels take 1 to {_native.LINEAR_ROWS}"
+    if not 1 <= batch_size <= LINEAR_ROWS:
+        return f"there are {batch_size} rows, its kernels take 1 to {LINEAR_ROWS}"
     weight = model.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"the weights are {weight.dtype} on {weight.device}"
@@ -107,7 +109,7 @@ class Decoder:
         if position >= cache.max_length:
             raise ValueError(f"KVCache: {position} + 1 tokens exceed its max_length of {cache.max_length}")
         torch.add(model.wte.weight[tokens], model.wpe.weight[position], out=self.x)
-        _native.decode_step(self._model, position, model.ln_f.eps)
+        decode_step(self._model, position, model.ln_f.eps)
         cache.advance(1)
         return self.logits
 
@@ -173,7 +175,7 @@ def _memory_for(model: GPT) -> Tensor:
     memory = _MEMORY.get(model)
     if memory is None or memory.numel() < size:
         with torch.inference_mode(False):  # it outlives the mode of this call
-            memory = _MEMORY[model] = _native.huge_pages(size)
+            memory = _MEMORY[model] = huge_pages(size)
     return memory
 
 

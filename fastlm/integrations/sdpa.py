@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu as _native
+from ..backends.cpu import attention as _kernels
 from ..errors import BackendError
 from ..ops._attention_reference import Options
 from ..ops.attention import rest_of, scaled_dot_product_attention
@@ -95,6 +96,6 @@ def _backward(
     mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
     options = Options(is_causal, scale, dropout_p, 0, -1, 0 if is_causal else -1, 0.0)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    backward: Any = _native.attention_bwd
-    rest = rest_of(_native, query, key, value, mask, logsumexp, options)
+    backward: Any = _kernels.attention_bwd
+    rest = rest_of(_kernels, query, key, value, mask, logsumexp, options)
     return backward(grad_out.contiguous(), None, query, key, value, mask, out, logsumexp, *options, rest=rest)[:3]

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._core.dispatch import must_trace, needs_grad, products_are_watched
 from .._core.torch_private import version_of
 from ..backends import cpu as _native
+from ..backends.cpu import gemm as _kernels
 from ._autograd import by_reference
 from ._thresholds import (
     DEEPEST,
@@ -79,7 +80,7 @@ def leads(dtype: torch.dtype) -> bool:
     They are for AVX-512, and in bf16 for its dot products: Intel's libraries make as much of these on Intel's CPUs, and
     more of AMX. What was measured on another stands in csrc/cpu/gemm.cpp.
     """
-    return _native.gemm_serves(dtype) and not _native.is_intel()
+    return _kernels.gemm_serves(dtype) and not _native.is_intel()
 
 
 def suits(x: Tensor, multiplications: int, gradient: bool = False) -> bool:
@@ -98,7 +99,7 @@ def _by_ours(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add:
     if out.stride(1) != 1 and out.shape[1] > 1:
         made = _by_ours(a, b, out.new_empty(out.shape), bias)
         return out.add_(made) if add else out.copy_(made)
-    _native.gemm(_side_by_side(a), _side_by_side(b), out, None if bias is None else bias.float().contiguous(), add)
+    _kernels.gemm(_side_by_side(a), _side_by_side(b), out, None if bias is None else bias.float().contiguous(), add)
     return out
 
 

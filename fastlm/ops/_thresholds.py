@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import cpu
+from ..backends.cpu.linear import LINEAR_ROWS
 
 AMX = "amx" in cpu.cpu_isas()
 AVX512 = "avx512" in cpu.cpu_isas()
@@ -36,8 +37,8 @@ if not AMX:
 # of the CPU's AVX-512: there it took 1.7 to 5 times as long, whatever the rows (Zen 4). Two threads, weights from 768 x
 # 768 to 50257 x 768: in fp32 1.0 to 1.9 times PyTorch's speed, with fewer than 4 rows 0.8 to 1.1 (Sapphire Rapids); in
 # 16 bits 1.1 to 5.5 times on either; fp64 0.7 to 1.3 times.
-ROWS_IN_FP32 = {True: range(1, cpu.LINEAR_ROWS + 1), False: range(4, cpu.LINEAR_ROWS + 1)}
-ROWS_IN_HALF = range(1, cpu.LINEAR_ROWS + 1)
+ROWS_IN_FP32 = {True: range(1, LINEAR_ROWS + 1), False: range(4, LINEAR_ROWS + 1)}
+ROWS_IN_HALF = range(1, LINEAR_ROWS + 1)
 # Elements of a weight up to which PyTorch's product of few rows is the faster one. Sapphire Rapids: one row took 1.6
 # times PyTorch's time at 256 x 256 in fp32 and as long at 512 x 512; 2.3 times at 64 x 64 in bf16 and 0.4 times at 128
 # x 128. Zen 4: 1.5 times at 256 x 256 in fp32, 1.1 at 384 x 384 and 0.95 at 512 x 512; 1.9 times at 64 x 64 in bf16 and

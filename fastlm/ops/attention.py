@@ -28,6 +28,7 @@ from .._core.dispatch import (
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
+from ..backends.cpu import attention as _kernels
 from ._attention_inputs import (
     Window,
     as_4d,
@@ -44,9 +45,9 @@ from ._autograd import by_kernels, operator
 from ._thresholds import SHORT_DECODE
 
 KERNELS: dict[str, Any] = {
-    "cpu": _native,
+    "cpu": _kernels,
     "triton": LazyModule("fastlm.kernels.attention"),
-    "cuda": LazyModule("fastlm.backends.cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda.attention"),
 }
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 PROVED_CUDA: frozenset[int] = frozenset()  # the same of the CUDA kernels
@@ -425,8 +426,8 @@ def _quick(
     scale = D**-0.5 if scale is None else scale
     if grouped or mask is not None:
         right = 0 if is_causal else -1
-        return _native.attention_fwd(q, k, v, mask, is_causal, scale, window_right=right, lse=False)[0]
-    return _native.attention_plain_fwd(q, k, v, is_causal, scale)
+        return _kernels.attention_fwd(q, k, v, mask, is_causal, scale, window_right=right, lse=False)[0]
+    return _kernels.attention_plain_fwd(q, k, v, is_causal, scale)
 
 
 def _spans(mask: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:

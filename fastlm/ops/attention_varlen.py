@@ -23,6 +23,7 @@ from .._core.dispatch import (
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported
+from ..backends.cpu import attention as _kernels
 from ._attention_inputs import (
     Window,
     autocast,
@@ -44,9 +45,9 @@ from .attention import (
 )
 
 KERNELS: dict[str, Any] = {
-    "cpu": _native,
+    "cpu": _kernels,
     "triton": LazyModule("fastlm.kernels.attention"),
-    "cuda": LazyModule("fastlm.backends.cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda.attention"),
 }
 _NAME = "attention_varlen"
 

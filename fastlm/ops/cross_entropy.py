@@ -27,9 +27,10 @@ from .._core.dispatch import (
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
+from ..backends.cpu import cross_entropy as _kernels
 from ._autograd import by_kernels, operator
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.cross_entropy")}
+KERNELS: dict[str, Any] = {"cpu": _kernels, "triton": LazyModule("fastlm.kernels.cross_entropy")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -123,7 +124,7 @@ def reduced(loss: Tensor, count: Scalar, options: Options) -> Tensor:
     if isinstance(count, Tensor):
         summed = loss.sum()
         return (summed / count if options.reduction == "mean" else summed).to(options.dtype)
-    total = _native.cross_entropy_total(loss)
+    total = _kernels.cross_entropy_total(loss)
     if options.reduction == "mean":
         total = total / count if count else math.nan
     return torch.tensor(total, dtype=loss.dtype).to(options.dtype)

@@ -17,12 +17,13 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
+from ..backends.cpu import gelu as _kernels
 from ._autograd import by_kernels
 
 KERNELS: dict[str, Any] = {
-    "cpu": _native,
+    "cpu": _kernels,
     "triton": LazyModule("fastlm.kernels.gelu"),
-    "cuda": LazyModule("fastlm.backends.cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda.gelu"),
 }
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 PROVED_CUDA: frozenset[int] = frozenset()

@@ -18,12 +18,13 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
+from ..backends.cpu import layer_norm as _kernels
 from ._autograd import by_kernels, rows_of, stored
 
 KERNELS: dict[str, Any] = {
-    "cpu": _native,
+    "cpu": _kernels,
     "triton": LazyModule("fastlm.kernels.layer_norm"),
-    "cuda": LazyModule("fastlm.backends.cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda.layer_norm"),
 }
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 PROVED_CUDA: frozenset[int] = frozenset()
@@ -160,7 +161,7 @@ def _inference(
         return None
     if choose("layer_norm", ("cpu", dtype, ())) != "cpu":
         return None
-    return _native.layer_norm(x, weight, bias, N, eps, dtype)
+    return _kernels.layer_norm(x, weight, bias, N, eps, dtype)
 
 
 def _add_inference(
@@ -175,7 +176,7 @@ def _add_inference(
     N = _plain_row(x, weight, bias, dtype)
     if not N or not residual.is_contiguous() or choose("add_layer_norm", ("cpu", dtype, ())) != "cpu":
         return None
-    return _native.add_layer_norm(x, residual, weight, bias, N, eps, dtype)
+    return _kernels.add_layer_norm(x, residual, weight, bias, N, eps, dtype)
 
 
 def _plain_row(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> int:

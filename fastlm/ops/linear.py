@@ -18,6 +18,7 @@ from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, m
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported
+from ..backends.cpu import linear as _kernels
 from . import _products
 from ._thresholds import ROWS_IN_FP32, ROWS_IN_HALF, SMALL_WEIGHT
 
@@ -33,7 +34,7 @@ def _unsupported(request: Request) -> str | None:
     asked = dict(request.features)
     if not asked["large"]:
         if not asked["few_rows"]:
-            return f"its kernel takes 1 to {_native.LINEAR_ROWS} rows; more are the library's, but for large products"
+            return f"its kernel takes 1 to {_kernels.LINEAR_ROWS} rows; more are the library's, but for large products"
         if asked["gradient"]:
             return "its kernel has no backward pass; gradients are the library's, but for large products"
     return cpu_unsupported(request)
@@ -152,7 +153,7 @@ def _served(x: Tensor, weight: Tensor, bias: Tensor | None, device: str) -> Tens
     size = weight.numel()
     rows = x.numel() // max(1, weight.shape[1])
     products = rows * size
-    few = rows <= _native.LINEAR_ROWS or not products
+    few = rows <= _kernels.LINEAR_ROWS or not products
     gradient = products > 0 and needs_grad(x, weight, bias)
     large = (gradient or not few) and _products.suits(x, products, gradient)
     asked = few, gradient, large, not large and _library_faster(x.dtype, rows, size)
@@ -163,4 +164,4 @@ def _served(x: Tensor, weight: Tensor, bias: Tensor | None, device: str) -> Tens
         return linear_ref(x, weight, bias)
     if large:
         return _products.linear(x, weight, bias)
-    return _native.linear_fwd(x.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous())
+    return _kernels.linear_fwd(x.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous())

@@ -18,12 +18,13 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
+from ..backends.cpu import rms_norm as _kernels
 from ._autograd import by_kernels, rows_of, stored
 
 KERNELS: dict[str, Any] = {
-    "cpu": _native,
+    "cpu": _kernels,
     "triton": LazyModule("fastlm.kernels.rms_norm"),
-    "cuda": LazyModule("fastlm.backends.cuda"),
+    "cuda": LazyModule("fastlm.backends.cuda.rms_norm"),
 }
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 PROVED_CUDA: frozenset[int] = frozenset()
@@ -138,7 +139,7 @@ def _inference(x: Tensor, normalized_shape: Any, weight: Tensor | None, eps: flo
     if weight.dtype not in _native.TYPE_CODE or choose("rms_norm", ("cpu", dtype, ())) != "cpu":
         return None
     eps = default_eps(dtype) if eps is None else eps
-    return _native.rms_norm_fwd(x, None, weight, N, eps, statistics=False)[0]
+    return _kernels.rms_norm_fwd(x, None, weight, N, eps, statistics=False)[0]
 
 
 def _by_torch(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None) -> Tensor:

@@ -14,9 +14,10 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
+from ..backends.cpu import rotary as _kernels
 from ._autograd import is_batch
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.rotary")}
+KERNELS: dict[str, Any] = {"cpu": _kernels, "triton": LazyModule("fastlm.kernels.rotary")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 
 

@@ -12,9 +12,10 @@ from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, ne
 from .._core.registry import register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
+from ..backends.cpu import swiglu as _kernels
 from ._autograd import by_kernels
 
-KERNELS: dict[str, Any] = {"cpu": _native, "triton": LazyModule("fastlm.kernels.swiglu")}
+KERNELS: dict[str, Any] = {"cpu": _kernels, "triton": LazyModule("fastlm.kernels.swiglu")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._core.dispatch import PLAIN_TENSORS
 from .._core.torch_private import version_of
 from ..backends import cpu as _native
+from ..backends.cpu import adamw as _kernels
 from ..ops._products import copy_of
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ adds to the norm
@@ -37,7 +38,7 @@ class AdamW(torch.optim.AdamW):
         # In the parameter's dtype: PyTorch rounds the norm of a bf16 gradient to bf16.
         norms = [_total_norm([p.grad.to(p.dtype) for p in parameters]) for parameters in others]
         if fused:
-            norms.append(math.sqrt(_native.gradient_square_sum([p.grad.contiguous() for _, p in fused])))
+            norms.append(math.sqrt(_kernels.gradient_square_sum([p.grad.contiguous() for _, p in fused])))
         return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
 
     @torch.no_grad()
@@ -105,14 +106,14 @@ class AdamW(torch.optim.AdamW):
 
     def _fused_step(self, parameters: list[tuple[dict[str, Any], Any]], scale: float) -> None:
         rows = [self._row(group, p, scale) for group, p in parameters]
-        _native.adamw_update(rows)
+        _kernels.adamw_update(rows)
         for p, *_, copy, _ in rows:
             torch.autograd.graph.increment_version(p)
             if copy is not None:
                 torch.autograd.graph.increment_version(copy)
                 p.fastlm_copy.version = version_of(p)  # type: ignore[attr-defined]
 
-    def _row(self, group: dict[str, Any], p: Tensor, scale: float) -> _native.AdamWRow:
+    def _row(self, group: dict[str, Any], p: Tensor, scale: float) -> _kernels.AdamWRow:
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -178,9 +179,9 @@ def _total_norm(grads: list[Tensor]) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of shards: of all of them
 
 
-def _scalars(group: dict[str, Any], step: float, scale: float) -> _native.AdamWScalars:
+def _scalars(group: dict[str, Any], step: float, scale: float) -> _kernels.AdamWScalars:
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    return _native.AdamWScalars(
+    return _kernels.AdamWScalars(
         grad_scale=-scale if group["maximize"] else scale,
         decay=1 - lr * group["weight_decay"],
         beta1=float(beta1),

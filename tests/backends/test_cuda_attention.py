@@ -180,7 +180,7 @@ def _decoding(H, Hkv, T, S, D, Dv, dtype, batch=2):
 
 def _is_split(q, k):
     sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
-    return _native_cuda._call(_native_cuda._cuda.attention_splits, q, *sizes, -1, TYPE_CODE[q.dtype]) > 1
+    return _native_cuda.call(_native_cuda._cuda.attention_splits, q, *sizes, -1, TYPE_CODE[q.dtype]) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastlm import linear_cross_entropy
 from fastlm.backends import cpu as _native
+from fastlm.backends.cpu import gemm as _kernels
 from fastlm.models import GPT, GPTConfig
 from fastlm.ops import _products
 from fastlm.training import AdamW
@@ -55,14 +56,14 @@ def test_split_products(monkeypatch, threads, rows, bias):
 @pytest.fixture(params=[torch.float32, BF16], ids=["fp32", "bf16"])
 def ours(request, monkeypatch):
     """Products of our own in one dtype, as if they led on this CPU; returns the dtype and the number of their calls."""
-    if not _native.gemm_serves(request.param):
+    if not _kernels.gemm_serves(request.param):
         pytest.skip("this CPU, or the instruction set chosen, has no such products")
     calls = []
-    plain = _native.gemm
+    plain = _kernels.gemm
     monkeypatch.setattr(_products, "leads", lambda dtype: dtype is request.param)
     monkeypatch.setattr(_products, "SMALL_PRODUCT", 0)
     monkeypatch.setattr(_products, "SMALL_IN_TRAINING", 0)
-    monkeypatch.setattr(_native, "gemm", lambda *args: calls.append(args) or plain(*args))
+    monkeypatch.setattr(_kernels, "gemm", lambda *args: calls.append(args) or plain(*args))
     return request.param, lambda: len(calls)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastlm._core import dropout as _dropout
-from fastlm.backends import cpu as _native
+from fastlm.backends.cpu import vec
 
 # name -> (true function in fp64, interval, bound in units in the last place as csrc/cpu/vec.h states it)
 BOUNDS = {
@@ -25,14 +25,14 @@ def test_error_in_units_in_the_last_place(isa, name):
     truth = function(x.double())
     rounded = truth.float().numpy()
     unit = np.spacing(np.maximum(np.abs(rounded), np.finfo(np.float32).tiny)).astype(np.float64)
-    error = np.abs(_native.vec_map(name, x).double().numpy() - truth.numpy()) / unit
+    error = np.abs(vec.vec_map(name, x).double().numpy() - truth.numpy()) / unit
     assert error.max() <= bound, f"{name}: {error.max():.2f} ULP at x = {x[int(error.argmax())]}"
 
 
 def test_reciprocal(isa):
     x = torch.cat([torch.logspace(-37, 37, 100_001), -torch.linspace(1, 2, 100_001)])
     unit = np.spacing((1 / x).abs().numpy()).astype(np.float64)
-    error = (_native.vec_map("reciprocal", x).double() - 1 / x.double()).abs().numpy() / unit
+    error = (vec.vec_map("reciprocal", x).double() - 1 / x.double()).abs().numpy() / unit
     assert error.max() <= 2
 
 
@@ -40,13 +40,13 @@ def test_reciprocal(isa):
 def test_special_values(isa, name):
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 89.5, -104.5])
     expected = BOUNDS[name][0](x.double()).float()
-    assert torch.equal(_native.vec_map(name, x).nan_to_num(nan=7), expected.nan_to_num(nan=7))
+    assert torch.equal(vec.vec_map(name, x).nan_to_num(nan=7), expected.nan_to_num(nan=7))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 15, 16, 17, 33, 63])
 def test_tails(isa, n):
     x = torch.randn(n)
-    torch.testing.assert_close(_native.vec_map("exp", x), x.exp())
+    torch.testing.assert_close(vec.vec_map("exp", x), x.exp())
 
 
 def test_philox_matches_the_published_vectors():
@@ -72,11 +72,11 @@ def test_philox_matches_the_published_vectors():
 def test_dropout_mask_is_the_reference_one(isa, columns, p):
     seed = -0x123456789ABCDEF
     expected = _dropout.factors(9, columns, p, seed, torch.float32)
-    assert torch.equal(_native.dropout_factors(9, columns, p, seed), expected)
+    assert torch.equal(vec.dropout_factors(9, columns, p, seed), expected)
 
 
 def test_dropout_rate():
-    kept = _native.dropout_factors(1000, 1000, 0.3, 42) != 0
+    kept = vec.dropout_factors(1000, 1000, 0.3, 42) != 0
     standard_error = math.sqrt(0.3 * 0.7 / kept.numel())
     assert abs(float(kept.float().mean()) - 0.7) < 5 * standard_error
 

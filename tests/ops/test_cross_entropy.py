@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
-from fastlm.backends import cpu as _native
+from fastlm.backends.cpu import cross_entropy as _kernels
 from fastlm.ops import cross_entropy as module
 from tolerances import assert_as_close_as_torch
 
@@ -163,20 +163,20 @@ def test_same_bits_for_any_thread_count_and_batch(isa, threads, M, C, reduction)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_windows_of_columns_fold_to_the_same_bits(isa, poisoned, dtype):
-    M, C, block = 5, 7001, _native.CROSS_ENTROPY_BLOCK
+    M, C, block = 5, 7001, _kernels.CROSS_ENTROPY_BLOCK
     x, target = torch.randn(M, C).to(dtype), torch.randint(C, (M,))
     weight = torch.rand(C)
-    loss, stats, dx = _native.cross_entropy_fwd(x, target, weight, -100, 0.1, scale=0.5)
+    loss, stats, dx = _kernels.cross_entropy_fwd(x, target, weight, -100, 0.1, scale=0.5)
     states = torch.empty(M, 5, dtype=loss.dtype)
     edges = [0, block, 3 * block, C]
     windows = [(a, x[:, a:b].contiguous()) for a, b in itertools.pairwise(edges)]
     for first, part in windows:
-        _native.cross_entropy_update(part, target, weight, states, first, C, -100, 0.1)
-    folded, folded_stats = _native.cross_entropy_finish(states, target, weight, C, -100, 0.1)
+        _kernels.cross_entropy_update(part, target, weight, states, first, C, -100, 0.1)
+    folded, folded_stats = _kernels.cross_entropy_finish(states, target, weight, C, -100, 0.1)
     assert torch.equal(loss, folded)
     assert torch.equal(stats, folded_stats)
     for first, part in windows:  # in place
-        got = _native.cross_entropy_bwd(part, target, weight, stats, 0.5, -100, 0.1, part, first, C)
+        got = _kernels.cross_entropy_bwd(part, target, weight, stats, 0.5, -100, 0.1, part, first, C)
         assert torch.equal(got, dx[:, first : first + part.shape[1]])
 
 

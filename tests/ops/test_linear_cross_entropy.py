@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
-from fastlm.backends import cpu as _native
+from fastlm.backends.cpu import cross_entropy as _kernels
 from tolerances import assert_as_close_as_torch
 
 # (rows, width, classes, memory): one class, less than a window, several windows with a short first one, all of the
@@ -133,7 +133,7 @@ def _projection(M, H, C, memory, hold, dtype=torch.float32):
     options = Options(-100, "mean", 0.0, torch.float32)
     target = torch.zeros(M, dtype=torch.long)
     tensors = (torch.zeros(M, H, dtype=dtype), torch.zeros(C, H, dtype=dtype), None, target, None)
-    return Projection(_native, tensors, options, memory, hold)
+    return Projection(_kernels, tensors, options, memory, hold)
 
 
 @pytest.mark.parametrize(("M", "H", "memory"), [(64, 48, 0.1), (64, 4, 0.3), (8, 20, 0.1), (8, 6, 1.0), (40, 4, 0.9)])
@@ -177,7 +177,7 @@ def test_the_wide_sum_of_a_narrow_gradient_counts(ours, monkeypatch):
 def test_windows(M, C, memory):
     """Whole blocks, no gap, no more than allowed; the first one is the short one."""
     windows = _projection(M, 2, C, memory, hold=False).windows
-    block = _native.CROSS_ENTROPY_BLOCK
+    block = _kernels.CROSS_ENTROPY_BLOCK
     assert [a for a, _ in windows] == [0, *(a + n for a, n in windows[:-1])]
     assert sum(n for _, n in windows) == C
     assert all(a % block == 0 and n <= max(block, memory * C) for a, n in windows)
