@@ -55,8 +55,8 @@ def cpu_extension() -> Pybind11Extension | None:
         flags, link = [f for f in CPU_FLAGS if f != "-fopenmp"], []
     return Pybind11Extension(
         "fastlm._cpu",
-        sources=["csrc/bindings_cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-        depends=sorted(glob("csrc/cpu/*.h")),
+        sources=["csrc/bindings/bindings_cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        depends=sorted(glob("csrc/cpu/*.h") + glob("csrc/bindings/*.h")),
         include_dirs=["csrc"],
         cxx_std=17,
         extra_compile_args=flags,
@@ -108,7 +108,7 @@ def cuda_extension() -> Pybind11Extension | None:
     print(f"fastlm: CUDA kernels for {', '.join(f'sm_{a}' for a in archs)} by {nvcc}; FASTLM_CUDA=0 leaves them out")
     return Pybind11Extension(
         "fastlm._cuda",
-        sources=["csrc/bindings_cuda.cpp"],
+        sources=["csrc/bindings/bindings_cuda.cpp"],
         depends=[],
         include_dirs=["csrc"],
         define_macros=[("FASTLM_CUDA_ARCHS", f'"{";".join(archs)}"')],

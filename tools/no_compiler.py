@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOUD = "fastlm: WITHOUT ITS CPU KERNELS, so slow: "
 NO_HEADERS = """#!/bin/sh
-echo "csrc/bindings_cpu.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
+echo "csrc/bindings/bindings_cpu.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
 exit 1
 """
 TEXT = "It was the best of times, it was the worst of times.\n" * 400

@@ -2,7 +2,7 @@
 //
 // The norm reads every gradient once. The update then reads gradient, parameter and both moments once and writes the
 // last three once, scaling the gradient on the way, so that clipping never rewrites it; the same pass rounds the new
-// parameter to bf16 for the next forward pass where a copy is asked for:
+// parameter to bf16 for the next forward pass where there is a copy:
 //   g = scale grad;   m += (1 - beta1) (g - m);   v = beta2 v + (1 - beta2) g^2
 //   p = (1 - lr decay) p - lr / (1 - beta1^t)  m / (sqrt(v / (1 - beta2^t)) + eps)
 // Work is cut into pieces of kPiece elements across all tensors: small tensors cost no call and no team of their own.
@@ -38,7 +38,7 @@ namespace adamw {
 
 using namespace ::fastlm::adamw;
 
-// How far ahead to ask for memory: the hardware's prefetchers stop at the end of every page.
+// How far ahead to prefetch: the hardware's prefetchers stop at the end of every page.
 constexpr int64_t kAhead = 1024;
 
 // Into the second-level cache, which allows more misses under way: the norm takes 0.9 of the time that it does with the
@@ -162,6 +162,14 @@ namespace fastlm {
 
 namespace {
 
+constexpr int kF32 = (int)DType::f32, kBf16 = (int)DType::bf16;
+
+void check_grads(const char* op, const AdamWTensor* tensors, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (tensors[i].grad_type != kF32 && tensors[i].grad_type != kBf16)
+      unsupported_type(op, "grad", tensors[i].grad_type, {kF32, kBf16});
+}
+
 std::vector<adamw::Piece> pieces_of(const AdamWTensor* tensors, int64_t count) {
   std::vector<adamw::Piece> pieces;
   for (int64_t i = 0; i < count; ++i)
@@ -173,6 +181,7 @@ std::vector<adamw::Piece> pieces_of(const AdamWTensor* tensors, int64_t count) {
 }  // namespace
 
 double gradient_square_sum(const AdamWTensor* tensors, int64_t count) {
+  check_grads("gradient_square_sum", tensors, count);
   const auto pieces = pieces_of(tensors, count);
   std::vector<double> sums(pieces.size());
   FASTLM_DISPATCH(adamw::square_sums, tensors, pieces.data(), (int64_t)pieces.size(), sums.data());
@@ -182,6 +191,12 @@ double gradient_square_sum(const AdamWTensor* tensors, int64_t count) {
 }
 
 void adamw_update(const AdamWTensor* tensors, int64_t count) {
+  check_grads("adamw_update", tensors, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const AdamWTensor& t = tensors[i];
+    if (t.type != kF32 && !(t.type == kBf16 && t.grad_type == kBf16))
+      unsupported_types("adamw_update", "param and grad", {t.type, t.grad_type}, "both bfloat16, or a float32 param");
+  }
   const auto pieces = pieces_of(tensors, count);
   FASTLM_DISPATCH(adamw::update_dispatch, tensors, pieces.data(), (int64_t)pieces.size());
 }

@@ -1,9 +1,10 @@
-// What attention's passes share: its arguments and its scratch memory. Ordinary header, not for inclusion in a pass.
+// Attention's arguments, as the bindings fill them in. Ordinary header, not for inclusion in a pass.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace fastlm {
 
@@ -62,22 +63,6 @@ inline KeyRange attention_keys(const AttentionArgs& a, int64_t i) {
 
 // Sequence b alone, as its kernels see it: B = 1, every pointer at its first row.
 AttentionArgs attention_sequence(const AttentionArgs& all, int64_t b);
-
-// At least `bytes` of 64-byte aligned memory that belongs to the calling thread and is kept for its next call: fresh
-// memory would cost page faults that outweigh the arithmetic of a short sequence.
-void* attention_scratch(size_t bytes);
-
-// Hands out aligned pieces of a scratch allocation; with a null base it only counts.
-struct Arena {
-  char* base;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(base + used);
-    used += ((size_t)n * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-};
 
 // Few enough query rows to a key-value head for the forward pass to read keys and values in place.
 constexpr int64_t kFew = 4;

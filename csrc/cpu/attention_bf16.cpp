@@ -5,17 +5,10 @@
 // The tiles leave so little time that exponentials weigh as much as products: sixteen rows share one reduction of
 // their maxima, the exponential is as short as bf16 allows, and the outputs are rescaled only where a maximum moved.
 //
-// Measured as in attention.cpp, tiles (the library's GEMM at 1350 GFLOP/s, fp32 attention at 150): forward 353 to 621
-// full and 224 to 544 causal, 1.1 to 2 times PyTorch's speed; backward 235 to 654, 3.2 to 4.7 times.
-// - 256 keys at a time instead of 128: 15 % on the forward pass; 512 is slower, as the scores leave L1.
-// - At 256 keys: maxima for sixteen rows at once 1.3 times; before it, the exp2 without underflow together with
-//   prefetching the rows of a fused projection 1.5 times.
-// - Outputs converted 32 at a time and never filled with zeros: 1.05 times at 256 keys, 1.11 with heads of 128.
-//   Multiplying a group's values only after the next group's scores, so that no product loads what has just been
-//   stored, gave nothing.
-// - Leaving out of a backward span the columns that padding closes: 1.15 times at 256 keys, 64 of them closed.
-// - Dot products of pairs reach only 95 GFLOP/s on that core, whose fp32 kernel is faster; their place is a CPU that
-//   issues them at full rate. So an Intel CPU without tiles takes the fp32 kernels unless FASTLM_CPU_ISA says otherwise.
+// 256 keys at a time, and in a backward block the columns that padding closes are left out: with tiles forward 1.1 to 2
+// times PyTorch's speed, backward 3.2 to 4.7 times (docs/design/attention.md).
+// Intel's cores issue dot products of pairs at less than half the rate that would pay, so an Intel CPU without tiles takes
+// the fp32 kernels unless FASTLM_CPU_ISA says otherwise.
 
 #include "cpu/attention.h"
 

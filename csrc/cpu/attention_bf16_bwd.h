@@ -7,7 +7,7 @@ namespace fastlm::FASTLM_ISA::attention {
 
 struct Bwd16 {
   static constexpr int64_t kBlock = 64;  // query rows at a time
-  static constexpr int64_t kSpan = 128;  // keys at a time
+  static constexpr int64_t kKeyBlock = 128;  // keys at a time
 
   const AttentionArgs a;  // of one sequence
   Dropout dropout;
@@ -19,9 +19,9 @@ struct Bwd16 {
   struct Scratch {
     bf16_t *q, *dout, *q_t, *dout_t;          // of the task's rows; transposed block by block
     float *dq, *lse, *rest, *delta;           // rest: negative, in the exp2 domain
-    bf16_t *keys_t, *keys, *values_t;         // of kSpan keys
-    float *dk_t, *dv_t;                       // (Dp, kSpan), (Dvp, kSpan)
-    float *scores, *dp, *additive;            // (kBlock, kSpan)
+    bf16_t *keys_t, *keys, *values_t;         // of kKeyBlock keys
+    float *dk_t, *dv_t;                       // (Dp, kKeyBlock), (Dvp, kKeyBlock)
+    float *scores, *dp, *additive;            // (kBlock, kKeyBlock)
     bf16_t *p_pairs, *ds_pairs, *ds;          // the same
     Row* rows;
     Reach* reaches;                           // of blocks
@@ -39,17 +39,17 @@ struct Bwd16 {
     s.lse = arena.take<float>(n);
     s.rest = arena.take<float>(n);
     s.delta = arena.take<float>(n);
-    s.keys_t = arena.take<bf16_t>(kSpan * Dp);
-    s.keys = arena.take<bf16_t>(kSpan * Dp);
-    s.values_t = arena.take<bf16_t>(kSpan * Dvp);
-    s.dk_t = arena.take<float>(kSpan * Dp);
-    s.dv_t = arena.take<float>(kSpan * Dvp);
-    s.scores = arena.take<float>(kBlock * kSpan);
-    s.dp = arena.take<float>(kBlock * kSpan);
-    s.additive = arena.take<float>(kBlock * kSpan);
-    s.p_pairs = arena.take<bf16_t>(kBlock * kSpan);
-    s.ds_pairs = arena.take<bf16_t>(kBlock * kSpan);
-    s.ds = arena.take<bf16_t>(kBlock * kSpan);
+    s.keys_t = arena.take<bf16_t>(kKeyBlock * Dp);
+    s.keys = arena.take<bf16_t>(kKeyBlock * Dp);
+    s.values_t = arena.take<bf16_t>(kKeyBlock * Dvp);
+    s.dk_t = arena.take<float>(kKeyBlock * Dp);
+    s.dv_t = arena.take<float>(kKeyBlock * Dvp);
+    s.scores = arena.take<float>(kBlock * kKeyBlock);
+    s.dp = arena.take<float>(kBlock * kKeyBlock);
+    s.additive = arena.take<float>(kBlock * kKeyBlock);
+    s.p_pairs = arena.take<bf16_t>(kBlock * kKeyBlock);
+    s.ds_pairs = arena.take<bf16_t>(kBlock * kKeyBlock);
+    s.ds = arena.take<bf16_t>(kBlock * kKeyBlock);
     s.rows = arena.take<Row>(n);
     s.reaches = arena.take<Reach>(n / kBlock);
     s.finite = arena.take<bool>(n / kBlock);
@@ -105,7 +105,7 @@ struct Bwd16 {
     const __m512 factor = _mm512_set1_ps((float)dropout.scale);
     const bool drops = !kPlain && a.dropout_p > 0;
     const int64_t drawn = from / 64 * 64;
-    uint64_t kept[2][kSpan / 64];
+    uint64_t kept[2][kKeyBlock / 64];
     KeyRange reached[2];
     __m512 lse[2], rest[2], delta[2];
     for (int i = 0; i < 2; ++i) {
@@ -119,7 +119,7 @@ struct Bwd16 {
     for (int64_t j = from; j < to; j += 16) {
       __m512 p[2], ds[2];
       for (int i = 0; i < 2; ++i) {
-        const __m512 product = _mm512_loadu_ps(s.scores + (r + i) * kSpan + j);
+        const __m512 product = _mm512_loadu_ps(s.scores + (r + i) * kKeyBlock + j);
         VF slope;
         __mmask16 open = 0xffff;  // keys that the row attends to
         if constexpr (kPlain) {
@@ -133,13 +133,13 @@ struct Bwd16 {
           if (additive) open = _mm512_mask_cmp_ps_mask(open, (__m512)x, closed, _CMP_NEQ_UQ);
           p[i] = exp2_short(_mm512_fmadd_ps(_mm512_sub_ps((__m512)x, lse[i]), to_exp2, rest[i]), open);
         }
-        __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kSpan + j);
+        __m512 g = _mm512_loadu_ps(s.dp + (r + i) * kKeyBlock + j);
         const __mmask16 added = drops ? (__mmask16)(kept[i][j / 64] >> j % 64) : 0xffff;
         if (drops) g = _mm512_maskz_mul_ps(added, g, factor);
         ds[i] = _mm512_maskz_mul_ps(open, p[i], _mm512_sub_ps(g, delta[i]));
         if (cap > 0) ds[i] = _mm512_maskz_mul_ps(open, ds[i], (__m512)slope);
         p[i] = _mm512_maskz_mov_ps(added, p[i]);
-        _mm256_storeu_si256((__m256i*)(s.ds + (r + i) * kSpan + j), (__m256i)_mm512_cvtneps_pbh(ds[i]));
+        _mm256_storeu_si256((__m256i*)(s.ds + (r + i) * kKeyBlock + j), (__m256i)_mm512_cvtneps_pbh(ds[i]));
       }
       _mm512_storeu_si512(s.p_pairs + j * kBlock + r * 16, pairs(p[0], p[1]));
       _mm512_storeu_si512(s.ds_pairs + j * kBlock + r * 16, pairs(ds[0], ds[1]));
@@ -152,7 +152,7 @@ struct Bwd16 {
       for (int64_t j = from; j < to; ++j) {
         const float p = to_float(s.p_pairs[j / 16 * 16 * kBlock + r / 2 * 32 + j % 16 * 2 + r % 2]);
         for (int64_t d = 0; p != 0 && d < a.Dv; ++d)
-          s.dv_t[d * kSpan + j] += p * to_float(s.dout[(first + r) * Dvp + d]);
+          s.dv_t[d * kKeyBlock + j] += p * to_float(s.dout[(first + r) * Dvp + d]);
       }
   }
 
@@ -162,15 +162,15 @@ struct Bwd16 {
     if (!reach.touches(j0, n)) return;
     KeyRange part{0, std::min(n, reach.any.end - j0)};
     int64_t mask_stride = 0;
-    const Cover cover = a.mask.data ? mask_tile<VF, kSpan>(a.mask, s.rows + first, count, j0, part.end, s.additive,
+    const Cover cover = a.mask.data ? mask_tile<VF, kKeyBlock>(a.mask, s.rows + first, count, j0, part.end, s.additive,
                                                            &mask_stride, &part)
                                     : Cover::open;
     if (cover == Cover::closed) return;
     const int64_t from = std::max(part.begin, reach.any.begin - j0) / 32 * 32, to = up32(part.end);
     const int64_t width = to - from, panel = up32(n) * 16;
     if (width <= 0) return;
-    product(s.q + first * Dp, Dp, s.keys_t + from * Dp, Dp * 16, s.scores + from, kSpan, kBlock, width, Dp, false);
-    product(s.dout + first * Dvp, Dvp, s.values_t + from * Dvp, Dvp * 16, s.dp + from, kSpan, kBlock, width, Dvp, false);
+    product(s.q + first * Dp, Dp, s.keys_t + from * Dp, Dp * 16, s.scores + from, kKeyBlock, kBlock, width, Dp, false);
+    product(s.dout + first * Dvp, Dvp, s.values_t + from * Dvp, Dvp * 16, s.dp + from, kKeyBlock, kBlock, width, Dvp, false);
     const bool plain = cover == Cover::open && a.dropout_p == 0 && a.softcap == 0;
     for (int64_t r = 0; r < kBlock; r += 2) {
       const KeyRange one = within(s.rows[first + r].keys, j0, part), two = within(s.rows[first + r + 1].keys, j0, part);
@@ -183,21 +183,21 @@ struct Bwd16 {
     if (want_dkv) {
       const int64_t at = from * kBlock;
       if (s.finite[first / kBlock] || (cover == Cover::open && part.begin == 0 && part.end == n && reach.covers(j0, n)))
-        product(s.dout_t + first * Dvp, kBlock, s.p_pairs + at, kBlock * 16, s.dv_t + from, kSpan, Dvp, width, kBlock, true);
+        product(s.dout_t + first * Dvp, kBlock, s.p_pairs + at, kBlock * 16, s.dv_t + from, kKeyBlock, Dvp, width, kBlock, true);
       else
         add_open_rows(s, first, from, to);
-      product(s.q_t + first * Dp, kBlock, s.ds_pairs + at, kBlock * 16, s.dk_t + from, kSpan, Dp, width, kBlock, true);
+      product(s.q_t + first * Dp, kBlock, s.ds_pairs + at, kBlock * 16, s.dk_t + from, kKeyBlock, Dp, width, kBlock, true);
     }
-    if (want_dq) product(s.ds + from, kSpan, s.keys + from * 16, panel, s.dq + first * Dp, Dp, kBlock, Dp, width, true);
+    if (want_dq) product(s.ds + from, kKeyBlock, s.keys + from * 16, panel, s.dq + first * Dp, Dp, kBlock, Dp, width, true);
   }
 
-  // n rows of x from t on = factor * the transpose of x_t (width, kSpan).
+  // n rows of x from t on = factor * the transpose of x_t (width, kKeyBlock).
   void write_transposed(const Heads& x, int64_t h, int64_t t, int64_t n, int64_t width, const float* x_t,
                         float factor) const {
     for (int64_t j = 0; j < n; j += 16)
       for (int64_t d = 0; d < width; d += 16) {
         VF square[16];
-        for (int64_t i = 0; i < 16; ++i) square[i] = load<VF>(x_t + (d + i) * kSpan + j);
+        for (int64_t i = 0; i < 16; ++i) square[i] = load<VF>(x_t + (d + i) * kKeyBlock + j);
         transpose<8>(square);
         for (int64_t i = 0; i < std::min<int64_t>(16, n - j); ++i) {
           bf16_t* out = (bf16_t*)x.data + h * x.h + (t + j + i) * x.t + d;
@@ -208,22 +208,19 @@ struct Bwd16 {
 
   void task(const AttentionTask& part) const {
     const int64_t count = part.count, head = part.kv_head;
-    Arena counter{nullptr};
-    scratch(counter, count);
-    Arena arena{(char*)attention_scratch(counter.used)};
-    const Scratch s = scratch(arena, count);
+    const Scratch s = in_scratch([&](Arena& arena) { return scratch(arena, count); });
     const Tiles tiles;
     const KeyRange reached = load_rows(s, head, part.first, count, part.dkv);
     if (part.dq) std::fill(s.dq, s.dq + ceil_div(count, kBlock) * kBlock * Dp, 0.0f);
-    for (int64_t j0 = part.j_first; j0 < part.j_end; j0 += kSpan) {
-      const int64_t n = std::min(kSpan, part.j_end - j0);
+    for (int64_t j0 = part.j_first; j0 < part.j_end; j0 += kKeyBlock) {
+      const int64_t n = std::min(kKeyBlock, part.j_end - j0);
       if (!part.dkv && (j0 >= reached.end || j0 + n <= reached.begin)) continue;
       pack_columns(at(a.k, head, j0), a.k.t, n, a.D, s.keys_t);
       pack_columns(at(a.v, head, j0), a.v.t, n, a.Dv, s.values_t);
       if (part.dq) pack_rows<true>(at(a.k, head, j0), a.k.t, n, a.D, s.keys);
       if (part.dkv) {
-        std::fill(s.dk_t, s.dk_t + kSpan * Dp, 0.0f);
-        std::fill(s.dv_t, s.dv_t + kSpan * Dvp, 0.0f);
+        std::fill(s.dk_t, s.dk_t + kKeyBlock * Dp, 0.0f);
+        std::fill(s.dv_t, s.dv_t + kKeyBlock * Dvp, 0.0f);
       }
       for (int64_t r = 0; r < count; r += kBlock) block(s, r, std::min(kBlock, count - r), j0, n, part.dq, part.dkv);
       if (part.dkv) {

@@ -51,7 +51,7 @@ struct Fwd16 {
     return s;
   }
 
-  // The part of a span of n keys from j0 on that a group works on: columns [from, to), a multiple of 32 each.
+  // The part of a block of n keys from j0 on that a group works on: columns [from, to), a multiple of 32 each.
   struct Columns {
     int64_t from, to;
   };
@@ -193,10 +193,7 @@ struct Fwd16 {
 
   void task(const AttentionTask& part) const {
     const int64_t count = part.count;
-    Arena counter{nullptr};
-    scratch(counter, count);
-    Arena arena{(char*)attention_scratch(counter.used)};
-    const Scratch s = scratch(arena, count);
+    const Scratch s = in_scratch([&](Arena& arena) { return scratch(arena, count); });
     const Tiles tiles;
     const uint16_t sign = a.scale < 0 ? 0x8000 : 0;
     list_rows(a, part.kv_head, part.first, count, s.rows);

@@ -66,10 +66,7 @@ struct Bwd {
     return s;
   }
   Scratch scratch(int64_t count) const {
-    Arena counter{nullptr};
-    scratch(counter, count);
-    Arena arena{(char*)attention_scratch(counter.used)};
-    return scratch(arena, count);
+    return in_scratch([&](Arena& arena) { return scratch(arena, count); });
   }
 
   static const T* at(const Heads& x, int64_t h, int64_t t) { return (const T*)x.data + h * x.h + t * x.t; }

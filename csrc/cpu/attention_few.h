@@ -5,7 +5,7 @@
 
 namespace fastlm::FASTLM_ISA::attention {
 
-// Keys that memory is asked for in advance.
+// Keys that are prefetched in advance.
 constexpr int64_t kAheadKeys = 16;
 
 template <class T>

@@ -132,10 +132,7 @@ struct Fwd {
   }
 
   void task(const AttentionTask& part) const {
-    Arena counter{nullptr};
-    scratch(counter, part.count);
-    Arena arena{(char*)attention_scratch(counter.used)};
-    const Scratch s = scratch(arena, part.count);
+    const Scratch s = in_scratch([&](Arena& arena) { return scratch(arena, part.count); });
     const S scale = S(a.scale);
     list_rows(a, part.kv_head, part.first, part.count, s.rows);
     for (int64_t r = 0; r < part.count; ++r) {

@@ -122,7 +122,6 @@ inline VF soft_cap_short(VF x, float cap, VF* slope) {
 // ---- packing -----------------------------------------------------------------------------------------------------
 
 inline __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
-inline __mmask16 first16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 // Which of the columns j to j + 15 lie in a range.
 inline __mmask16 columns16(KeyRange range, int64_t j) {
   return (__mmask16)(first16(range.end - j) & ~first16(range.begin - j));

@@ -49,6 +49,7 @@ struct AsCompute {
       case DType::f64: return each(static_cast<const double*>(p), n, out);
       case DType::bf16: return each(static_cast<const bf16_t*>(p), n, out);
       case DType::f16: return each(static_cast<const f16_t*>(p), n, out);
+      default: unsupported_types("fastlm._cpu", "a weight or bias", {(int)type}, "a floating dtype");
     }
   }
   static void each(const bf16_t* p, int64_t n, float* out) { widen(p, out, n); }

@@ -11,15 +11,10 @@
 // The functions that compute are not inlined: a second copy could contract its products differently.
 // Ignored rows have loss 0 and gradient 0, whatever they hold.
 //
-// 1024 x 50257, AVX-512, two threads, freed memory kept, against F.cross_entropy: forward 9.0 ms fp32 (3.7 times
-// faster) and 4.9 ms bf16 (4.8), forward and backward 16.7 ms (4.8) and 13.1 ms (4.2). In cache an element costs a
-// thread 0.15 ns in either; memory takes longer. What got it there from 15.5, 13.7, 24.7 and 23 ms: exponentials from
-// a table; prefetches into both levels of cache (2.1 ms of fp32 forward), spread over pages (another 2.0); the maximum
-// of bf16 by its bits and its conversion in two instructions for five; the next row fetched while this one's gradient
-// is made (0.9 ms); bf16 gradients stored past the caches in whole lines. Computing the gradient in the forward sweep
-// leaves out one read of the logits. Tried without gain: fetching the gradient's pages ahead, blocks of 4096.
-// With SSE2 alone 1.75 times its speed in fp32 and 1.3 times in bf16, both forward and with the gradient; with AVX2 3.4
-// times and 2.8 and 2.3 times.
+// Exponentials come from a table; logits are prefetched into both levels of cache, the next row's while this one's gradient
+// is made; bf16 gradients are stored past the caches in whole lines. Computing the gradient in the forward sweep leaves
+// out one read of the logits: 1024 x 50257 in fp32 4.8 times as fast as F.cross_entropy, forward and backward, on two
+// threads with AVX-512 (docs/design/cross_entropy.md).
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
@@ -45,21 +40,10 @@ struct alignas(64) PowersOfTwo {
 };
 const PowersOfTwo kPowers;
 
-// What a call is about, whatever the instruction set and the storage type.
-struct Problem {
-  const void* x;          // (M, n) logits: columns first .. first + n of N
-  const int64_t* target;  // (M)
-  const void* w;          // (N) class weights in the compute type, or null
-  int64_t M, n, first, N, ignore_index;
-  double smoothing, w_sum;
-};
-
-// Where the gradient goes and what it is scaled by: g[row], or the scalar where g is null.
-struct Gradient {
-  void* dx;
-  const void* g;
-  double scale;
-  bool stream;
+// A call, and what follows from it.
+struct Problem : CrossEntropyArgs {
+  double w_sum;  // of the class weights, with smoothing only
+  bool stream;   // whether the gradient goes past the caches
 };
 
 }  // namespace fastlm::cross_entropy
@@ -83,6 +67,9 @@ struct Rows {
   const Problem& p;
   const T* x = (const T*)p.x;
   const S* w = (const S*)p.w;
+  State<S>* states = (State<S>*)p.states;
+  S* loss = (S*)p.loss;
+  Stats<S>* stats = (Stats<S>*)p.stats;
   const int64_t blocks = ceil_div(p.n, kBlock);
 
   bool ignored(int64_t i) const { return p.target[i] == p.ignore_index; }
@@ -104,6 +91,8 @@ struct Rows {
     const int64_t y = p.target[i] - p.first - b * kBlock;
     if (y >= 0 && y < kBlock && y + b * kBlock < p.n) state->x_y = part.x_y;
   }
+
+  void update() const { update(states); }
 
   void update(State<S>* states) const {
     if (split()) return update_split(states);
@@ -147,12 +136,11 @@ struct Rows {
 
   // `ahead`: bytes from what is read here to what will be read from memory next.
   template <bool kSmooth>
-  __attribute__((noinline)) void gradient_block(const Stats<S>& stats, const Gradient& d, int64_t i, int64_t b,
-                                                int64_t ahead) const {
+  __attribute__((noinline)) void gradient_block(const Stats<S>& stats, int64_t i, int64_t b, int64_t ahead) const {
     const int64_t from = b * kBlock, k = std::min(kBlock, p.n - from), column = p.first + from;
     const T* in = x + i * p.n + from;
-    T* out = (T*)d.dx + i * p.n + from;
-    const S g = d.g ? ((const S*)d.g)[i] : S(d.scale);
+    T* out = (T*)p.dx + i * p.n + from;
+    const S g = p.g ? ((const S*)p.g)[i] : S(p.scale);
     const S w_y = w ? w[p.target[i]] : S(1), keep = S(1 - p.smoothing) * w_y;
     const S spread = S(p.smoothing / (double)p.N), total = S(p.w_sum);
     const S factor = (keep + spread * total) * stats.inv_s * g, minus = spread * g, m = stats.m;
@@ -168,7 +156,7 @@ struct Rows {
     };
     constexpr std::integral_constant<int64_t, L> whole;
     constexpr bool full_lines = 2 * L * sizeof(T) >= kLine || sizeof(T) >= 4;  // bf16's halves: 45 ms cached, 50 so
-    const bool stream = d.stream && full_lines;
+    const bool stream = p.stream && full_lines;
     const int64_t head = stream ? std::min<int64_t>(k, (-(uintptr_t)out & (kLine - 1)) / sizeof(T)) : 0;
     int64_t j = 0;
     for (int64_t n; j < head; j += n) n = std::min(L, head - j), store(out + j, value(j, n), n);
@@ -187,85 +175,62 @@ struct Rows {
     from_float(g * (spread * (total * p_y - w_y) - keep * stats.q), out + y);
   }
 
-  void gradient_block(const Stats<S>& stats, const Gradient& d, int64_t i, int64_t b, int64_t ahead) const {
+  void gradient_block(const Stats<S>& stats, int64_t i, int64_t b, int64_t ahead) const {
     if (ignored(i)) {
       const int64_t from = b * kBlock;
-      std::memset((T*)d.dx + i * p.n + from, 0, (size_t)std::min(kBlock, p.n - from) * sizeof(T));
+      std::memset((T*)p.dx + i * p.n + from, 0, (size_t)std::min(kBlock, p.n - from) * sizeof(T));
     } else if (p.smoothing > 0) {
-      gradient_block<true>(stats, d, i, b, ahead);
+      gradient_block<true>(stats, i, b, ahead);
     } else {
-      gradient_block<false>(stats, d, i, b, ahead);
+      gradient_block<false>(stats, i, b, ahead);
     }
   }
 
-  void backward(const Stats<S>* stats, const Gradient& d) const {
+  void backward() const {
     const int64_t pieces = split() ? blocks : 1, size = ceil_div(blocks, pieces);
 #pragma omp parallel for schedule(static) if (p.M * p.n > kParallelGrain)
     for (int64_t k = 0; k < p.M * pieces; ++k)
       for (int64_t b = k % pieces * size; b < std::min(blocks, (k % pieces + 1) * size); ++b)
-        gradient_block(stats[k / pieces], d, k / pieces, b, kAhead);
+        gradient_block(stats[k / pieces], k / pieces, b, kAhead);
   }
 
-  void forward(S* loss, Stats<S>* stats, const Gradient* d) const {
+  void forward() const {
     const int64_t next_row = p.n * (int64_t)sizeof(T);
-    if (split()) return forward_split(loss, stats, d);
+    if (split()) return forward_split();
 #pragma omp parallel for schedule(static) if (p.M * p.n > kParallelGrain)
     for (int64_t i = 0; i < p.M; ++i) {
       State<S> state;
       update_row(&state, i);
       loss[i] = finish(state, stats + i, i);
-      for (int64_t b = 0; d && b < blocks; ++b) gradient_block(stats[i], *d, i, b, next_row);
+      for (int64_t b = 0; p.dx && b < blocks; ++b) gradient_block(stats[i], i, b, next_row);
     }
   }
 
-  void forward_split(S* loss, Stats<S>* stats, const Gradient* d) const {
+  void forward_split() const {
     State<S>* states = (State<S>*)std::malloc((size_t)p.M * sizeof(State<S>));
     update_split(states);
     for (int64_t i = 0; i < p.M; ++i) loss[i] = finish(states[i], stats + i, i);
     std::free(states);
-    if (d) backward(stats, *d);
+    if (p.dx) backward();
+  }
+
+  void finish() const {
+    for (int64_t i = 0; i < p.M; ++i) loss[i] = finish(states[i], stats + i, i);
   }
 };
 
-template <class T>
-void forward(const Problem& p, void* loss, void* stats, const Gradient* d) {
-  using S = scalar_of<T>;
-  Rows<T>{p}.forward((S*)loss, (Stats<S>*)stats, d);
+void forward_any(const Problem& p) {
+  for_any_type("cross_entropy_fwd", "logits", p.type, [&](auto type) { Rows<decltype(type)>{p}.forward(); });
 }
-template <class T>
-void update(const Problem& p, void* states) {
-  Rows<T>{p}.update((State<scalar_of<T>>*)states);
+void update_any(const Problem& p) {
+  for_any_type("cross_entropy_update", "logits", p.type, [&](auto type) { Rows<decltype(type)>{p}.update(); });
 }
-template <class T>
-void finish(const Problem& p, const void* states, void* loss, void* stats) {
-  using S = scalar_of<T>;
-  const Rows<T> rows{p};
-  for (int64_t i = 0; i < p.M; ++i)
-    ((S*)loss)[i] = rows.finish(((const State<S>*)states)[i], (Stats<S>*)stats + i, i);
+void finish_any(const Problem& p) {
+  for_any_type("cross_entropy_finish", "states", p.type, [&](auto type) { Rows<decltype(type)>{p}.finish(); });
 }
-template <class T>
-void backward(const Problem& p, const void* stats, const Gradient& d) {
-  Rows<T>{p}.backward((const Stats<scalar_of<T>>*)stats, d);
+void backward_any(const Problem& p) {
+  for_any_type("cross_entropy_bwd", "logits", p.type, [&](auto type) { Rows<decltype(type)>{p}.backward(); });
 }
-
-#define FASTLM_TYPES(fn, ...)                                \
-  switch ((DType)type) {                                     \
-    case DType::f32: return fn<float>(__VA_ARGS__);          \
-    case DType::f64: return fn<double>(__VA_ARGS__);         \
-    case DType::bf16: return fn<bf16_t>(__VA_ARGS__);        \
-    case DType::f16: return fn<f16_t>(__VA_ARGS__);          \
-  }
-void forward_dispatch(const Problem& p, void* loss, void* stats, const Gradient* d, int type) {
-  FASTLM_TYPES(forward, p, loss, stats, d)
-}
-void update_dispatch(const Problem& p, void* states, int type) { FASTLM_TYPES(update, p, states) }
-void finish_dispatch(const Problem& p, const void* states, void* loss, void* stats, int type) {
-  FASTLM_TYPES(finish, p, states, loss, stats)
-}
-void backward_dispatch(const Problem& p, const void* stats, const Gradient& d, int type) {
-  FASTLM_TYPES(backward, p, stats, d)
-}
-#undef FASTLM_TYPES
 
 }  // namespace cross_entropy
 }  // namespace fastlm::FASTLM_ISA
@@ -291,68 +256,58 @@ double weight_sum(const void* w, int64_t N, int type) {
   return sum;
 }
 
-// Whether the gradient goes past the caches: a new tensor larger than they are.
-bool streams(const void* x, const void* dx, int64_t elements) {
-  return dx != x && elements > (int64_t(4) << 20);
-}
-
-cross_entropy::Problem problem(const void* x, const void* target, const void* w, int64_t M, int64_t n, int64_t first,
-                               int64_t N, int64_t ignore_index, double smoothing, int type) {
-  const double w_sum = smoothing > 0 ? weight_sum(w, N, type) : 0;
-  return {x, (const int64_t*)target, w, M, n, first, N, ignore_index, smoothing, w_sum};
+// The call with its class weights in the compute type, `w`.
+cross_entropy::Problem problem(const CrossEntropyArgs& args, const AsCompute& w) {
+  cross_entropy::Problem p{args, 0, false};
+  p.w = w.data;
+  if (p.smoothing > 0) p.w_sum = weight_sum(p.w, p.N, p.type);
+  p.stream = p.dx != p.x && p.M * p.n > (int64_t(4) << 20);  // a new tensor larger than the caches
+  return p;
 }
 
 }  // namespace
 
-std::pair<int64_t, double> cross_entropy_targets(const void* target, const void* w, int64_t M, int64_t N,
-                                                 int64_t ignore_index, int w_type) {
-  const AsCompute wc(w, N, w_type, (int)DType::f64);
-  const int64_t* t = (const int64_t*)target;
+std::pair<int64_t, double> cross_entropy_targets(const CrossEntropyArgs& a) {
+  const AsCompute w(a.w, a.N, a.w_type, (int)DType::f64);
   double sum = 0;
-  for (int64_t i = 0; i < M; ++i) {
-    if (t[i] == ignore_index) continue;
-    if (t[i] < 0 || t[i] >= N) return {i, 0};
-    sum += weight(wc.data, t[i], (int)DType::f64);
+  for (int64_t i = 0; i < a.M; ++i) {
+    const int64_t t = a.target[i];
+    if (t == a.ignore_index) continue;
+    if (t < 0 || t >= a.N) return {i, 0};
+    sum += weight(w.data, t, (int)DType::f64);
   }
   return {-1, sum};
 }
 
 double cross_entropy_total(const void* loss, int64_t M, int type) {
+  if (type != (int)DType::f32 && type != (int)DType::f64)
+    unsupported_type("cross_entropy_total", "loss", type, {(int)DType::f32, (int)DType::f64});
   double sum = 0;
   for (int64_t i = 0; i < M; ++i)
     sum += (DType)type == DType::f64 ? ((const double*)loss)[i] : ((const float*)loss)[i];
   return sum;
 }
 
-void cross_entropy_fwd(const void* x, const void* target, const void* w, void* loss, void* stats, void* dx, int64_t M,
-                       int64_t N, int64_t ignore_index, double smoothing, double scale, int type, int w_type) {
-  const AsCompute wc(w, N, w_type, type);
-  const auto p = problem(x, target, wc.data, M, N, 0, N, ignore_index, smoothing, type);
-  const cross_entropy::Gradient d{dx, nullptr, scale, streams(x, dx, M * N)};
-  FASTLM_DISPATCH_BF16(cross_entropy::forward_dispatch, p, loss, stats, dx ? &d : nullptr, type);
+void cross_entropy_fwd(const CrossEntropyArgs& args) {
+  CrossEntropyArgs whole = args;
+  whole.n = whole.N;
+  const AsCompute w(args.w, args.N, args.w_type, args.type);
+  FASTLM_DISPATCH_BF16(cross_entropy::forward_any, problem(whole, w));
 }
 
-void cross_entropy_update(const void* x, const void* target, const void* w, void* states, int64_t M, int64_t n,
-                          int64_t first, int64_t N, int64_t ignore_index, double smoothing, int type, int w_type) {
-  const AsCompute wc(w, N, w_type, type);
-  const auto p = problem(x, target, wc.data, M, n, first, N, ignore_index, smoothing, type);
-  FASTLM_DISPATCH_BF16(cross_entropy::update_dispatch, p, states, type);
+void cross_entropy_update(const CrossEntropyArgs& args) {
+  const AsCompute w(args.w, args.N, args.w_type, args.type);
+  FASTLM_DISPATCH_BF16(cross_entropy::update_any, problem(args, w));
 }
 
-void cross_entropy_finish(const void* states, const void* target, const void* w, void* loss, void* stats, int64_t M,
-                          int64_t N, int64_t ignore_index, double smoothing, int type, int w_type) {
-  const AsCompute wc(w, N, w_type, type);
-  const auto p = problem(nullptr, target, wc.data, M, 0, 0, N, ignore_index, smoothing, type);
-  FASTLM_DISPATCH_BF16(cross_entropy::finish_dispatch, p, states, loss, stats, type);
+void cross_entropy_finish(const CrossEntropyArgs& args) {
+  const AsCompute w(args.w, args.N, args.w_type, args.type);
+  FASTLM_DISPATCH_BF16(cross_entropy::finish_any, problem(args, w));
 }
 
-void cross_entropy_bwd(const void* x, const void* target, const void* w, const void* stats, const void* g, void* dx,
-                       int64_t M, int64_t n, int64_t first, int64_t N, int64_t ignore_index, double smoothing,
-                       double scale, int type, int w_type) {
-  const AsCompute wc(w, N, w_type, type);
-  const auto p = problem(x, target, wc.data, M, n, first, N, ignore_index, smoothing, type);
-  const cross_entropy::Gradient d{dx, g, scale, streams(x, dx, M * n)};
-  FASTLM_DISPATCH_BF16(cross_entropy::backward_dispatch, p, stats, d, type);
+void cross_entropy_bwd(const CrossEntropyArgs& args) {
+  const AsCompute w(args.w, args.N, args.w_type, args.type);
+  FASTLM_DISPATCH_BF16(cross_entropy::backward_any, problem(args, w));
 }
 
 }  // namespace fastlm

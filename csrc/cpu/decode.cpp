@@ -1,9 +1,7 @@
 // One token of GPT-2 for 1 to 8 rows: every layer in one call, on the kernels of the ops.
 //
 // A layer is some fifteen small operators; called one by one from Python they cost as much as reading its weights.
-// Measured on two threads with freed memory kept, GPT-2 124M, batch 1, 128 new tokens: 3.2 times the speed of Hugging
-// Face's generate() and 2.0 times that of a lean loop with a static cache in bf16, 6.2 and 4.0 times with weights in
-// int8, 11.5 and 7.4 times in int4.
+// GPT-2 124M, batch 1, on two threads: 3.2 times the speed of Hugging Face's generate() in bf16 (docs/design/decode.md).
 // Activations stay in fp32 from the embedding to the logits; attention runs in the cache's dtype.
 
 #include "cpu/decode.h"
@@ -44,20 +42,14 @@ void split(const DecodeModel& m, const DecodeLayer& layer, int64_t position) {
 }
 
 void split_any(const DecodeModel& m, const DecodeLayer& layer, int64_t position) {
-  switch ((DType)m.cache_type) {
-    case DType::bf16: return split<bf16_t>(m, layer, position);
-    case DType::f16: return split<f16_t>(m, layer, position);
-    default: return split<float>(m, layer, position);
-  }
+  for_type_below_double("decode_step", "cache", (int)m.cache_type,
+                        [&](auto type) { split<decltype(type)>(m, layer, position); });
 }
 
-void widen_any(const void* x, int64_t type, float* y, int64_t size) {
-  for_lanes<VF>(size, [&](int64_t i, auto n) {
-    switch ((DType)type) {
-      case DType::bf16: return store(y + i, load<VF>((const bf16_t*)x + i, n), n);
-      case DType::f16: return store(y + i, load<VF>((const f16_t*)x + i, n), n);
-      default: return store(y + i, load<VF>((const float*)x + i, n), n);
-    }
+void widen_any(const void* x, int type, float* y, int64_t size) {
+  for_type_below_double("decode_step", "cache", type, [&](auto of) {
+    const auto* values = (const decltype(of)*)x;
+    for_lanes<VF>(size, [&](int64_t i, auto n) { store(y + i, load<VF>(values + i, n), n); });
   });
 }
 
@@ -72,22 +64,31 @@ namespace {
 
 constexpr int kF32 = (int)DType::f32;
 
-void linear(const DecodeLinear& l, int64_t B, const float* x, float* y, bool bias = true) {
-  const float* b = bias ? l.bias : nullptr;
+void linear(const DecodeLinear& l, int64_t B, const float* x, float* y, bool with_bias = true) {
+  const float* bias = with_bias ? l.bias : nullptr;
   if (l.type == kQuantized)
-    quantized_linear_fwd(x, l.weight, l.scale, b, y, B, l.out, l.in, l.padded_in, l.group, kF32, kF32);
+    quantized_linear_fwd({x, l.weight, l.scale, bias, y, B, l.out, l.in, l.padded_in, l.group, kF32, kF32});
   else
-    linear_fwd(x, l.weight, b, y, B, l.out, l.in, kF32, (int)l.type, kF32, kF32);
+    linear_fwd({x, l.weight, bias, y, B, l.out, l.in, kF32, (int)l.type, kF32, kF32});
 }
 
 // normed = norm(x), with x += branch before it where there is one.
 void add_norm(const DecodeModel& m, const float* branch, const DecodeNorm& norm, double eps) {
-  layer_norm_fwd(branch ? branch : m.x, branch ? m.x : nullptr, norm.weight, norm.bias, branch ? m.x : nullptr,
-                 m.normed, nullptr, nullptr, m.B, m.C, eps, 0.0, 0, kF32, kF32, kF32, kF32);
+  NormArgs a{};
+  a.x = m.x, a.y = m.normed;
+  if (branch) a.x = branch, a.residual = a.z = m.x;
+  a.w = norm.weight, a.b = norm.bias, a.M = m.B, a.N = m.C, a.eps = eps;
+  layer_norm_fwd(a);
+}
+
+void add_bias_gelu(const DecodeModel& m, const float* bias) {
+  GeluArgs a{};
+  a.x = a.y = m.product, a.bias = bias, a.M = m.B, a.N = m.hidden, a.tanh = true;
+  gelu_fwd(a);
 }
 
 // The attention of one new query a row over all positions up to its own: q and out are the halves of m.attention.
-void attend(const DecodeModel& m, const DecodeLayer& layer, int64_t position) {
+void attention(const DecodeModel& m, const DecodeLayer& layer, int64_t position) {
   const int64_t D = m.C / m.H, head = m.cache_length * D;
   const int64_t size = m.cache_type == kF32 ? 4 : 2;
   void* out = (char*)m.attention + m.B * m.C * size;
@@ -100,7 +101,7 @@ void attend(const DecodeModel& m, const DecodeLayer& layer, int64_t position) {
   a.scale = 1.0 / std::sqrt((double)D), a.type = (int)m.cache_type;
   a.left = a.right = kUnlimited, a.row_stride = 1;
   attention_fwd(a);
-  FASTLM_DISPATCH(decode::widen_any, out, m.cache_type, m.product, m.B * m.C);
+  FASTLM_DISPATCH(decode::widen_any, out, (int)m.cache_type, m.product, m.B * m.C);
 }
 
 }  // namespace
@@ -111,11 +112,11 @@ void decode_step(const DecodeModel& m, int64_t position, double eps) {
     const DecodeLayer& layer = m.layer[i];
     linear(layer.qkv, m.B, m.normed, m.product);
     FASTLM_DISPATCH(decode::split_any, m, layer, position);
-    attend(m, layer, position);
+    attention(m, layer, position);
     linear(layer.attention_out, m.B, m.product, m.normed);
     add_norm(m, m.normed, layer.norm_2, eps);
     linear(layer.up, m.B, m.normed, m.product, false);
-    gelu_fwd(m.product, layer.up.bias, m.product, m.B, m.hidden, true, 0.0, 0, kF32, kF32);
+    add_bias_gelu(m, layer.up.bias);
     linear(layer.down, m.B, m.product, m.normed);
     add_norm(m, m.normed, i + 1 < m.layers ? m.layer[i + 1].norm_1 : m.norm_last, eps);
   }

@@ -1,6 +1,6 @@
 // Includes FASTLM_FILE once per instruction set; see isa.h. No include guard: each kernel file uses it once.
 // Every header with functions of its own must be included before this one, or be written for inclusion inside
-// a pass (vec.h, philox.h): a function that is first seen inside a target region belongs to that region.
+// a pass (vec.h, types.h, philox.h): a function that is first seen inside a target region belongs to that region.
 
 #if FASTLM_X86
 
@@ -19,6 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma,f16c,bmi2")
 #endif
 #include "cpu/vec.h"
+#include "cpu/types.h"
 #include "cpu/philox.h"
 #include FASTLM_FILE
 #ifdef __clang__
@@ -42,6 +43,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c,bmi2")
 #endif
 #include "cpu/vec.h"
+#include "cpu/types.h"
 #include "cpu/philox.h"
 #include FASTLM_FILE
 #ifdef __clang__
@@ -65,6 +67,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #endif
 #include "cpu/vec.h"
+#include "cpu/types.h"
 #include "cpu/philox.h"
 #include FASTLM_FILE
 #ifdef __clang__
@@ -86,6 +89,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 #include "cpu/vec.h"
+#include "cpu/types.h"
 #include "cpu/philox.h"
 #include FASTLM_FILE
 #ifdef __clang__
@@ -103,6 +107,7 @@
 #define FASTLM_ISA_LEVEL 0
 #define FASTLM_VEC_BYTES 16
 #include "cpu/vec.h"
+#include "cpu/types.h"
 #include "cpu/philox.h"
 #include FASTLM_FILE
 #undef FASTLM_ISA

@@ -4,23 +4,14 @@
 //         derivative Phi(x) + x phi(x), whose e^(-x^2 / 2) the erfc has already computed.
 //   tanh: x s with s = sigmoid(2 u) = 1 / (1 + e), e = e^(-2u), u = sqrt(2/pi) (x + 0.044715 x^3);
 //         derivative s + 2 x s (1 - s) u'.
-// The formulas serve fp64; otherwise both forms come from tables (gelu_table.h). At 4096x3072 against PyTorch, which
-// has AVX-512, on two threads, freed memory kept:
-// - With AVX-512, in a third of the formulas' instructions: tanh forward 4.8x in fp32 and 8.7x in bf16, backward 4.0x
-//   and 6.5x; exact forward 1.8x and 1.9x, backward 2.2x and 2.8x. Arithmetic and memory take about as long as each
-//   other (fp32 forward 1.3 and 1.9 ms of 2.2), so what counts is that they overlap: prefetches 512 bytes ahead gained
-//   1.3x forward and 1.15x backward over the hardware's alone, and more than those 256, 1024 or 4096 bytes ahead.
-//   Backward those 2048 ahead into the second-level cache, which has more misses under way, gained another 1.1x to
-//   1.15x; forward they lost as much. Two vectors at a time make whole lines of bf16 for stores past the caches.
-// - With SSE2 alone, fp32, in two runs: tanh 1.7x to 2.0x, exact 0.7x forward and 0.9x to 1.1x backward (47
-//   instructions for four values), where the formulas had 0.88x, 0.74x, 0.21x and 0.31x. With AVX2: tanh 2.2x to 2.7x,
-//   exact 1.0x to 1.1x forward and 1.4x to 1.6x backward, from 2.4x, 2.2x, 0.6x and 0.9x.
-// - There bf16 has a value for each of 65536 inputs: with SSE2 tanh 3.7x to 4.5x and 2.5x to 3.0x, exact 1.1x to 1.25x
-//   and 1.3x, from 0.68x, 0.62x, 0.18x and 0.25x; with AVX2 4.0x to 4.2x, 2.6x to 3.5x, 1.05x to 1.3x and 1.5x to 1.7x,
-//   from 1.9x, 1.6x, 0.4x and 0.6x.
+// The formulas serve fp64; otherwise both forms come from tables (gelu_table.h), which without wide vectors hold a value
+// for each of bf16's 65536 inputs. At 4096x3072 with AVX-512 tanh is 4.8 times as fast as PyTorch forward in fp32, exact
+// 1.8 times; docs/design/gelu.md has the other instruction sets and what was tried. Arithmetic and memory take about as
+// long as each other, so what counts is that they overlap: prefetches 512 bytes ahead forward, and 2048 backward into the
+// second-level cache, which has more misses under way. Two vectors at a time make whole lines of bf16 for stores past
+// the caches.
 // Forward reads x and writes y; backward reads dy and x and writes dx. The bias gradient is summed in the same pass
-// into partial sums of fixed chunks of rows, which are added in order: four rows at a time in fp32, where one took 1.1x
-// as long, and one in 16 bits, where four did.
+// into partial sums of fixed chunks of rows, which are added in order: four rows at a time in fp32, one in 16 bits.
 
 #include "cpu/gelu_table.h"
 #include "cpu/isa.h"
@@ -248,9 +239,14 @@ inline void fetch_two(const T* p) {
 constexpr int64_t kBlock = 64;  // columns for which dropout factors are made at a time
 
 template <class T, bool TANH, bool STREAM>
-void fwd(const T* x, const scalar_of<T>* bias, T* y, int64_t M, int64_t N, double p, int64_t seed) {
+void fwd(const GeluArgs& a) {
   using V = vec_of<T>;
-  const Dropout dropout(seed, p);
+  const T* x = (const T*)a.x;
+  const scalar_of<T>* bias = (const scalar_of<T>*)a.bias;
+  T* y = (T*)a.y;
+  const int64_t M = a.M, N = a.N;
+  const double p = a.dropout_p;
+  const Dropout dropout(a.seed, p);
   const form<TANH, T> shared(false);
 #pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
   for (int64_t i = 0; i < M; ++i) {
@@ -329,12 +325,16 @@ inline void bwd_tile(const Form& gelu, const T* dy, const T* x, const scalar_of<
 }
 
 template <class T, bool TANH, bool STREAM>
-void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>* partial, scalar_of<T>* db, int64_t M,
-         int64_t N, double p, int64_t seed) {
+void bwd(const GeluArgs& a) {
   using V = vec_of<T>;
   using S = scalar_of<T>;
-  const Dropout generator(seed, p);
-  const Dropout* dropout = p > 0 ? &generator : nullptr;
+  const T *dy = (const T*)a.dy, *x = (const T*)a.x;
+  const S* bias = (const S*)a.bias;
+  T* dx = (T*)a.dx;
+  S *partial = (S*)a.partial, *db = (S*)a.db;
+  const int64_t M = a.M, N = a.N;
+  const Dropout generator(a.seed, a.dropout_p);
+  const Dropout* dropout = a.dropout_p > 0 ? &generator : nullptr;
   const form<TANH, T> shared(true);
   constexpr int R = is_short<T> ? 1 : 4;
   const int64_t size = chunk_rows(M), chunks = ceil_div(M, size);
@@ -365,47 +365,32 @@ void bwd(const T* dy, const T* x, const scalar_of<T>* bias, T* dx, scalar_of<T>*
   });
 }
 
-template <class T>
-void fwd_form(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed) {
+template <class T, bool TANH>
+void fwd_form(const GeluArgs& a) {
   if constexpr (looks_values_up<T>)
-    if (!bias && p == 0) return (tanh ? look_up<T, true> : look_up<T, false>)((const T*)x, (T*)y, M * N);
-  const bool stream = streams((const T*)y, M, N, 2);
-  auto run = tanh ? (stream ? fwd<T, true, true> : fwd<T, true, false>)
-                  : (stream ? fwd<T, false, true> : fwd<T, false, false>);
-  run((const T*)x, (const scalar_of<T>*)bias, (T*)y, M, N, p, seed);
+    if (!a.bias && a.dropout_p == 0) return look_up<T, TANH>((const T*)a.x, (T*)a.y, a.M * a.N);
+  streams((const T*)a.y, a.M, a.N, 2) ? fwd<T, TANH, true>(a) : fwd<T, TANH, false>(a);
 }
-template <class T>
-void bwd_form(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M, int64_t N,
-              bool tanh, double p, int64_t seed) {
-  using S = scalar_of<T>;
+template <class T, bool TANH>
+void bwd_form(const GeluArgs& a) {
   if constexpr (looks_values_up<T>)
-    if (!bias && p == 0) {
-      auto run = tanh ? look_up_derivative<T, true> : look_up_derivative<T, false>;
-      return run((const T*)dy, (const T*)x, (T*)dx, M * N);
-    }
-  const bool stream = streams((const T*)dx, M, N, 3);
-  auto run = tanh ? (stream ? bwd<T, true, true> : bwd<T, true, false>)
-                  : (stream ? bwd<T, false, true> : bwd<T, false, false>);
-  run((const T*)dy, (const T*)x, (const S*)bias, (T*)dx, (S*)partial, (S*)db, M, N, p, seed);
+    if (!a.bias && a.dropout_p == 0)
+      return look_up_derivative<T, TANH>((const T*)a.dy, (const T*)a.x, (T*)a.dx, a.M * a.N);
+  streams((const T*)a.dx, a.M, a.N, 3) ? bwd<T, TANH, true>(a) : bwd<T, TANH, false>(a);
 }
 
-#define FASTLM_TYPES(fn, ...)                            \
-  switch ((DType)type) {                                 \
-    case DType::f32: return fn<float>(__VA_ARGS__);      \
-    case DType::f64: return fn<double>(__VA_ARGS__);     \
-    case DType::bf16: return fn<bf16_t>(__VA_ARGS__);    \
-    case DType::f16: return fn<f16_t>(__VA_ARGS__);      \
-  }
-
-void fwd_dispatch(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
-                  int type) {
-  FASTLM_TYPES(fwd_form, x, bias, y, M, N, tanh, p, seed)
+void fwd_any(const GeluArgs& a) {
+  for_any_type("gelu_fwd", "x", a.type, [&](auto type) {
+    using T = decltype(type);
+    a.tanh ? fwd_form<T, true>(a) : fwd_form<T, false>(a);
+  });
 }
-void bwd_dispatch(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M,
-                  int64_t N, bool tanh, double p, int64_t seed, int type) {
-  FASTLM_TYPES(bwd_form, dy, x, bias, dx, partial, db, M, N, tanh, p, seed)
+void bwd_any(const GeluArgs& a) {
+  for_any_type("gelu_bwd", "x", a.type, [&](auto type) {
+    using T = decltype(type);
+    a.tanh ? bwd_form<T, true>(a) : bwd_form<T, false>(a);
+  });
 }
-#undef FASTLM_TYPES
 
 }  // namespace gelu
 }  // namespace fastlm::FASTLM_ISA
@@ -436,16 +421,18 @@ template const GeluTable<4>& gelu_table<GeluTable<4>>(bool, bool);
 template const GeluTable<6>& gelu_table<GeluTable<6>>(bool, bool);
 template const GeluFineTable& gelu_table<GeluFineTable>(bool, bool);
 
-void gelu_fwd(const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
-              int type, int b_type) {
-  const AsCompute bc(bias, N, b_type, type);
-  FASTLM_DISPATCH_BF16(gelu::fwd_dispatch, x, bc.data, y, M, N, tanh, p, seed, type);
+void gelu_fwd(const GeluArgs& args) {
+  GeluArgs a = args;
+  const AsCompute bias(a.bias, a.N, a.bias_type, a.type);
+  a.bias = bias.data;
+  FASTLM_DISPATCH_BF16(gelu::fwd_any, a);
 }
 
-void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M, int64_t N,
-              bool tanh, double p, int64_t seed, int type, int b_type) {
-  const AsCompute bc(bias, N, b_type, type);
-  FASTLM_DISPATCH_BF16(gelu::bwd_dispatch, dy, x, bc.data, dx, partial, db, M, N, tanh, p, seed, type);
+void gelu_bwd(const GeluArgs& args) {
+  GeluArgs a = args;
+  const AsCompute bias(a.bias, a.N, a.bias_type, a.type);
+  a.bias = bias.data;
+  FASTLM_DISPATCH_BF16(gelu::bwd_any, a);
 }
 
 }  // namespace fastlm

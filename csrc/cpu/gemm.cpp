@@ -1,4 +1,4 @@
-// Products of large matrices, C = A B (+ bias) (+ C), for CPUs with AVX-512 on which the libraries fall short of it.
+// Matmuls of large matrices, C = A B (+ bias) (+ C), for CPUs with AVX-512 on which the libraries fall short of it.
 //
 // The register block is 8 rows by 48 columns: 24 sums, three vectors of B, and an element of A broadcast by the
 // multiplication itself. B is packed by panels of 48 columns, which stay in the second-level cache while all rows pass;
@@ -6,21 +6,14 @@
 // multiplied in pairs of neighbouring k (AVX512_BF16), so everything packed is in words of 32 bits: an fp32 number, or
 // such a pair. A sum takes k in the same order whatever the other sizes and the number of threads.
 //
-// On two threads of a Zen 4, layers of 768x768 to 8192x768, 1024 rows: 80 to 90 % of the peak in bf16, where PyTorch
-// (oneDNN) reaches 70 to 87, forward 1.02 to 1.14 times its speed, the input's gradient 1.03 to 1.1, the weight's 0.98
-// to 1.12; in fp32 75 to 90 % where PyTorch (MKL) reaches 50 to 75, 1.15 to 1.6 times its speed and 1.0 to 1.2 times
-// that of oneDNN. With 16 to 128 rows in bf16 1.05 to 1.5 times.
-// - A's next rows are asked for during these: of 4096, which exceed the second-level cache, 1.03 times oneDNN's speed
-//   and not 0.91. B's are while it is packed, since its rows may lie pages apart: the weight's gradient 1.05 times.
-// - Packing columns of A fills few panels at a time, or their lines, a power of two apart, push each other out of the
-//   first-level cache: 1.06 times as fast. 128 rows of A at a time pack B twice as often, and 512 or more leave no room
-//   for it in the second-level cache: 0.9 to 1.0 times.
-// - Sums of 256 words at a time, added up, have a third of the rounding error, for 1 to 3 % of the time.
-// - Blocks of 6 x 64, 7 x 48 or 12 x 32 ran at the same rate, 94 to 96 % of the peak with B packed before.
+// A's next rows are prefetched during these, and B's while it is packed, since its rows may lie pages apart. Packing
+// columns of A fills few panels at a time, or their lines, a power of two apart, evict each other from the first-level
+// cache. Sums of 256 words at a time, added up, have a third of the rounding error. 1024 rows on two threads of a Zen 4:
+// 1.15 to 1.6 times PyTorch's (MKL's) speed in fp32, about oneDNN's in bf16; docs/design/gemm.md has what was tried.
 
-#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "cpu/scratch.h"
 
 #ifndef FASTLM_ISA
 #define FASTLM_FILE "cpu/gemm.cpp"
@@ -45,8 +38,6 @@ using Element = bf16_t;
 inline VF multiply_add(VF a, VF b, VF c) { return (VF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 #endif
 constexpr int64_t kPair = 4 / sizeof(Element);  // values of k in a word
-
-inline __mmask16 first16(int64_t n) { return n >= L ? 0xffff : (__mmask16)((1u << std::max<int64_t>(n, 0)) - 1); }
 
 // ---- packing -----------------------------------------------------------------------------------------------------
 
@@ -105,8 +96,8 @@ struct Left {
     std::memcpy(&w, kPacked ? at + (k * kRows + r) * 4 : at + r * row + k * 4, 4);
     return set1<VF>(w);
   }
-  // Asks for a part of the rows after the next R.
-  inline __attribute__((always_inline)) void ask(int64_t R, int64_t k) const {
+  // Prefetches a part of the rows after the next R.
+  inline __attribute__((always_inline)) void prefetch(int64_t R, int64_t k) const {
     if constexpr (!kPacked) __builtin_prefetch(at + (R + (k & 7)) * row + (k >> 3 << 5), 0, 2);
   }
   Left from(int64_t r) const { return {kPacked ? at + r * 4 : at + r * row, row}; }
@@ -142,7 +133,7 @@ inline __attribute__((always_inline)) void sums(Left<kPacked> a, const float* b,
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[r][n] = VF{};
   for (int64_t k = from; k < to; ++k) {
-    a.ask(R, k);
+    a.prefetch(R, k);
     VF v[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) v[n] = load<VF>(b + k * kPanel + n * L);
@@ -198,7 +189,7 @@ inline void rows(Left<kPacked> a, const float* b, int64_t words, int64_t first, 
 // ---- the product -------------------------------------------------------------------------------------------------
 
 struct Product {
-  const Gemm p;
+  const GemmArgs p;
   const bool packs = p.a_transposed || p.K % kPair != 0;
   const int64_t words = ceil_div(p.K, kPair), panels = ceil_div(p.N, kPanel);
 
@@ -226,15 +217,12 @@ struct Product {
     });
   }
 
-  // Some rows of some panels.
+  // The product of rows `from` to from + count of A and a range of B's panels.
   void task(int64_t from, int64_t count, int64_t first_panel, int64_t last_panel) const {
-    Arena arena{nullptr};
-    float *panel = nullptr, *left = nullptr;
-    for (int pass = 0; pass < 2; ++pass) {
-      if (pass) arena = {(char*)attention_scratch(arena.used)};
-      panel = arena.take<float>(words * kPanel);
-      left = packs ? arena.take<float>(ceil_div(count, L) * L * words) : nullptr;
-    }
+    const auto [panel, left] = in_scratch([&](Arena& arena) {
+      float* packed_b = arena.take<float>(words * kPanel);
+      return std::pair{packed_b, packs ? arena.take<float>(ceil_div(count, L) * L * words) : nullptr};
+    });
     if (packs) pack_rows(from, count, left);
     for (int64_t j = first_panel; j < last_panel; ++j) {
       pack_panel(j, panel);
@@ -263,7 +251,7 @@ struct Product {
   }
 };
 
-void run(const Gemm& p) { Product{p}.run(); }
+void run(const GemmArgs& p) { Product{p}.run(); }
 
 }  // namespace gemm
 }  // namespace fastlm::FASTLM_ISA
@@ -278,12 +266,17 @@ bool gemm_serves(int type) {
   return type == (int)DType::f32 ? isa() >= Isa::avx512 : type == (int)DType::bf16 && isa() == Isa::avx512_bf16;
 }
 
-void gemm(const Gemm& all, int type) {
+void gemm(const GemmArgs& all) {
+  const int type = all.type;
+  if (!gemm_serves(type))
+    unsupported_types("gemm", "a and b", {type}, "float32 with AVX-512, or bfloat16 with AVX512_BF16 and no tiles");
+  if (type == (int)DType::f32 && !all.wide)
+    unsupported_type("gemm", "out beside float32", (int)DType::bf16, {(int)DType::f32});
   const int64_t size = type == (int)DType::f32 ? 4 : 2;
   // Bytes of a column of B's panels, for the second-level cache's sake; only wide sums can be interrupted.
   const int64_t kColumn = all.a_transposed ? 4096 : 8192;
   const int64_t depth = all.wide ? kColumn / size : all.K;
-  Gemm p = all;
+  GemmArgs p = all;
   for (int64_t k = 0; k < all.K; k += depth) {
     p.K = std::min(depth, all.K - k);
     p.a = (const char*)all.a + size * (all.a_transposed ? k * all.a_row : k);
@@ -295,7 +288,7 @@ void gemm(const Gemm& all, int type) {
 }
 #else
 bool gemm_serves(int) { return false; }
-void gemm(const Gemm&, int) {}
+void gemm(const GemmArgs& args) { unsupported_types("gemm", "a and b", {args.type}, "an x86-64 CPU"); }
 #endif
 
 }  // namespace fastlm

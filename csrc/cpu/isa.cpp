@@ -1,14 +1,14 @@
-// Which instruction set the kernels use, and what else belongs to the machine: caches, threads and pages.
+// Which instruction set the kernels use, and the errors of types that none of them serves.
 
 #include "cpu/isa.h"
+
+#include <stdexcept>
+#include <string>
 
 #include "cpu/ops.h"
 
 #if FASTLM_X86
 #include <cpuid.h>
-#endif
-#ifdef __linux__
-#include <sys/mman.h>
 #endif
 #if FASTLM_X86 && defined(__linux__)
 #include <sys/syscall.h>
@@ -46,28 +46,12 @@ Isa detect() {
 #endif
 }
 
-int64_t largest_cache() {
-  constexpr int64_t kShare = int64_t(32) << 20;  // a larger one serves many cores, most of them others'
-  int64_t largest = 0;
-#if FASTLM_X86
-  unsigned a, b, c, d;
-  for (const unsigned leaf : {0x4u, 0x8000001du})  // Intel's, AMD's
-    for (unsigned i = 0; __get_cpuid_count(leaf, i, &a, &b, &c, &d) && (a & 31) != 0; ++i) {
-      const int64_t line = (b & 0xfff) + 1, partitions = ((b >> 12) & 0x3ff) + 1, ways = (b >> 22) + 1;
-      largest = std::max(largest, line * partitions * ways * (c + 1));
-    }
-#endif
-  return largest ? std::min(largest, kShare) : kShare;
-}
-
 const Isa g_best = detect();
-const int64_t g_last_cache = largest_cache();
 Isa g_isa = g_best;
 bool g_chosen = false;
 
 }  // namespace
 
-int64_t last_cache() { return g_last_cache; }
 Isa isa() { return g_isa; }
 bool isa_chosen() { return g_chosen; }
 Isa best_isa() { return g_best; }
@@ -85,20 +69,34 @@ bool set_isa(Isa wanted) {
   return true;
 }
 
-int omp_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
+namespace {
+
+const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};
+
+std::string name_of(int type) {
+  return type >= 0 && type < 4 ? kNames[type] : "dtype code " + std::to_string(type);
 }
 
-void use_huge_pages(void* start, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (size > 0) madvise(start, (size_t)size, MADV_HUGEPAGE);
-#else
-  (void)start, (void)size;
-#endif
+std::string joined(std::initializer_list<int> types, const char* last) {
+  std::string text;
+  size_t left = types.size();
+  for (const int type : types) {
+    text += name_of(type);
+    if (--left) text += left > 1 ? ", " : last;
+  }
+  return text;
+}
+
+}  // namespace
+
+void unsupported_type(const char* op, const char* argument, int type, std::initializer_list<int> wanted) {
+  throw std::invalid_argument(std::string(op) + ": " + argument + " has got " + name_of(type) + ", expected " +
+                              joined(wanted, " or "));
+}
+
+void unsupported_types(const char* op, const char* arguments, std::initializer_list<int> types, const char* wanted) {
+  throw std::invalid_argument(std::string(op) + ": " + arguments + " have got " + joined(types, " and ") +
+                              ", expected " + wanted);
 }
 
 }  // namespace fastlm

@@ -12,6 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include "cpu/machine.h"
 
 #if defined(__x86_64__)
 #define FASTLM_X86 1
@@ -32,10 +36,14 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx 
 Isa isa();
 bool isa_chosen();  // whether by set_isa
 
-int64_t last_cache();  // bytes of the cache nearest to memory, or of a fair share of it
-
 // The same numbers as in fastlm/backends/cpu.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// Throws std::invalid_argument: `argument` of `op` has a type that no kernel serves. `wanted`: the codes of those that do.
+[[noreturn]] void unsupported_type(const char* op, const char* argument, int type, std::initializer_list<int> wanted);
+// The same of several arguments whose types have to go together.
+[[noreturn]] void unsupported_types(const char* op, const char* arguments, std::initializer_list<int> types,
+                                    const char* wanted);
 
 struct bf16_t {
   uint16_t bits;
@@ -45,9 +53,6 @@ struct f16_t {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Work below this many elements stays on the calling thread: waking a team costs about 5 us.
-constexpr int64_t kParallelGrain = 16 * 1024;
 
 }  // namespace fastlm
 

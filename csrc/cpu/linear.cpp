@@ -3,17 +3,13 @@
 // The weight is read once and in order for up to 8 rows of x, which are widened once into scratch memory. A sum's order
 // depends neither on the other rows nor on the number of threads: two accumulators take the vectors of K in turn.
 //
-// Measured on two threads of a Sapphire-Rapids-class core, bf16, one row: 22 to 24 GB/s in pages of 4 KiB, where a bare
-// sum of the same memory reached 19, and 28 to 31 in huge pages, where it reached 31. Four rows of the weight at a time
-// were no faster, eight slower; asking for memory 1 or 4 KiB ahead instead of 2 lost 5 to 20 %.
-// fp32, one row, against PyTorch: 0.91 times the speed at 3072x768 and 0.98 at 50257x768. Four rows of the weight at a
-// time gained on the smallest weights alone (0.80 to 0.87 at 768x768) and cost bf16 12 to 28 %. Where there are tiles
-// (AMX), a bf16 weight goes through linear_tiles.cpp; where there are dot products of bf16 alone, through
-// linear_dots.cpp.
+// Memory is prefetched 2 KiB ahead: bf16, one row, reads 28 to 31 GB/s in huge pages, as a bare sum of the same memory does
+// (docs/design/linear.md). Where there are tiles (AMX), a bf16 weight goes through linear_tiles.cpp; where there are dot
+// products of bf16 alone, through linear_dots.cpp.
 
-#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "cpu/scratch.h"
 
 #ifndef FASTLM_ISA
 #define FASTLM_FILE "cpu/linear.cpp"
@@ -25,7 +21,7 @@ namespace fastlm::FASTLM_ISA {
 
 namespace linear {
 
-constexpr int64_t kAhead = 2048;                        // bytes that memory is asked for in advance
+constexpr int64_t kAhead = 2048;                        // bytes that memory is prefetched in advance
 constexpr int kGroup = FASTLM_ISA_LEVEL >= 2 ? 8 : 4;  // rows of x whose accumulators fit in registers
 
 template <class S>
@@ -82,17 +78,16 @@ void all_rows(const Call<scalar_of<T>>& c) {
 
 // At most 8 rows.
 template <class T>
-void fwd(const void* x, const void* w, const scalar_of<T>* bias, void* y, int64_t M, int64_t N, int64_t K, bool wide_x,
-         bool wide_y) {
+void fwd(const LinearArgs& a) {
   using V = vec_of<T>;
   using S = scalar_of<T>;
-  const int64_t group = M <= 2 ? M : M <= 4 ? 4 : kGroup, padded = ceil_div(M, group) * group;
-  S* wide = (S*)attention_scratch(sizeof(S) * (size_t)(padded * K));
+  const int64_t M = a.M, K = a.K, group = M <= 2 ? M : M <= 4 ? 4 : kGroup, padded = ceil_div(M, group) * group;
+  S* wide = (S*)thread_scratch(sizeof(S) * (size_t)(padded * K));
   for_lanes<V>(M * K, [&](int64_t k, auto n) {
-    store(wide + k, wide_x ? load<V>((const S*)x + k, n) : load<V>((const T*)x + k, n), n);
+    store(wide + k, a.wide_x() ? load<V>((const S*)a.x + k, n) : load<V>((const T*)a.x + k, n), n);
   });
   std::fill(wide + M * K, wide + padded * K, S(0));
-  const Call<S> call{wide, w, bias, y, M, N, K, wide_y};
+  const Call<S> call{wide, a.w, (const S*)a.bias, a.y, M, a.N, K, a.wide_y() || sizeof(T) == sizeof(S)};
   switch (group) {
     case 1: return all_rows<1, T>(call);
     case 2: return all_rows<2, T>(call);
@@ -101,14 +96,8 @@ void fwd(const void* x, const void* w, const scalar_of<T>* bias, void* y, int64_
   }
 }
 
-void fwd_dispatch(const void* x, const void* w, const void* bias, void* y, int64_t M, int64_t N, int64_t K, bool wide_x,
-                  bool wide_y, int type) {
-  switch ((DType)type) {
-    case DType::f32: return fwd<float>(x, w, (const float*)bias, y, M, N, K, true, true);
-    case DType::f64: return fwd<double>(x, w, (const double*)bias, y, M, N, K, true, true);
-    case DType::bf16: return fwd<bf16_t>(x, w, (const float*)bias, y, M, N, K, wide_x, wide_y);
-    case DType::f16: return fwd<f16_t>(x, w, (const float*)bias, y, M, N, K, wide_x, wide_y);
-  }
+void any(const LinearArgs& a) {
+  for_any_type("linear_fwd", "weight", a.w_type, [&](auto type) { fwd<decltype(type)>(a); });
 }
 
 }  // namespace linear
@@ -122,14 +111,26 @@ void fwd_dispatch(const void* x, const void* w, const void* bias, void* y, int64
 
 namespace fastlm {
 
-void linear_fwd(const void* x, const void* w, const void* bias, void* y, int64_t M, int64_t N, int64_t K, int x_type,
-                int w_type, int b_type, int y_type) {
-  const AsCompute b(bias, N, b_type, w_type);
-  if (w_type == (int)DType::bf16 && linear_has_tiles())
-    return linear_tiles_bf16(x, w, (const float*)b.data, y, M, N, K, x_type != w_type, y_type != w_type);
-  if (w_type == (int)DType::bf16 && linear_has_dots())
-    return linear_dots_bf16(x, w, (const float*)b.data, y, M, N, K, x_type != w_type, y_type != w_type);
-  FASTLM_DISPATCH(linear::fwd_dispatch, x, w, b.data, y, M, N, K, x_type != w_type, y_type != w_type, w_type);
+namespace {
+
+// x or y, of the weight's type or its compute type.
+void check(const char* argument, int type, int w_type) {
+  if (type == w_type) return;
+  if (w_type == (int)DType::f32 || w_type == (int)DType::f64) unsupported_type("linear_fwd", argument, type, {w_type});
+  if (type != (int)DType::f32) unsupported_type("linear_fwd", argument, type, {w_type, (int)DType::f32});
+}
+
+}  // namespace
+
+void linear_fwd(const LinearArgs& args) {
+  LinearArgs a = args;
+  check("x", a.x_type, a.w_type);
+  check("y", a.y_type, a.w_type);
+  const AsCompute bias(a.bias, a.N, a.bias_type, a.w_type);
+  a.bias = bias.data;
+  if (a.w_type == (int)DType::bf16 && linear_has_tiles()) return linear_tiles_bf16(a);
+  if (a.w_type == (int)DType::bf16 && linear_has_dots()) return linear_dots_bf16(a);
+  FASTLM_DISPATCH(linear::any, a);
 }
 
 }  // namespace fastlm

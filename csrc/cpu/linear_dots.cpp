@@ -5,24 +5,17 @@
 // A sum takes the vectors of K in turn and then its lanes in the order of reduce_add, in whatever company, so a row of x
 // has the same bits whatever the others are. Products of denormal numbers count as 0, as the instruction for bf16 has it.
 //
-// Measured on two threads of a Zen 4, weights of 768x768 to 50257x768, in the caches and out of them; one, four and eight
-// rows. bf16: 2.0 to 5.5, 2.2 to 3.9 and 1.9 to 3.2 times PyTorch's speed, 1.2 to 1.6, 1.5 to 3.3 and 2.3 to 4.1 times
-// that of dot products of widened vectors (linear.cpp). int8: 1.0 to 1.8, 1.2 to 1.5 and 1.4 to 1.9 times the speed of
-// quantized_linear.cpp, int4 1.2 to 1.4, 1.1 to 1.2 and 1.1 to 1.4 times.
-// - No memory asked for ahead: 1.6 times the time at 50257x768 with one row, 2.2 times with eight, and 0.9 to 1.2 times
-//   in the caches. 8 KiB beyond the next rows instead of 4: 0.8 to 1.0 times at 50257x768 with int8, but 1.03 to 1.08
-//   times over the smaller weights of GPT-2 124M, of which each thread has a few hundred KiB; 2 KiB: 1.05 to 1.1 times.
-// - Eight rows of the weight with one of x: 1.0 to 1.3 times the time, most with int4.
-// - int8 times the upper and the lower bytes of x: twice the accumulators, 1.2 times the time with eight rows.
+// Memory is prefetched 4 KiB beyond the next rows: without, one row at 50257x768 takes 1.6 times the time. bf16 is 2.0 to
+// 5.5 times as fast as PyTorch with one row on two threads of a Zen 4 (docs/design/linear.md has the ladder).
 // A dot product holds as many words as pairs of bf16, so from four rows on, in the caches, quantized weights are no
 // faster than bf16.
 
 #include "cpu/linear_dots.h"
 
-#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/linear_tiles.h"
 #include "cpu/ops.h"
+#include "cpu/scratch.h"
 
 #ifndef FASTLM_ISA
 #define FASTLM_FILE "cpu/linear_dots.cpp"
@@ -52,10 +45,10 @@ struct Call {
   int y_type;
 };
 
-// Asks for memory beyond the R rows from w on, in order: a vector for each of theirs at byte k. Into L2, since several
-// rows may exceed L1. Inlined by force, or GCC takes a function that only asks for one without effects.
+// Prefetches beyond the R rows from w on, in order: a vector for each of theirs at byte k. Into L2, since several rows
+// may exceed L1. Inlined by force, or GCC takes a function that only prefetches for one without effects.
 template <int R>
-inline __attribute__((always_inline)) void ask(const Call& c, const char* w, int64_t k) {
+inline __attribute__((always_inline)) void prefetch(const Call& c, const char* w, int64_t k) {
   constexpr int64_t kAhead = 4096;
   const char* next = w + R * (c.length + k) + kAhead;
   for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * kBytes, 0, 2);
@@ -136,7 +129,7 @@ struct Bf16 {
     for (int i = 0; i < M * R; ++i) acc[i] = _mm512_setzero_ps();
     int64_t k = 0;
     for (; k + kBytes <= c.length; k += kBytes) {
-      ask<R>(c, w, k);
+      prefetch<R>(c, w, k);
       add<M, R>(c, x, w, k, All{}, acc);
     }
     if (k < c.length) add<M, R>(c, x, w, k, (__mmask64)((1ull << (c.length - k)) - 1), acc);
@@ -175,7 +168,7 @@ struct Int8 {
                                                           int64_t end, __m512i* acc) {
     for (int i = 0; i < M * R; ++i) acc[i] = _mm512_setzero_si512();
     for (; k + kBytes <= end; k += kBytes) {
-      ask<R>(c, w, k);
+      prefetch<R>(c, w, k);
       add<M, R>(c, x, w, k, acc);
       add<M, R>(c, x, w, k + kWords, acc);
     }
@@ -238,7 +231,7 @@ struct Int4 {
     for (int64_t b = 0; b < blocks; ++b) {
       __m512i q[R][kParts];
       __m512 factor[R];
-      ask<R>(c, w, b * kBytes);
+      prefetch<R>(c, w, b * kBytes);
       for (int r = 0; r < R; ++r) {
         const char* at = w + r * c.length + b * kBytes;
         __m512i words = _mm512_loadu_si512(at);
@@ -305,13 +298,12 @@ void by_rows(const Call& c, const Format& format) {
   }
 }
 
-void bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K, bool wide_x,
-          bool wide_y) {
-  const int64_t length = K * sizeof(bf16_t);
-  const Call call{(const char*)w, length, bias, y, M, N, K, (int)(wide_y ? DType::f32 : DType::bf16)};
-  if (!wide_x) return by_rows(call, Bf16<1>{(const char*)x});
-  bf16_t* parts = (bf16_t*)attention_scratch(2 * M * length);
-  for (int64_t m = 0; m < M; ++m) split((const float*)x + m * K, K, parts + 2 * m * K, parts + (2 * m + 1) * K);
+void bf16(const LinearArgs& a) {
+  const int64_t M = a.M, K = a.K, length = K * sizeof(bf16_t);
+  const Call call{(const char*)a.w, length, (const float*)a.bias, a.y, M, a.N, K, a.y_type};
+  if (!a.wide_x()) return by_rows(call, Bf16<1>{(const char*)a.x});
+  bf16_t* parts = (bf16_t*)thread_scratch(2 * M * length);
+  for (int64_t m = 0; m < M; ++m) split((const float*)a.x + m * K, K, parts + 2 * m * K, parts + (2 * m + 1) * K);
   by_rows(call, Bf16<2>{(const char*)parts});
 }
 
@@ -329,29 +321,29 @@ void arrange(const int16_t* q, int64_t K, int16_t* x, __m512i* start) {
   }
 }
 
-void quantized(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M, int64_t N,
-               int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type) {
-  const int64_t blocks = group ? padded_K / 128 : 0;
-  Arena arena{nullptr};
-  int16_t *q = nullptr, *arranged = nullptr;
-  __m512i* start = nullptr;
+// What x becomes: words, those in the order of int4's, and where their sums start.
+struct Ready {
+  int16_t *q, *arranged;
+  __m512i* start;
+};
+
+void quantized(const QuantizedLinearArgs& a) {
+  const int64_t M = a.M, K = a.K, padded_K = a.padded_K, group = a.group, blocks = group ? padded_K / 128 : 0;
+  const auto [q, arranged, start] = in_scratch([&](Arena& arena) {
+    int16_t* words = arena.take<int16_t>((group ? 1 : M) * padded_K);
+    return Ready{words, group ? arena.take<int16_t>(M * padded_K) : words, arena.take<__m512i>(M * blocks)};
+  });
   float x_scale[8];
-  for (int pass = 0; pass < 2; ++pass) {
-    if (pass) arena = {(char*)attention_scratch(arena.used)};
-    q = arena.take<int16_t>((group ? 1 : M) * padded_K);
-    arranged = group ? arena.take<int16_t>(M * padded_K) : q;
-    start = arena.take<__m512i>(M * blocks);
-  }
   for (int64_t m = 0; m < M; ++m) {
     int16_t* row = group ? q : q + m * padded_K;
-    x_scale[m] = quantize_row(x, m, K, x_type, row);
+    x_scale[m] = quantize_row(a.x, m, K, a.x_type, row);
     std::fill(row + K, row + padded_K, int16_t(0));
     if (group) arrange(row, padded_K, arranged + m * padded_K, start + m * blocks);
   }
-  const Call call{(const char*)w, group ? padded_K / 2 : padded_K, bias, y, M, N, padded_K, y_type};
-  const char *ready = (const char*)arranged, *scales = (const char*)scale;
+  const Call call{(const char*)a.w, group ? padded_K / 2 : padded_K, a.bias, a.y, M, a.N, padded_K, a.y_type};
+  const char *ready = (const char*)arranged, *scales = (const char*)a.scale;
   switch (group) {
-    case 0: return by_rows(call, Int8{ready, (const float*)scale, x_scale});
+    case 0: return by_rows(call, Int8{ready, (const float*)a.scale, x_scale});
     case 32: return by_rows(call, Int4<4>{ready, start, scales, x_scale});
     case 64: return by_rows(call, Int4<2>{ready, start, scales, x_scale});
     default: return by_rows(call, Int4<1>{ready, start, scales, x_scale});
@@ -368,19 +360,12 @@ namespace fastlm {
 #if FASTLM_X86
 // As in attention_bf16.cpp: Intel's cores issue dot products of pairs at half the rate and less.
 bool linear_has_dots() { return isa() == Isa::avx512_bf16 && (isa_chosen() || !is_intel()); }
-void linear_dots_bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
-                      bool wide_x, bool wide_y) {
-  avx512_bf16::linear_dots::bf16(x, w, bias, y, M, N, K, wide_x, wide_y);
-}
-void linear_dots_quantized(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
-                           int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type) {
-  avx512_bf16::linear_dots::quantized(x, w, scale, bias, y, M, N, K, padded_K, group, x_type, y_type);
-}
+void linear_dots_bf16(const LinearArgs& args) { avx512_bf16::linear_dots::bf16(args); }
+void linear_dots_quantized(const QuantizedLinearArgs& args) { avx512_bf16::linear_dots::quantized(args); }
 #else
 bool linear_has_dots() { return false; }
-void linear_dots_bf16(const void*, const void*, const float*, void*, int64_t, int64_t, int64_t, bool, bool) {}
-void linear_dots_quantized(const void*, const void*, const void*, const float*, void*, int64_t, int64_t, int64_t,
-                           int64_t, int64_t, int, int) {}
+void linear_dots_bf16(const LinearArgs&) {}
+void linear_dots_quantized(const QuantizedLinearArgs&) {}
 #endif
 
 }  // namespace fastlm

@@ -7,19 +7,14 @@
 //
 // Products of denormal numbers count as 0, as the instruction has it.
 //
-// Measured on two threads, 3072x768, against PyTorch in bf16: bf16 2.6 times as fast with one row and 2.2 times with
-// eight, where dot products of widened vectors are 1.7 and 0.75 times; int8 6.7 and 5.1 times, where those are 3.1 and
-// 1.1 times. The bf16 tiles take 70 GB/s, mostly from the caches; a bare reading of the same bytes 89.
-// - Asking for memory ahead, as far as the next tile or the next sixteen rows: 18 to 27 % slower there.
-// - Two or four times sixteen rows at a time: 11 to 16 % slower there, 3 to 6 % faster at 50257x768 with eight rows.
-// - Outputs taken from the tile of sums one by one: 1.1 times the time in bf16, 1.3 to 1.7 times in int8.
-// - int4: its groups' sums have to leave the tiles one by one, 2.4 times the time of dot products with one row.
+// One row of 3072x768 in bf16 is 2.6 times as fast as PyTorch on two threads; memory is not prefetched, which lost 18 to 27 %
+// there, and int4 has no tiles, since its groups' sums would leave them one by one (docs/design/linear.md).
 
 #include "cpu/linear_tiles.h"
 
-#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "cpu/scratch.h"
 
 #ifndef FASTLM_ISA
 #define FASTLM_FILE "cpu/linear_tiles.cpp"
@@ -69,7 +64,7 @@ struct Columns {
   char *rows, *out;
 
   Columns(int64_t columns, int64_t length) : columns(columns), length(ceil_div(length, kBytes) * kBytes) {
-    rows = (char*)attention_scratch(2 * columns * this->length);
+    rows = (char*)thread_scratch(2 * columns * this->length);
     out = rows + columns * this->length;
     std::memset(rows, 0, columns * this->length);
   }
@@ -175,34 +170,34 @@ void all_rows(const Call& c, const Format& format) {
   }
 }
 
-void bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K, bool wide_x,
-          bool wide_y) {
-  const Columns columns(wide_x ? 2 * M : M, K * sizeof(bf16_t));
+void bf16(const LinearArgs& a) {
+  const int64_t M = a.M, K = a.K, length = K * (int64_t)sizeof(bf16_t);
+  const Columns columns(a.wide_x() ? 2 * M : M, length);
   for (int64_t m = 0; m < M; ++m)
-    if (wide_x)
-      split((const float*)x + m * K, K, columns.row<bf16_t>(m), columns.row<bf16_t>(M + m));
+    if (a.wide_x())
+      split((const float*)a.x + m * K, K, columns.row<bf16_t>(m), columns.row<bf16_t>(M + m));
     else
-      std::memcpy(columns.row<bf16_t>(m), (const bf16_t*)x + m * K, K * sizeof(bf16_t));
-  const Call call{columns.interleaved(), (const char*)w, columns.columns, K * (int64_t)sizeof(bf16_t), bias, y, M, N,
-                  (int)(wide_y ? DType::f32 : DType::bf16)};
+      std::memcpy(columns.row<bf16_t>(m), (const bf16_t*)a.x + m * K, (size_t)length);
+  const Call call{columns.interleaved(), (const char*)a.w, columns.columns, length, (const float*)a.bias, a.y, M, a.N,
+                  a.y_type};
   all_rows(call, Bf16{});
 }
 
-void int8(const void* x, const void* w, const float* scale, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
-          int64_t padded_K, int x_type, int y_type) {
-  const Columns columns(2 * M, padded_K);
+void int8(const QuantizedLinearArgs& a) {
+  const int64_t M = a.M;
+  const Columns columns(2 * M, a.padded_K);
   float x_scale[8];
   for (int64_t m = 0; m < M; ++m) {
     int16_t* q = (int16_t*)columns.out;  // free until the rows are interleaved, and at least two rows long
-    x_scale[m] = quantize_row(x, m, K, x_type, q);
+    x_scale[m] = quantize_row(a.x, m, a.K, a.x_type, q);
     int8_t *upper = columns.row<int8_t>(m), *lower = columns.row<int8_t>(M + m);
-    for (int64_t k = 0; k < K; ++k) {
+    for (int64_t k = 0; k < a.K; ++k) {
       lower[k] = (int8_t)q[k];
       upper[k] = (int8_t)((q[k] - lower[k]) >> 8);
     }
   }
-  const Call call{columns.interleaved(), (const char*)w, columns.columns, padded_K, bias, y, M, N, y_type};
-  all_rows(call, Int8{scale, x_scale});
+  const Call call{columns.interleaved(), (const char*)a.w, columns.columns, a.padded_K, a.bias, a.y, M, a.N, a.y_type};
+  all_rows(call, Int8{(const float*)a.scale, x_scale});
 }
 
 }  // namespace linear_tiles
@@ -214,19 +209,12 @@ namespace fastlm {
 
 #if FASTLM_X86
 bool linear_has_tiles() { return isa() == Isa::amx; }
-void linear_tiles_bf16(const void* x, const void* w, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
-                       bool wide_x, bool wide_y) {
-  amx::linear_tiles::bf16(x, w, bias, y, M, N, K, wide_x, wide_y);
-}
-void linear_tiles_int8(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
-                       int64_t N, int64_t K, int64_t padded_K, int x_type, int y_type) {
-  amx::linear_tiles::int8(x, w, (const float*)scale, bias, y, M, N, K, padded_K, x_type, y_type);
-}
+void linear_tiles_bf16(const LinearArgs& args) { amx::linear_tiles::bf16(args); }
+void linear_tiles_int8(const QuantizedLinearArgs& args) { amx::linear_tiles::int8(args); }
 #else
 bool linear_has_tiles() { return false; }
-void linear_tiles_bf16(const void*, const void*, const float*, void*, int64_t, int64_t, int64_t, bool, bool) {}
-void linear_tiles_int8(const void*, const void*, const void*, const float*, void*, int64_t, int64_t, int64_t, int64_t,
-                       int, int) {}
+void linear_tiles_bf16(const LinearArgs&) {}
+void linear_tiles_int8(const QuantizedLinearArgs&) {}
 #endif
 
 }  // namespace fastlm

@@ -1,4 +1,4 @@
-// Windows into vec.h and philox.h for the tests, and the row chunking that every weight gradient shares.
+// Windows into vec.h and philox.h for the tests.
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
@@ -47,9 +47,6 @@ void vec_map(const char* name, const float* x, float* y, int64_t n) { FASTLM_DIS
 void dropout_factors(float* out, int64_t M, int64_t N, double p, int64_t seed) {
   FASTLM_DISPATCH(probe::dropout_factors, out, M, N, p, seed);
 }
-
-// At most 64 chunks: enough for 64 cores, and partials that stay small. At least 4 rows, the kernels' tile.
-int64_t chunk_rows(int64_t M) { return std::max<int64_t>(4, ceil_div(ceil_div(M, 64), 4) * 4); }
 
 }  // namespace fastlm
 #endif

@@ -11,9 +11,9 @@
 //         to a multiple of 128 (by q = 8 and a scale of 0). 32 weights are 8 words of 16 bits; word i holds weights i,
 //         i + 8, i + 16 and i + 24 from its lowest bits up, so that a shift and a mask give words to multiply.
 
-#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "cpu/scratch.h"
 
 #ifndef FASTLM_ISA
 #define FASTLM_FILE "cpu/quantized_linear.cpp"
@@ -28,7 +28,7 @@ namespace quantized_linear {
 typedef int16_t VS __attribute__((vector_size(FASTLM_VEC_BYTES)));
 typedef int8_t VB __attribute__((vector_size(FASTLM_VEC_BYTES / 2)));
 constexpr int64_t kWords = FASTLM_VEC_BYTES / 2;        // 16-bit lanes
-constexpr int64_t kAhead = 2048;                        // bytes that memory is asked for in advance
+constexpr int64_t kAhead = 2048;                        // bytes that memory is prefetched in advance
 constexpr int kGroup = FASTLM_ISA_LEVEL >= 2 ? 8 : 4;  // rows of x whose accumulators fit in registers
 constexpr int64_t kExact = 256 * kWords;                // products of 2^7 and 2^15 that a 32-bit lane can sum: 2 * 256
 constexpr float kLargest = 127 * 256 + 127;             // of x's integers: both their bytes fit in signed ones
@@ -188,11 +188,10 @@ float quantize(const T* x, int64_t K, int16_t* q) {
 }
 
 float quantize_any(const void* x, int64_t row, int64_t K, int type, int16_t* q) {
-  switch ((DType)type) {
-    case DType::bf16: return quantize((const bf16_t*)x + row * K, K, q);
-    case DType::f16: return quantize((const f16_t*)x + row * K, K, q);
-    default: return quantize((const float*)x + row * K, K, q);
-  }
+  float scale = 0;
+  for_type_below_double("quantized_linear_fwd", "x", type,
+                        [&](auto of) { scale = quantize((const decltype(of)*)x + row * K, K, q); });
+  return scale;
 }
 
 // Orders x as the words of int4 come, and sums what the offset of 8 will have added.
@@ -210,28 +209,30 @@ void arrange(const int16_t* q, int64_t K, int16_t* x, VI* start) {
   }
 }
 
+// What x becomes: words, those in the order of int4's, and where their sums start.
+struct Ready {
+  int16_t *q, *arranged;
+  VI* start;
+};
+
 // At most 8 rows; K of x, padded_K of the weight.
-void fwd(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
-         int64_t padded_K, int64_t group, int x_type, int y_type) {
+void fwd(const QuantizedLinearArgs& a) {
+  const int64_t M = a.M, K = a.K, padded_K = a.padded_K, group = a.group;
   const int64_t at_once = M <= 2 ? M : M <= 4 ? 4 : kGroup, rows = ceil_div(M, at_once) * at_once;
   const bool int4 = group > 0;
-  Arena arena{nullptr};
-  int16_t *q = nullptr, *arranged = nullptr;
-  VI* start = nullptr;
+  const auto [q, arranged, start] = in_scratch([&](Arena& arena) {
+    int16_t* words = arena.take<int16_t>((int4 ? 1 : rows) * padded_K);
+    return Ready{words, int4 ? arena.take<int16_t>(rows * padded_K) : words,
+                 int4 ? arena.take<VI>(rows * (padded_K / kBlock)) : nullptr};
+  });
   float x_scale[8]{};
-  for (int pass = 0; pass < 2; ++pass) {
-    if (pass) arena = {(char*)attention_scratch(arena.used)};
-    q = arena.take<int16_t>((int4 ? 1 : rows) * padded_K);
-    arranged = int4 ? arena.take<int16_t>(rows * padded_K) : q;
-    start = int4 ? arena.take<VI>(rows * (padded_K / kBlock)) : nullptr;
-  }
   for (int64_t m = 0; m < rows; ++m) {
     int16_t* row = int4 ? q : q + m * padded_K;
     std::fill(row + (m < M ? K : 0), row + padded_K, int16_t(0));
-    if (m < M) x_scale[m] = quantize_any(x, m, K, x_type, row);
+    if (m < M) x_scale[m] = quantize_any(a.x, m, K, a.x_type, row);
     if (int4) arrange(row, padded_K, arranged + m * padded_K, start + m * (padded_K / kBlock));
   }
-  const Call call{arranged, x_scale, start, w, scale, bias, y, M, N, padded_K, group, y_type};
+  const Call call{arranged, x_scale, start, a.w, a.scale, a.bias, a.y, M, a.N, padded_K, group, a.y_type};
   if (!int4) return grouped<Int8, 1>(call, at_once);
   if (group * 4 == kBlock) return grouped<Int4, FASTLM_ISA_LEVEL >= 2 ? 4 : 1>(call, at_once);
   if (group * 2 == kBlock) return grouped<Int4, FASTLM_ISA_LEVEL >= 1 ? 2 : 1>(call, at_once);
@@ -240,19 +241,20 @@ void fwd(const void* x, const void* w, const void* scale, const float* bias, voi
 
 // A whole weight row by row, for the library's product of many rows.
 template <class T>
-void dequantize(const void* w, const void* scale, T* out, int64_t N, int64_t K, int64_t padded_K, int64_t group) {
+void dequantize(const QuantizedLinearArgs& a) {
   constexpr int64_t kRun = 8, kOf32 = kParts * kRun;
+  const int64_t N = a.N, K = a.K, padded_K = a.padded_K, group = a.group;
 #pragma omp parallel for schedule(static) if (N * K > kParallelGrain)
   for (int64_t n = 0; n < N; ++n) {
-    T* row = out + n * K;
+    T* row = (T*)a.y + n * K;
     if (!group) {
-      const int8_t* q = (const int8_t*)w + n * padded_K;
-      const float s = ((const float*)scale)[n];
+      const int8_t* q = (const int8_t*)a.w + n * padded_K;
+      const float s = ((const float*)a.scale)[n];
       for (int64_t k = 0; k < K; ++k) from_float(s * (float)q[k], row + k);
       continue;
     }
-    const uint16_t* words = (const uint16_t*)w + n * padded_K / kParts;
-    const bf16_t* scales = (const bf16_t*)scale + n * (padded_K / group);
+    const uint16_t* words = (const uint16_t*)a.w + n * padded_K / kParts;
+    const bf16_t* scales = (const bf16_t*)a.scale + n * (padded_K / group);
     for (int64_t first = 0; first < K; first += kOf32) {
       const float s = to_float(scales[first / group]);
       float value[kOf32];
@@ -265,13 +267,8 @@ void dequantize(const void* w, const void* scale, T* out, int64_t N, int64_t K, 
   }
 }
 
-void dequantize_any(const void* w, const void* scale, void* out, int64_t N, int64_t K, int64_t padded_K, int64_t group,
-                    int type) {
-  switch ((DType)type) {
-    case DType::bf16: return dequantize(w, scale, (bf16_t*)out, N, K, padded_K, group);
-    case DType::f16: return dequantize(w, scale, (f16_t*)out, N, K, padded_K, group);
-    default: return dequantize(w, scale, (float*)out, N, K, padded_K, group);
-  }
+void dequantize_any(const QuantizedLinearArgs& a) {
+  for_type_below_double("dequantize", "out", a.y_type, [&](auto type) { dequantize<decltype(type)>(a); });
 }
 
 }  // namespace quantized_linear
@@ -288,19 +285,16 @@ float quantize_row(const void* x, int64_t row, int64_t K, int type, int16_t* q) 
   return FASTLM_DISPATCH(quantized_linear::quantize_any, x, row, K, type, q);
 }
 
-void quantized_linear_fwd(const void* x, const void* w, const void* scale, const float* bias, void* y, int64_t M,
-                          int64_t N, int64_t K, int64_t padded_K, int64_t group, int x_type, int y_type) {
-  if (!group && linear_has_tiles())
-    return linear_tiles_int8(x, w, scale, bias, y, M, N, K, padded_K, x_type, y_type);
-  if (linear_has_dots())
-    return linear_dots_quantized(x, w, scale, bias, y, M, N, K, padded_K, group, x_type, y_type);
-  FASTLM_DISPATCH(quantized_linear::fwd, x, w, scale, bias, y, M, N, K, padded_K, group, x_type, y_type);
+void quantized_linear_fwd(const QuantizedLinearArgs& a) {
+  for (const auto& [argument, type] : {std::pair{"x", a.x_type}, std::pair{"y", a.y_type}})
+    if (type != (int)DType::f32 && type != (int)DType::bf16 && type != (int)DType::f16)
+      unsupported_type("quantized_linear_fwd", argument, type, {(int)DType::f32, (int)DType::bf16, (int)DType::f16});
+  if (!a.group && linear_has_tiles()) return linear_tiles_int8(a);
+  if (linear_has_dots()) return linear_dots_quantized(a);
+  FASTLM_DISPATCH(quantized_linear::fwd, a);
 }
 
-void dequantize(const void* w, const void* scale, void* out, int64_t N, int64_t K, int64_t padded_K, int64_t group,
-                int type) {
-  FASTLM_DISPATCH(quantized_linear::dequantize_any, w, scale, out, N, K, padded_K, group, type);
-}
+void dequantize(const QuantizedLinearArgs& args) { FASTLM_DISPATCH(quantized_linear::dequantize_any, args); }
 
 }  // namespace fastlm
 #endif

@@ -38,19 +38,19 @@ void neighbours(const T* x, const scalar_of<T>* cos, const scalar_of<T>* sin, sc
 }
 
 template <class T>
-void run(const void* x_, const void* cos_, const void* sin_, void* y_, const int64_t* size, const int64_t* x_stride,
-         const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse) {
+void run(const RotaryArgs& a) {
   using S = scalar_of<T>;
-  const int64_t B = size[0], H = size[1], L = size[2], D = size[3];
+  const int64_t B = a.size[0], H = a.size[1], L = a.size[2], D = a.size[3];
+  const int64_t R = a.R;
   if (D == 0) return;  // there may be no memory at all
-  const S sign = inverse ? S(-1) : S(1);
+  const S sign = a.inverse ? S(-1) : S(1);
 #pragma omp parallel for schedule(static) if (B * H * L * D > kParallelGrain)
   for (int64_t i = 0; i < B * H * L; ++i) {
-    const int64_t b = i / (H * L), h = i / L % H, t = i % L, at = b * table_stride + t * R;
-    const T* x = (const T*)x_ + b * x_stride[0] + h * x_stride[1] + t * x_stride[2];
-    T* y = (T*)y_ + b * y_stride[0] + h * y_stride[1] + t * y_stride[2];
-    const S *cos = (const S*)cos_ + at, *sin = (const S*)sin_ + at;
-    if (interleaved)
+    const int64_t b = i / (H * L), h = i / L % H, t = i % L, at = b * a.table_stride + t * R;
+    const T* x = (const T*)a.x + b * a.x_stride[0] + h * a.x_stride[1] + t * a.x_stride[2];
+    T* y = (T*)a.y + b * a.y_stride[0] + h * a.y_stride[1] + t * a.y_stride[2];
+    const S *cos = (const S*)a.cos + at, *sin = (const S*)a.sin + at;
+    if (a.interleaved)
       neighbours<T>(x, cos, sin, sign, y, R);
     else
       halves<T>(x, cos, sin, sign, y, R);
@@ -58,16 +58,8 @@ void run(const void* x_, const void* cos_, const void* sin_, void* y_, const int
   }
 }
 
-void dispatch(const void* x, const void* cos, const void* sin, void* y, const int64_t* size, const int64_t* x_stride,
-              const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse, int type) {
-#define FASTLM_RUN(T) return run<T>(x, cos, sin, y, size, x_stride, y_stride, R, table_stride, interleaved, inverse)
-  switch ((DType)type) {
-    case DType::f32: FASTLM_RUN(float);
-    case DType::f64: FASTLM_RUN(double);
-    case DType::bf16: FASTLM_RUN(bf16_t);
-    case DType::f16: FASTLM_RUN(f16_t);
-  }
-#undef FASTLM_RUN
+void any(const RotaryArgs& a) {
+  for_any_type("rotary", "x", a.type, [&](auto type) { run<decltype(type)>(a); });
 }
 
 }  // namespace rotary
@@ -77,11 +69,7 @@ void dispatch(const void* x, const void* cos, const void* sin, void* y, const in
 
 namespace fastlm {
 
-void rotary(const void* x, const void* cos, const void* sin, void* y, const int64_t* size, const int64_t* x_stride,
-            const int64_t* y_stride, int64_t R, int64_t table_stride, bool interleaved, bool inverse, int type) {
-  FASTLM_DISPATCH(rotary::dispatch, x, cos, sin, y, size, x_stride, y_stride, R, table_stride, interleaved, inverse,
-                  type);
-}
+void rotary(const RotaryArgs& args) { FASTLM_DISPATCH(rotary::any, args); }
 
 }  // namespace fastlm
 #endif

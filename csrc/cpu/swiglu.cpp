@@ -22,13 +22,13 @@ inline V sigmoid(V a) {
 }
 
 template <class T>
-void fwd(const void* gate, const void* up, void* y, int64_t M, int64_t N, int64_t gate_stride, int64_t up_stride) {
+void fwd(const SwigluArgs& c) {
   using V = vec_of<T>;
-#pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
-  for (int64_t i = 0; i < M; ++i) {
-    const T *a = (const T*)gate + i * gate_stride, *b = (const T*)up + i * up_stride;
-    T* out = (T*)y + i * N;
-    for_lanes<V>(N, [&](int64_t j, auto n) {
+#pragma omp parallel for schedule(static) if (c.M * c.N > kParallelGrain)
+  for (int64_t i = 0; i < c.M; ++i) {
+    const T *a = (const T*)c.gate + i * c.gate_stride, *b = (const T*)c.up + i * c.up_stride;
+    T* out = (T*)c.y + i * c.N;
+    for_lanes<V>(c.N, [&](int64_t j, auto n) {
       const V g = load<V>(a + j, n);
       store(out + j, V(g * sigmoid(g) * load<V>(b + j, n)), n);
     });
@@ -36,15 +36,15 @@ void fwd(const void* gate, const void* up, void* y, int64_t M, int64_t N, int64_
 }
 
 template <class T>
-void bwd(const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t M, int64_t N,
-         int64_t gate_stride, int64_t up_stride) {
+void bwd(const SwigluArgs& c) {
   using V = vec_of<T>;
   using S = lane_t<V>;
-#pragma omp parallel for schedule(static) if (M * N > kParallelGrain)
-  for (int64_t i = 0; i < M; ++i) {
-    const T *a = (const T*)gate + i * gate_stride, *b = (const T*)up + i * up_stride, *d = (const T*)dy + i * N;
-    T *da = (T*)dgate + i * N, *db = (T*)dup + i * N;
-    for_lanes<V>(N, [&](int64_t j, auto n) {
+#pragma omp parallel for schedule(static) if (c.M * c.N > kParallelGrain)
+  for (int64_t i = 0; i < c.M; ++i) {
+    const T *a = (const T*)c.gate + i * c.gate_stride, *b = (const T*)c.up + i * c.up_stride;
+    const T* d = (const T*)c.dy + i * c.N;
+    T *da = (T*)c.dgate + i * c.N, *db = (T*)c.dup + i * c.N;
+    for_lanes<V>(c.N, [&](int64_t j, auto n) {
       const V g = load<V>(a + j, n), dv = load<V>(d + j, n);
       const V s = sigmoid(g);
       store(da + j, V(dv * load<V>(b + j, n) * s * (S(1) + g * (S(1) - s))), n);
@@ -53,23 +53,12 @@ void bwd(const void* dy, const void* gate, const void* up, void* dgate, void* du
   }
 }
 
-#define FASTLM_TYPES(fn, ...)                            \
-  switch ((DType)type) {                                 \
-    case DType::f32: return fn<float>(__VA_ARGS__);      \
-    case DType::f64: return fn<double>(__VA_ARGS__);     \
-    case DType::bf16: return fn<bf16_t>(__VA_ARGS__);    \
-    case DType::f16: return fn<f16_t>(__VA_ARGS__);      \
-  }
-
-void fwd_dispatch(const void* gate, const void* up, void* y, int64_t M, int64_t N, int64_t gate_stride,
-                  int64_t up_stride, int type) {
-  FASTLM_TYPES(fwd, gate, up, y, M, N, gate_stride, up_stride)
+void fwd_any(const SwigluArgs& a) {
+  for_any_type("swiglu_fwd", "gate", a.type, [&](auto type) { fwd<decltype(type)>(a); });
 }
-void bwd_dispatch(const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t M, int64_t N,
-                  int64_t gate_stride, int64_t up_stride, int type) {
-  FASTLM_TYPES(bwd, dy, gate, up, dgate, dup, M, N, gate_stride, up_stride)
+void bwd_any(const SwigluArgs& a) {
+  for_any_type("swiglu_bwd", "gate", a.type, [&](auto type) { bwd<decltype(type)>(a); });
 }
-#undef FASTLM_TYPES
 
 }  // namespace swiglu
 }  // namespace fastlm::FASTLM_ISA
@@ -78,15 +67,8 @@ void bwd_dispatch(const void* dy, const void* gate, const void* up, void* dgate,
 
 namespace fastlm {
 
-void swiglu_fwd(const void* gate, const void* up, void* y, int64_t M, int64_t N, int64_t gate_stride,
-                int64_t up_stride, int type) {
-  FASTLM_DISPATCH(swiglu::fwd_dispatch, gate, up, y, M, N, gate_stride, up_stride, type);
-}
-
-void swiglu_bwd(const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t M, int64_t N,
-                int64_t gate_stride, int64_t up_stride, int type) {
-  FASTLM_DISPATCH(swiglu::bwd_dispatch, dy, gate, up, dgate, dup, M, N, gate_stride, up_stride, type);
-}
+void swiglu_fwd(const SwigluArgs& args) { FASTLM_DISPATCH(swiglu::fwd_any, args); }
+void swiglu_bwd(const SwigluArgs& args) { FASTLM_DISPATCH(swiglu::bwd_any, args); }
 
 }  // namespace fastlm
 #endif

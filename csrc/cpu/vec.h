@@ -281,6 +281,11 @@ inline void store(f16_t* p, VF v) {
 #endif
 }
 
+#if FASTLM_ISA_LEVEL >= 2
+// The mask of the first n of 16 lanes, for any n.
+inline __mmask16 first16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+#endif
+
 // The first n lanes (0 < n < lanes); the others read as `fill`. Reads nothing beyond them.
 template <class V, class T>
 inline V load_n(const T* p, int64_t n, lane_t<V> fill = 0) {

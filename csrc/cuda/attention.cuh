@@ -162,9 +162,9 @@ FASTLM_DEVICE float weight_of(float score, float lse, float rest, float unit) {
 
 // The log-sum-exp of a row, given its highest score in natural units and the sum of exponentials relative to it; `rest`
 // receives what rounding takes from it (Knuth's two-sum): beside the lowest number the whole logarithm of the sum.
-FASTLM_DEVICE float log_sum(float highest, float total, float& rest) {
-  const float low = log2f(total) * kLn2, sum = highest + low, added = sum - highest;
-  rest = total == 0 ? 0 : (highest - (sum - added)) + (low - added);
+FASTLM_DEVICE float log_sum(float row_max, float total, float& rest) {
+  const float low = log2f(total) * kLn2, sum = row_max + low, added = sum - row_max;
+  rest = total == 0 ? 0 : (row_max - (sum - added)) + (low - added);
   return total == 0 ? -kInfinity : sum;
 }
 

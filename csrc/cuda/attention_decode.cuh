@@ -81,13 +81,13 @@ FASTLM_DEVICE void load_packed_queries(const Tile<T, D>& tile, const AttentionPa
 }
 
 // Adds up the warps' results of 16 rows in order, and writes `rows` of them, normalized, at `out`, `stride` apart, and
-// their highest scores in natural units and the sums relative to them at `peaks` and `totals`, `sums_stride` apart. The
-// tiles are not used any more; they hold the warps' highest scores and sums in the place of the queries, then their
+// their highest scores in natural units and the sums relative to them at `row_max` and `row_sum`, `sums_stride` apart.
+// The tiles are not used any more; they hold the warps' highest scores and sums in the place of the queries, then their
 // weighted values.
 template <class T, int D, int WARPS>
 FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1>& state, float to_natural, int rows,
-                                 int width, Global<float> to, int64_t stride, Global<float> peaks,
-                                 Global<float> totals, int64_t sums_stride) {
+                                 int width, Global<float> to, int64_t stride, Global<float> row_max,
+                                 Global<float> row_sum, int64_t sums_stride) {
   constexpr int M = 16;
   float* const stats = shared_memory<float>();  // (2, WARPS, M)
   float* const values = reinterpret_cast<float*>(shared_memory<T>() + M * D);  // (WARPS, M, D)
@@ -95,9 +95,9 @@ FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1
   sync_threads();  // the tiles have been used
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float total = warp_sum<4>(state.sum[0][half]);
+    const float total = warp_sum<4>(state.row_sum[0][half]);
     if (t != 0) continue;
-    stats[warp * M + 8 * half + g] = total == 0 ? -kInfinity : state.highest[0][half] * to_natural;
+    stats[warp * M + 8 * half + g] = total == 0 ? -kInfinity : state.row_max[0][half] * to_natural;
     stats[(WARPS + warp) * M + 8 * half + g] = total;
   }
   sync_threads();
@@ -136,15 +136,15 @@ FASTLM_DEVICE void combine_warps(float (&out)[1][D / 8][4], const SoftmaxState<1
   if (thread_index() >= rows) return;
   float pivot;
   const float total = combined(thread_index(), pivot);
-  peaks[thread_index() * sums_stride] = total == 0 ? -kInfinity : pivot;
-  totals[thread_index() * sums_stride] = total;
+  row_max[thread_index() * sums_stride] = total == 0 ? -kInfinity : pivot;
+  row_sum[thread_index() * sums_stride] = total;
 }
 
-// partial: (B, H, T, splits, Dv); peaks, totals: (B, H, T, splits).
+// partial: (B, H, T, splits, Dv); row_max, row_sum: (B, H, T, splits).
 template <class T, int D, int WARPS, int N>
 __global__ void __launch_bounds__(WARPS* kWarp, 1)
     attention_decode_kernel(const __grid_constant__ AttentionParams a, const DecodePlan plan, Global<float> partial,
-                            Global<float> peaks, Global<float> totals) {
+                            Global<float> row_max, Global<float> row_sum) {
   constexpr int M = 16, kThreads = WARPS * kWarp;
   const int block = (int)block_index().x, group = a.H / a.Hkv;
   const int first = block % plan.row_tiles * M, split = block / plan.row_tiles % plan.splits;
@@ -217,31 +217,31 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1)
 
   partial += (row * plan.splits + split) * a.Dv;
   const int64_t stride = (int64_t)plan.splits * a.Dv;
-  const int64_t place = row * plan.splits + split;
-  combine_warps<T, D, WARPS>(out, state, a.natural() ? 1.0f : unit * kLn2, rows, a.Dv, partial, stride, peaks + place,
-                             totals + place, plan.splits);
+  const int64_t index = row * plan.splits + split;
+  combine_warps<T, D, WARPS>(out, state, a.natural() ? 1.0f : unit * kLn2, rows, a.Dv, partial, stride, row_max + index,
+                             row_sum + index, plan.splits);
   if (closed && sync_threads_or(careful))
     spread_not_finite<WARPS * N, kThreads>(
         values, begin, end, Rows<float>{partial, stride, rows, a.Dv, false}, 0, rows,
         [&](int r, int key) { return rules_of(r).attends(query_of(r), key); });
 }
 
-// out = sum of partial totals exp(peaks - lse) over the splits: a block a row, whose warps share the splits.
+// out = sum of partial row_sum exp(row_max - lse) over the splits: a block a row, whose warps share the splits.
 template <class T>
 __global__ void __launch_bounds__(256)
     attention_combine_kernel(const __grid_constant__ AttentionParams a, int splits, Global<const float> partial,
-                             Global<const float> peaks, Global<const float> totals) {
+                             Global<const float> row_max, Global<const float> row_sum) {
   constexpr int WARPS = 8;
   float* const parts = shared_memory<float>();  // (WARPS, Dv)
   const int64_t row = block_index().x;
   partial += row * splits * a.Dv;
-  peaks += row * splits;
-  totals += row * splits;
+  row_max += row * splits;
+  row_sum += row * splits;
   float most = -kInfinity, total = 0;
-  for (int s = lane_index(); s < splits; s += kWarp) most = fmaxf(most, peaks[s]);
+  for (int s = lane_index(); s < splits; s += kWarp) most = fmaxf(most, row_max[s]);
   most = warp_max(most);
   const float pivot = most == -kInfinity ? 0 : most;
-  const auto weight = [&](int s) { return exp2_approx((peaks[s] - pivot) * kLog2e) * totals[s]; };
+  const auto weight = [&](int s) { return exp2_approx((row_max[s] - pivot) * kLog2e) * row_sum[s]; };
   for (int s = lane_index(); s < splits; s += kWarp) total += weight(s);
   total = warp_sum(total);
   for (int d = lane_index(); d < a.Dv; d += kWarp) {
@@ -276,12 +276,12 @@ void attention_decode(const AttentionParams& params, const AttentionArgs& args) 
   using C = DecodeTile<T, D>;
   const DecodePlan plan = DecodePlan::of<C>(args);
   const int64_t rows = args.B * args.H * args.T, blocks = args.B * args.Hkv * plan.splits * plan.row_tiles;
-  Global<float> partial = args.partial, peaks = args.partial + rows * plan.splits * args.Dv;
-  Global<float> totals = peaks + rows * plan.splits;
+  Global<float> partial = args.partial, row_max = args.partial + rows * plan.splits * args.Dv;
+  Global<float> row_sum = row_max + rows * plan.splits;
   launch({"attention_decode", {(unsigned)blocks}, C::WARPS * kWarp, C::kSharedBytes, args.stream},
-         attention_decode_kernel<T, D, C::WARPS, C::N>, params, plan, partial, peaks, totals);
+         attention_decode_kernel<T, D, C::WARPS, C::N>, params, plan, partial, row_max, row_sum);
   launch({"attention_combine", {(unsigned)rows}, 256, sizeof(float) * 8 * (size_t)args.Dv, args.stream},
-         attention_combine_kernel<T>, params, plan.splits, partial, peaks, totals);
+         attention_combine_kernel<T>, params, plan.splits, partial, row_max, row_sum);
 }
 
 }  // namespace fastlm::cuda

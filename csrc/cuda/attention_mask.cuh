@@ -157,12 +157,12 @@ __global__ void __launch_bounds__(2 * M, 1)
   cp_async_wait<0>();
   sync_threads();
 
-  // The place of this block's sums: partial (splits, tiles_t or 1, tiles_s or 1, mask's B, H, T, S).
+  // The offset of this block's sums: partial (splits, tiles_t or 1, tiles_s or 1, mask's B, H, T, S).
   const int rows = plan.one_row ? 1 : a.T, columns = plan.one_column ? 1 : a.S;
-  int64_t place = split;
-  if (plan.one_row) place = place * plan.tiles_t + tile_t;
-  if (plan.one_column) place = place * plan.tiles_s + tile_s;
-  place = (place * plan.B * plan.H + matrix) * rows * columns;
+  int64_t offset = split;
+  if (plan.one_row) offset = offset * plan.tiles_t + tile_t;
+  if (plan.one_column) offset = offset * plan.tiles_s + tile_s;
+  offset = (offset * plan.B * plan.H + matrix) * rows * columns;
   if (plan.one_column) {  // a row's columns lie with four lanes
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -171,20 +171,20 @@ __global__ void __launch_bounds__(2 * M, 1)
       for (int c = 0; c < N / 8; ++c) x += sum[0][c][2 * half] + sum[0][c][2 * half + 1];
       x = warp_sum<4>(x);
       const int i = first + warp_row + 8 * half + g;
-      if (!plan.one_row && t == 0 && i < a.T) partial[place + i] = x;
+      if (!plan.one_row && t == 0 && i < a.T) partial[offset + i] = x;
 #pragma unroll
       for (int c = 0; c < N / 8; ++c) sum[0][c][2 * half] = sum[0][c][2 * half + 1] = x;
     }
-    if (plan.one_row) store_row<N, M / 16>(sum[0], partial + place, 1);
+    if (plan.one_row) store_row<N, M / 16>(sum[0], partial + offset, 1);
   } else if (plan.one_row) {
-    store_row<N, M / 16>(sum[0], partial + place + j0, a.S - j0);
+    store_row<N, M / 16>(sum[0], partial + offset + j0, a.S - j0);
   } else {
 #pragma unroll
     for (int c = 0; c < N / 8; ++c)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = first + warp_row + 8 * (e / 2) + g, j = j0 + 8 * c + 2 * t + e % 2;
-        if (i < a.T && j < a.S) partial[place + (int64_t)i * columns + j] = sum[0][c][e];
+        if (i < a.T && j < a.S) partial[offset + (int64_t)i * columns + j] = sum[0][c][e];
       }
   }
 }

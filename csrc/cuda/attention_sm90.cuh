@@ -44,7 +44,7 @@ struct HopperTile {
   T v[kStages][kPanels][N][kPanelColumns];
   Barrier q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   Barrier judged;  // every warp has looked at its sums
-  int spoilt;      // some are not finite
+  int non_finite;  // whether some of them are not finite
 
   // Where tile n stands in the ring, and the parity of its turn.
   FASTLM_DEVICE static int stage(int n) { return n % kStages; }
@@ -59,12 +59,12 @@ struct HopperTile {
       barrier_init(&k_empty[s], warps), barrier_init(&v_empty[s], warps);
     }
     publish_barriers();
-    spoilt = 0;
+    non_finite = 0;
   }
 
   FASTLM_DEVICE bool must_repeat() {
     barrier_wait(&judged, 0);
-    return spoilt != 0;
+    return non_finite != 0;
   }
 };
 
@@ -95,9 +95,9 @@ FASTLM_DEVICE void produce(HopperTile<T, D>& tile, const HopperMaps& maps, const
       copy_panel(tile.q[w][panel], maps.q, &tile.q_full, panel * kPanelColumns, p.first + w * C::kRows, p.head, p.b);
 #pragma unroll 1
   for (int n = 0; n < 2 * walk.tiles; ++n) {
-    const bool again = n >= walk.tiles;
+    const bool recompute = n >= walk.tiles;
     if (n == walk.tiles && !(walk.is_cut() && tile.must_repeat())) break;
-    const int j0 = (again ? n - walk.tiles : n) * C::N;
+    const int j0 = (recompute ? n - walk.tiles : n) * C::N;
     const int s = C::stage(n), emptied = C::turn(n) ^ 1;  // the first turn waits for nothing
     const auto load = [&](T(&to)[C::kPanels][C::N][kPanelColumns], const TensorMap& map, Barrier* full,
                           Barrier* empty) {
@@ -176,12 +176,12 @@ FASTLM_DEVICE void consume(HopperTile<T, D>& tile, const AttentionParams& a, con
   int loaded = 0;  // tiles before this pass
 #pragma unroll 1
   for (;;) {
-    const bool again = loaded > 0;
+    const bool recompute = loaded > 0;
     // Waits for the values of tile n.
     const auto values_of = [&](int n) -> auto& {
       const int s = C::stage(loaded + n);
       barrier_wait(&tile.v_full[s], C::turn(loaded + n));
-      if (again && n >= walk.cut) clean<T, D>(tile.v[s], w);
+      if (recompute && n >= walk.cut) clean<T, D>(tile.v[s], w);
       return tile.v[s];
     };
     clear(out);
@@ -225,8 +225,8 @@ FASTLM_DEVICE void consume(HopperTile<T, D>& tile, const AttentionParams& a, con
     wgmma_wait<0>();
     hold(out);
     release(&tile.v_empty[C::stage(loaded + walk.tiles - 1)]);
-    if (again || !walk.is_cut()) break;
-    if (not_finite(out)) tile.spoilt = 1;
+    if (recompute || !walk.is_cut()) break;
+    if (not_finite(out)) tile.non_finite = 1;
     sync_warp();
     release(&tile.judged);
     if (!tile.must_repeat()) break;

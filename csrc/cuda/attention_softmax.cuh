@@ -8,11 +8,11 @@ namespace fastlm::cuda {
 // Of each lane's rows: the highest score so far, and this lane's part of the sum of exponentials relative to it.
 template <int ROWS>
 struct SoftmaxState {
-  float highest[ROWS][2], sum[ROWS][2];
+  float row_max[ROWS][2], row_sum[ROWS][2];
 
   FASTLM_DEVICE SoftmaxState() {
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) highest[r][0] = highest[r][1] = -kInfinity, sum[r][0] = sum[r][1] = 0;
+    for (int r = 0; r < ROWS; ++r) row_max[r][0] = row_max[r][1] = -kInfinity, row_sum[r][0] = row_sum[r][1] = 0;
   }
 };
 
@@ -46,14 +46,14 @@ FASTLM_DEVICE void softmax_step(float (&scores)[ROWS][N][4], SoftmaxState<ROWS>&
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = state.highest[r][half];
+      float most = state.row_max[r][half];
 #pragma unroll
       for (int n = 0; n < N; ++n) most = fmaxf(most, fmaxf(scores[r][n][2 * half], scores[r][n][2 * half + 1]));
       most = warp_max<4>(most);
       const float shift = most == -kInfinity || !natural ? 0 : most;  // finite for a row without keys so far
       const float pivot = most == -kInfinity || natural ? 0 : most * unit;
-      shrink[r][half] = exp2_approx((state.highest[r][half] - shift) * unit - pivot);
-      state.highest[r][half] = most;
+      shrink[r][half] = exp2_approx((state.row_max[r][half] - shift) * unit - pivot);
+      state.row_max[r][half] = most;
       if (natural)
 #pragma unroll
         for (int n = 0; n < N; ++n) scores[r][n][2 * half] -= shift, scores[r][n][2 * half + 1] -= shift;
@@ -65,7 +65,7 @@ FASTLM_DEVICE void softmax_step(float (&scores)[ROWS][N][4], SoftmaxState<ROWS>&
           scores[r][n][e] = exp2_approx(fmaf(scores[r][n][e], unit, -pivot));
           added += scores[r][n][e];
         }
-      state.sum[r][half] = fmaf(state.sum[r][half], shrink[r][half], added);
+      state.row_sum[r][half] = fmaf(state.row_sum[r][half], shrink[r][half], added);
     }
 }
 
@@ -93,12 +93,12 @@ FASTLM_DEVICE void finish_softmax(const SoftmaxState<ROWS>& state, const Attenti
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float total = warp_sum<4>(state.sum[r][half]);
+      const float total = warp_sum<4>(state.row_sum[r][half]);
       const int query = i + 16 * r + 8 * half;
       normalize[r][half] = total == 0 ? 0 : 1 / total;
       if (!a.lse || lane_index() % 4 != 0 || query >= queries) continue;
       float rest;
-      Global<float>(a.lse)[row + query] = log_sum(state.highest[r][half] * to_natural, total, rest);
+      Global<float>(a.lse)[row + query] = log_sum(state.row_max[r][half] * to_natural, total, rest);
       if (a.rest) Global<float>(a.rest)[row + query] = rest;
     }
 }

@@ -15,7 +15,11 @@ struct Floats {
   Global<char> data;
   int type;
 
-  static Floats of(const void* p, int type) { return {static_cast<char*>(const_cast<void*>(p)), type}; }
+  // Throws std::invalid_argument for a tensor of another type.
+  static Floats of(const void* p, int type) {
+    if (p) for_type(type, [](auto) {});
+    return {static_cast<char*>(const_cast<void*>(p)), type};
+  }
   FASTLM_DEVICE bool present() const { return (bool)data; }
 };
 
@@ -112,7 +116,7 @@ FASTLM_DEVICE void row_sums(float (&v)[K], int warps, float* buffer) {
 // `down` deep.
 struct Walk {
   int across, down, tiles;
-  int64_t shares, rows_each;
+  int64_t splits, rows_each;
 
   static constexpr int kThreads = 256;
 
@@ -125,9 +129,9 @@ struct Walk {
     w.down = kThreads / w.across;
     w.tiles = (int)divided_up(vectors, (int64_t)w.across);
     const int64_t most = larger<int64_t>(1, divided_up(M, w.down * rows_least));
-    w.shares = smaller(most, larger<int64_t>(1, blocks / w.tiles));
-    w.rows_each = divided_up(M, w.shares);
-    w.shares = larger<int64_t>(1, divided_up(M, w.rows_each));
+    w.splits = smaller(most, larger<int64_t>(1, blocks / w.tiles));
+    w.rows_each = divided_up(M, w.splits);
+    w.splits = larger<int64_t>(1, divided_up(M, w.rows_each));
     return w;
   }
 };

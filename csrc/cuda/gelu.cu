@@ -108,7 +108,7 @@ FASTLM_DEVICE float derivative(float x) {
 
 struct Args {
   Floats bias;
-  Global<float> partial;  // (shares, N)
+  Global<float> partial;  // (splits, N)
   int64_t M, N, total;    // total: elements, which the last row of a flat array does not fill
   Dropout dropout;
 };
@@ -201,11 +201,13 @@ struct View {
   Args args;
   bool vectors;
 };
+// partial: null forward.
 template <class T, class... P>
-View view_of(const void* bias, void* partial, int64_t M, int64_t N, double p, Seed seed, int bias_type, P... data) {
-  Args a{Floats::of(bias, bias_type), static_cast<float*>(partial), M, N, M * N, Dropout::of(p, seed)};
-  const bool flat = !bias && p == 0;
-  const bool vectors = aligned(bias, data...) && (flat ? a.total : N) % kVec<T> == 0;
+View view_of(const GeluArgs& g, void* partial, P... data) {
+  Args a{Floats::of(g.bias, g.bias_type), static_cast<float*>(partial), g.M, g.N, g.M * g.N,
+         Dropout::of(g.dropout_p, g.seed)};
+  const bool flat = !g.bias && g.dropout_p == 0;
+  const bool vectors = aligned(g.bias, data...) && (flat ? a.total : g.N) % kVec<T> == 0;
   if (flat) {
     a.N = Walk::kThreads * (vectors ? kVec<T> : 1);
     a.M = divided_up(a.total, a.N);
@@ -214,60 +216,58 @@ View view_of(const void* bias, void* partial, int64_t M, int64_t N, double p, Se
 }
 
 template <class T, int VEC>
-void run_fwd(Place at, const void* x, void* y, const Args& a, bool tanh) {
+void run_fwd(const GeluArgs& g, const Args& a) {
   const Walk walk = forward_walk(a, VEC);
-  const Launch l{"gelu_fwd", {(unsigned)(walk.tiles * walk.shares)}, Walk::kThreads, 0, at.stream};
-  Global<const T> from = static_cast<const T*>(x);
-  Global<T> to = static_cast<T*>(y);
-  if (tanh) return launch(l, fwd_kernel<T, VEC, true>, from, to, a, walk);
+  const Launch l{"gelu_fwd", {(unsigned)(walk.tiles * walk.splits)}, Walk::kThreads, 0, g.on.handle};
+  Global<const T> from = static_cast<const T*>(g.x);
+  Global<T> to = static_cast<T*>(g.y);
+  if (g.tanh) return launch(l, fwd_kernel<T, VEC, true>, from, to, a, walk);
   launch(l, fwd_kernel<T, VEC, false>, from, to, a, walk);
 }
 
 template <class T, int VEC>
-void run_bwd(Place at, const void* dy, const void* x, void* dx, const Args& a, void* db, bool tanh) {
+void run_bwd(const GeluArgs& g, const Args& a) {
   const Walk walk = backward_walk(a.M, a.N, VEC, (bool)a.partial);
-  const Launch l{"gelu_bwd", {(unsigned)(walk.tiles * walk.shares)}, Walk::kThreads,
-                 sizeof(float) * VEC * Walk::kThreads, at.stream};
-  Global<const T> g = static_cast<const T*>(dy), from = static_cast<const T*>(x);
-  Global<T> to = static_cast<T*>(dx);
-  if (tanh)
-    launch(l, bwd_kernel<T, VEC, true>, g, from, to, a, walk);
+  const Launch l{"gelu_bwd", {(unsigned)(walk.tiles * walk.splits)}, Walk::kThreads,
+                 sizeof(float) * VEC * Walk::kThreads, g.on.handle};
+  Global<const T> dy = static_cast<const T*>(g.dy), from = static_cast<const T*>(g.x);
+  Global<T> to = static_cast<T*>(g.dx);
+  if (g.tanh)
+    launch(l, bwd_kernel<T, VEC, true>, dy, from, to, a, walk);
   else
-    launch(l, bwd_kernel<T, VEC, false>, g, from, to, a, walk);
-  if (a.partial) sum_partials(at, address(a.partial), db, walk.shares, a.N);
+    launch(l, bwd_kernel<T, VEC, false>, dy, from, to, a, walk);
+  if (a.partial) sum_partials(g.on, address(a.partial), g.db, walk.splits, a.N);
 }
 
 }  // namespace gelu
 
-void gelu_fwd(Place at, const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p,
-              Seed seed, int type, int bias_type) {
-  if (M * N == 0) return;
-  set_device(at.device);
-  for_type(type, [&](auto t) {
-    using T = decltype(t);
-    const gelu::View view = gelu::view_of<T>(bias, nullptr, M, N, p, seed, bias_type, x, y);
-    if (view.vectors) return gelu::run_fwd<T, gelu::kVec<T>>(at, x, y, view.args, tanh);
-    gelu::run_fwd<T, 1>(at, x, y, view.args, tanh);
+void gelu_fwd(const GeluArgs& g) {
+  if (g.M * g.N == 0) return;
+  set_device(g.on.device);
+  for_type(g.type, [&](auto type) {
+    using T = decltype(type);
+    const gelu::View view = gelu::view_of<T>(g, nullptr, g.x, g.y);
+    if (view.vectors) return gelu::run_fwd<T, gelu::kVec<T>>(g, view.args);
+    gelu::run_fwd<T, 1>(g, view.args);
   });
 }
 
-void gelu_bwd(Place at, const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M,
-              int64_t N, bool tanh, double p, Seed seed, int type, int bias_type) {
-  if (M * N == 0) return;
-  set_device(at.device);
-  for_type(type, [&](auto t) {
-    using T = decltype(t);
-    const gelu::View view = gelu::view_of<T>(bias, partial, M, N, p, seed, bias_type, dy, x, dx);
-    if (view.vectors) return gelu::run_bwd<T, gelu::kVec<T>>(at, dy, x, dx, view.args, db, tanh);
-    gelu::run_bwd<T, 1>(at, dy, x, dx, view.args, db, tanh);
+void gelu_bwd(const GeluArgs& g) {
+  if (g.M * g.N == 0) return;
+  set_device(g.on.device);
+  for_type(g.type, [&](auto type) {
+    using T = decltype(type);
+    const gelu::View view = gelu::view_of<T>(g, g.partial, g.dy, g.x, g.dx);
+    if (view.vectors) return gelu::run_bwd<T, gelu::kVec<T>>(g, view.args);
+    gelu::run_bwd<T, 1>(g, view.args);
   });
 }
 
-int64_t gelu_shares(int device, int64_t M, int64_t N) {
+int64_t gelu_partials(int device, int64_t M, int64_t N) {
   if (M * N == 0) return 0;
   set_device(device);
   int64_t most = 1;
-  for (const int vec : {1, 4, 8}) most = larger(most, gelu::backward_walk(M, N, vec, true).shares);
+  for (const int vec : {1, 4, 8}) most = larger(most, gelu::backward_walk(M, N, vec, true).splits);
   return most;
 }
 

@@ -156,7 +156,7 @@ inline unsigned grid_of(const Shape& s, int64_t M) {
   return (unsigned)(smaller<int64_t>(divided_up<int64_t>(M, s.teams()), (1 << 30) / s.cluster) * s.cluster);
 }
 
-inline int64_t shares_of(int64_t M, const Shape& s) {
+inline int64_t splits_of(int64_t M, const Shape& s) {
   const int64_t blocks = larger<int64_t>(1, persistent_blocks(s.threads) / s.cluster);
   return larger<int64_t>(1, smaller(blocks, divided_up<int64_t>(M, s.teams())));
 }

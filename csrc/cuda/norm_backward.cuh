@@ -8,7 +8,7 @@ namespace fastlm::cuda::norm {
 struct BackwardArgs {
   Floats dy, w, dz_in, dx;
   Global<const float> mean, rstd;
-  Global<float> partial;  // (shares, CENTRED ? 2 : 1, N)
+  Global<float> partial;  // (splits, CENTRED ? 2 : 1, N)
   int64_t M, rows_each;
   int N, warps;
   Length length;
@@ -256,20 +256,20 @@ __global__ void __launch_bounds__(Walk::kThreads)
 }
 
 template <class Z, int VEC, bool CENTRED>
-void backward_any(const char* name, Place at, BackwardArgs& args, Global<const Z> z, Global<Z> dz,
+void backward_any(const char* name, Stream on, BackwardArgs& args, Global<const Z> z, Global<Z> dz,
                   Global<float> rows, Walk walk) {
   const Shape s = any_shape(args.N);
   args.warps = s.warps;
-  launch({name, {grid_of(s, args.M)}, s.threads, sizeof(float) * 4 * (size_t)s.warps, at.stream},
+  launch({name, {grid_of(s, args.M)}, s.threads, sizeof(float) * 4 * (size_t)s.warps, on.handle},
          backward_rows_kernel<Z, VEC, CENTRED>, args, z, rows);
-  launch({name, {(unsigned)(walk.tiles * walk.shares)}, Walk::kThreads, sizeof(float) * VEC * Walk::kThreads,
-          at.stream},
+  launch({name, {(unsigned)(walk.tiles * walk.splits)}, Walk::kThreads, sizeof(float) * VEC * Walk::kThreads,
+          on.handle},
          backward_columns_kernel<Z, VEC, CENTRED>, args, z, dz, rows, walk);
 }
 
 // Returns the number of partial sums.
 template <class Z, bool CENTRED>
-int64_t backward(const char* name, Place at, BackwardArgs args, const void* z_data, void* dz_data, void* rows,
+int64_t backward_as(const char* name, Stream on, BackwardArgs args, const void* z_data, void* dz_data, void* rows,
                  bool vectors) {
   constexpr int kPer = kBackwardFloats / kVec<Z>;
   Global<const Z> z = static_cast<const Z*>(z_data);
@@ -284,19 +284,35 @@ int64_t backward(const char* name, Place at, BackwardArgs args, const void* z_da
     const Walk walk = walk_of(args.M, args.N, vectors ? kVec<Z> : 1);
     Global<float> sums = static_cast<float*>(rows);
     if (vectors)
-      backward_any<Z, kVec<Z>, CENTRED>(name, at, args, z, dz, sums, walk);
+      backward_any<Z, kVec<Z>, CENTRED>(name, on, args, z, dz, sums, walk);
     else
-      backward_any<Z, 1, CENTRED>(name, at, args, z, dz, sums, walk);
-    return walk.shares;
+      backward_any<Z, 1, CENTRED>(name, on, args, z, dz, sums, walk);
+    return walk.splits;
   }
   const bool stage_dz_in = args.dz_in.data && shared_bytes(3) <= limit;
-  const int64_t shares = shares_of(args.M, s);
+  const int64_t splits = splits_of(args.M, s);
   args.warps = s.warps;
-  args.rows_each = divided_up(args.M, shares);
+  args.rows_each = divided_up(args.M, splits);
   const int64_t used = divided_up(args.M, args.rows_each);
-  launch({name, {(unsigned)(used * s.cluster)}, s.threads, shared_bytes(stage_dz_in ? 3 : 2), at.stream, s.cluster},
+  launch({name, {(unsigned)(used * s.cluster)}, s.threads, shared_bytes(stage_dz_in ? 3 : 2), on.handle, s.cluster},
          backward_kernel<Z, CENTRED>, args, z, dz, stage_dz_in);
   return used;
+}
+
+template <bool CENTRED>
+void backward(const char* name, const NormArgs& a) {
+  if (a.M == 0) return;
+  set_device(a.on.device);
+  const BackwardArgs args{Floats::of(a.dy, a.y_type), Floats::of(a.w, a.w_type), Floats::of(a.dz_in, a.r_type),
+                          Floats::of(a.dx, a.x_type), static_cast<const float*>(a.mean),
+                          static_cast<const float*>(a.rstd), static_cast<float*>(a.partial), a.M, 0, (int)a.N, 0,
+                          Length::of(a.N), Dropout::of(a.dropout_p, a.seed)};
+  for_type(a.r_type, [&](auto type) {
+    using Z = decltype(type);
+    const bool vectors = a.N % kVec<Z> == 0 && aligned(a.dy, a.z, a.w, a.dz_in, a.dz, a.dx, a.partial);
+    const int64_t splits = backward_as<Z, CENTRED>(name, a.on, args, a.z, a.dz, a.rows, vectors);
+    if (a.partial) sum_partials(a.on, a.partial, a.sums, splits, (CENTRED ? 2 : 1) * a.N);
+  });
 }
 
 }  // namespace fastlm::cuda::norm

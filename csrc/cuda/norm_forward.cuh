@@ -106,7 +106,7 @@ template <class Z, int VEC, bool CENTRED>
 __global__ void __launch_bounds__(kMaxThreads, 1) forward_any_kernel(ForwardArgs a, Global<Z> z) {
   const int threads = a.warps * kWarp, first = (a.warps == 1 ? lane_index() : thread_index()) * VEC;
   const Rows rows = rows_of_grid(a.warps);
-  const Floats again = a.residual.present() ? Floats{recast<char>(z), a.residual.type} : a.x;
+  const Floats stored = a.residual.present() ? Floats{recast<char>(z), a.residual.type} : a.x;
   float* buffer = shared_memory<float>();
   for (int64_t row = rows.row; row < a.M; row += rows.step) {
     float sum[1] = {0}, mean = 0;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_any_kernel(ForwardArgs
       row_sums(sum, a.warps, buffer);
       mean = a.length.divide(sum[0]);
       for (int64_t column = first; column < a.N; column += threads * VEC) {
-        const Vec<float, VEC> v = load_floats<VEC, Cache::coherent>(again, row * a.N + column);
+        const Vec<float, VEC> v = load_floats<VEC, Cache::coherent>(stored, row * a.N + column);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) left.add(v[i] - mean);
       }
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_any_kernel(ForwardArgs
     row_sums(left.sums, a.warps, buffer + a.warps);
     const float rstd = inverse_root(left.finish(a.length, mean) + a.eps);
     for (int64_t column = first; column < a.N; column += threads * VEC) {
-      Vec<float, VEC> v = load_floats<VEC, Cache::coherent>(again, row * a.N + column);
+      Vec<float, VEC> v = load_floats<VEC, Cache::coherent>(stored, row * a.N + column);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) v[i] = (v[i] - mean) * rstd;
       scale_and_shift(a.w, a.b, column, v);
@@ -145,26 +145,41 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_any_kernel(ForwardArgs
 }
 
 template <class Z, bool CENTRED>
-void forward_rows(const char* name, Place at, const ForwardArgs& args, Global<Z> z, const Shape& s) {
+void forward_rows(const char* name, Stream on, const ForwardArgs& args, Global<Z> z, const Shape& s) {
   const size_t shared = sizeof(float) * 4 * (size_t)(s.cluster * s.warps);
-  const Launch l{name, {grid_of(s, args.M)}, s.threads, shared, at.stream, s.cluster};
+  const Launch l{name, {grid_of(s, args.M)}, s.threads, shared, on.handle, s.cluster};
   if (s.per == 1) return launch(l, forward_kernel<Z, 1, CENTRED>, args, z);
   launch(l, forward_kernel<Z, kForwardVectors, CENTRED>, args, z);
 }
 
 template <class Z, bool CENTRED>
-void forward(const char* name, Place at, ForwardArgs args, void* z_data, bool vectors) {
+void forward_as(const char* name, Stream on, ForwardArgs args, void* z_data, bool vectors) {
   Global<Z> z = static_cast<Z*>(z_data);
   Shape s;
   if (vectors && shape_of(args.N / kVec<Z>, kForwardVectors, s)) {
     args.warps = s.warps;
-    return forward_rows<Z, CENTRED>(name, at, args, z, s);
+    return forward_rows<Z, CENTRED>(name, on, args, z, s);
   }
   s = any_shape(args.N);
   args.warps = s.warps;
-  const Launch l{name, {grid_of(s, args.M)}, s.threads, sizeof(float) * 4 * (size_t)s.warps, at.stream};
+  const Launch l{name, {grid_of(s, args.M)}, s.threads, sizeof(float) * 4 * (size_t)s.warps, on.handle};
   if (vectors) return launch(l, forward_any_kernel<Z, kVec<Z>, CENTRED>, args, z);
   launch(l, forward_any_kernel<Z, 1, CENTRED>, args, z);
+}
+
+template <bool CENTRED>
+void forward(const char* name, const NormArgs& a) {
+  if (a.M == 0) return;
+  set_device(a.on.device);
+  const ForwardArgs args{Floats::of(a.x, a.x_type), Floats::of(a.residual, a.r_type), Floats::of(a.w, a.w_type),
+                         Floats::of(a.b, a.w_type), Floats::of(a.y, a.y_type), static_cast<float*>(a.mean),
+                         static_cast<float*>(a.rstd), a.M, (int)a.N, 0, Length::of(a.N), (float)a.eps,
+                         Dropout::of(a.dropout_p, a.seed)};
+  for_type(a.r_type, [&](auto type) {
+    using Z = decltype(type);
+    const bool vectors = a.N % kVec<Z> == 0 && aligned(a.x, a.residual, a.w, a.b, a.z, a.y);
+    forward_as<Z, CENTRED>(name, a.on, args, a.z, vectors);
+  });
 }
 
 }  // namespace fastlm::cuda::norm

@@ -7,10 +7,10 @@
 
 namespace fastlm::cuda {
 
-// The device whose memory is pointed at, which the caller has made current, and one of its streams.
-struct Place {
+// One of the streams of a device, which the caller has made current and whose memory is pointed at.
+struct Stream {
   int device;
-  void* stream;
+  void* handle;
 };
 
 // Dropout's seed: a number, or the address on the device of one that a CUDA graph draws anew at each replay.
@@ -19,35 +19,52 @@ struct Seed {
   bool on_device;
 };
 
-// x, residual, y (M, N); z = residual + dropout(x) is stored with a residual; w, b (N) share a type; mean and rstd
-// (M) fp32 may be null. The stream, x or residual, is of r_type; x and y are too, or 16 bits wide beside fp32.
-void layer_norm_fwd(Place, const void* x, const void* residual, const void* w, const void* b, void* z, void* y,
-                    void* mean, void* rstd, int64_t M, int64_t N, double eps, double p, Seed seed, int x_type,
-                    int r_type, int y_type, int w_type);
-// dz = gradient of what was normalized + dz_in; dx = dropout(dz) in x_type or null; partial (norm_shares, 2, N) and
-// sums (2, N) fp32 or null: dw and db; rows (M, 2) fp32 is a workspace.
-void layer_norm_bwd(Place, const void* dy, const void* z, const void* w, const void* mean, const void* rstd,
-                    const void* dz_in, void* dz, void* dx, void* partial, void* sums, void* rows, int64_t M, int64_t N,
-                    double p, Seed seed, int x_type, int r_type, int y_type, int w_type);
-void rms_norm_fwd(Place, const void* x, const void* residual, const void* w, void* z, void* y, void* rstd, int64_t M,
-                  int64_t N, double eps, int x_type, int r_type, int y_type, int w_type);
-// partial (norm_shares, N), sums (N).
-void rms_norm_bwd(Place, const void* dy, const void* z, const void* w, const void* rstd, const void* dz_in, void* dz,
-                  void* dx, void* partial, void* sums, void* rows, int64_t M, int64_t N, int x_type, int r_type,
-                  int y_type, int w_type);
+// LayerNorm and RMSNorm of M rows of N. The residual stream, x or residual, is of r_type; x and y are too, or 16 bits wide
+// beside fp32; statistics and sums are fp32.
+struct NormArgs {
+  Stream on;
+  // Forward: z = residual + dropout(x) is stored with a residual; y = (z - mean) rstd w + b. RMSNorm has no mean, b and
+  // dropout.
+  const void *x, *residual, *w, *b;  // w, b: (N) of w_type
+  void *z, *y;
+  void *mean, *rstd;  // (M); may be null in forward
+  // Backward: dz = gradient of z + dz_in; dx = dropout(dz) in x_type or null.
+  const void *dy, *dz_in;
+  void *dz, *dx;
+  void *partial, *sums;  // dw and db: (norm_partials, 2, N) and (2, N), or RMSNorm's (norm_partials, N) and (N); or null
+  void* rows;            // (M, 2), a workspace
+  int64_t M, N;
+  double eps, dropout_p;
+  Seed seed;
+  int x_type, r_type, y_type, w_type;
+};
+void layer_norm_fwd(const NormArgs& args);
+void layer_norm_bwd(const NormArgs& args);
+void rms_norm_fwd(const NormArgs& args);
+void rms_norm_bwd(const NormArgs& args);
 // How many partial sums a backward pass may write.
-int64_t norm_shares(int device, int64_t M, int64_t N);
+int64_t norm_partials(int device, int64_t M, int64_t N);
 
-// y = dropout(gelu(x + bias)); bias (N) or null.
-void gelu_fwd(Place, const void* x, const void* bias, void* y, int64_t M, int64_t N, bool tanh, double p, Seed seed,
-              int type, int bias_type);
-// partial (gelu_shares, N) and db (N) fp32, or null without a bias.
-void gelu_bwd(Place, const void* dy, const void* x, const void* bias, void* dx, void* partial, void* db, int64_t M,
-              int64_t N, bool tanh, double p, Seed seed, int type, int bias_type);
-int64_t gelu_shares(int device, int64_t M, int64_t N);
+// y = dropout(gelu(x + bias)) of M rows of N.
+struct GeluArgs {
+  Stream on;
+  const void *x, *bias;  // bias: (N) or null
+  void* y;
+  const void* dy;
+  void* dx;
+  void *partial, *db;  // (gelu_partials, N) and (N) fp32, or null without a bias
+  int64_t M, N;
+  bool tanh;
+  double dropout_p;
+  Seed seed;
+  int type, bias_type;
+};
+void gelu_fwd(const GeluArgs& args);
+void gelu_bwd(const GeluArgs& args);
+int64_t gelu_partials(int device, int64_t M, int64_t N);
 
 // partial (P, K) fp32 -> out (K), added in the order of P.
-void sum_partials(Place, const void* partial, void* out, int64_t P, int64_t K);
+void sum_partials(Stream, const void* partial, void* out, int64_t P, int64_t K);
 
 // 130 for CUDA 13.0: the toolkit of the build, and the newest that the driver serves (0 without a driver).
 int toolkit_version();

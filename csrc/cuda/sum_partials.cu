@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(kSumWarps* kWarp)
   out[column] = sum;
 }
 
-void sum_partials(Place at, const void* partial, void* out, int64_t P, int64_t K) {
+void sum_partials(Stream on, const void* partial, void* out, int64_t P, int64_t K) {
   if (K == 0) return;
-  set_device(at.device);
+  set_device(on.device);
   const auto blocks = (unsigned)divided_up<int64_t>(K, kWarp);
-  launch({"sum_partials", {blocks}, kSumWarps * kWarp, sizeof(float) * kSumWarps * kWarp, at.stream},
+  launch({"sum_partials", {blocks}, kSumWarps * kWarp, sizeof(float) * kSumWarps * kWarp, on.handle},
          sum_partials_kernel, static_cast<const float*>(partial), static_cast<float*>(out), P, K);
 }
 

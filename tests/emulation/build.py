@@ -34,11 +34,19 @@ def compiler() -> str | None:
 
 
 def _sources() -> list[Path]:
-    return [CSRC / "bindings_cuda.cpp", *sorted(CSRC.glob("cuda/*.cu")), *sorted(HERE.glob("*.c*[pu]"))]
+    return [CSRC / "bindings/bindings_cuda.cpp", *sorted(CSRC.glob("cuda/*.cu")), *sorted(HERE.glob("*.c*[pu]"))]
 
 
 def _headers() -> list[Path]:
-    return sorted([*CSRC.glob("cuda/*.cuh"), *CSRC.glob("cuda/*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.h")])
+    return sorted(
+        [
+            *CSRC.glob("bindings/*.h"),
+            *CSRC.glob("cuda/*.cuh"),
+            *CSRC.glob("cuda/*.h"),
+            *HERE.glob("*.cuh"),
+            *HERE.glob("*.h"),
+        ]
+    )
 
 
 def digest(*parts: bytes | str) -> str:

@@ -24,6 +24,6 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: boo
     a_transposed, b_transposed = (x.stride(1) != 1 and x.stride(0) == 1 for x in (a, b))
     rows = (a.stride(int(a_transposed)), b.stride(int(b_transposed)), out.stride(0))
     cpu._cpu.gemm(
-        a.data_ptr(), b.data_ptr(), ptr(bias), out.data_ptr(), (M, N, K), rows, a_transposed, b_transposed,
+        a.data_ptr(), b.data_ptr(), ptr(bias), out.data_ptr(), M, N, K, *rows, a_transposed, b_transposed,
         out.dtype is torch.float32, add, TYPE_CODE[a.dtype],
     )  # fmt: skip

@@ -21,7 +21,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool, dropout_p: float = 0.0,
     y = torch.empty_like(x)
     call(
         cuda._cuda.gelu_fwd, x,
-        *addresses(x, bias, y), *_gelu_rows(x), tanh, dropout_p, *seed_argument(seed),
+        *addresses(x, bias, y), *_gelu_rows(x), tanh, dropout_p, seed_argument(seed),
         TYPE_CODE[x.dtype], weight_type(bias, None),
     )  # fmt: skip
     return y
@@ -35,11 +35,11 @@ def gelu_bwd(
     M, N = _gelu_rows(x)
     partial = db = None
     if bias is not None:
-        partial = x.new_empty(call(cuda._cuda.gelu_shares, x, M, N), N, dtype=torch.float32)
+        partial = x.new_empty(call(cuda._cuda.gelu_partials, x, M, N), N, dtype=torch.float32)
         db = x.new_zeros(N, dtype=torch.float32) if M == 0 else x.new_empty(N, dtype=torch.float32)
     call(
         cuda._cuda.gelu_bwd, x,
-        *addresses(dy, x, bias, dx, partial, db), M, N, tanh, dropout_p, *seed_argument(seed),
+        *addresses(dy, x, bias, dx, partial, db), M, N, tanh, dropout_p, seed_argument(seed),
         TYPE_CODE[x.dtype], weight_type(bias, None),
     )  # fmt: skip
     return dx, db

@@ -33,7 +33,7 @@ def layer_norm_fwd(
     call(
         cuda._cuda.layer_norm_fwd, x,
         *addresses(x, residual, weight, bias, z, y, mean, rstd),
-        M, N, eps, dropout_p, *seed_argument(seed),
+        M, N, eps, dropout_p, seed_argument(seed),
         TYPE_CODE[x.dtype], TYPE_CODE[stream.dtype], TYPE_CODE[y.dtype], weight_type(weight, bias),
     )  # fmt: skip
     return y, z, mean, rstd
@@ -61,7 +61,7 @@ def layer_norm_bwd(
     call(
         cuda._cuda.layer_norm_bwd, z,
         *addresses(dy, z, weight, mean, rstd, dz_in, dz, dx),
-        partial, cuda.ptr(sums), rows, M, N, dropout_p, *seed_argument(seed),
+        partial, cuda.ptr(sums), rows, M, N, dropout_p, seed_argument(seed),
         TYPE_CODE[x_dtype], TYPE_CODE[z.dtype], TYPE_CODE[dy.dtype], weight_type(weight, None),
     )  # fmt: skip
     dw, db = (None, None) if sums is None else (sums[0], sums[1])

@@ -14,10 +14,10 @@ def backward_workspace(z: Tensor, M: int, N: int, sums: int, wanted: bool) -> tu
 
     Addresses, since a view would take longer than the rest.
     """
-    shares = call(cuda._cuda.norm_shares, z, M, N) if wanted else 0
-    work = z.new_empty(shares * sums * N + 2 * M, dtype=torch.float32)
+    splits = call(cuda._cuda.norm_partials, z, M, N) if wanted else 0
+    work = z.new_empty(splits * sums * N + 2 * M, dtype=torch.float32)
     partial = cuda.ptr(work)
-    rows = partial + 4 * shares * sums * N
+    rows = partial + 4 * splits * sums * N
     if not wanted:
         return work, rows, 0, None
     return work, rows, partial, (z.new_zeros if M == 0 else z.new_empty)(sums, N, dtype=torch.float32)

@@ -1,19 +1,24 @@
 // fastlm._cpu: the CPU kernels behind integer pointers. fastlm/backends/cpu is its only caller.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "bindings/define.h"
 #include "cpu/attention.h"
 #include "cpu/decode.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
 using namespace fastlm;
+using fastlm::bindings::define;
 using ptr = std::uintptr_t;
 
 #define P(name) reinterpret_cast<void*>(name)
 
 namespace {
+
+void layer_norm_plain(const NormArgs& args) {
+  NormArgs a = args;
+  a.r_type = a.y_type = a.w_type = a.x_type;
+  layer_norm_fwd(a);
+}
 
 // A (B, H, T, D) tensor as (address, strides).
 Heads heads(ptr data, const py::tuple& strides) {
@@ -79,38 +84,23 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("dropout_factors", [](ptr out, int64_t M, int64_t N, double p, int64_t seed) {
     dropout_factors((float*)out, M, N, p, seed);
   });
-  m.def("layer_norm_fwd",
-        [](ptr x, ptr residual, ptr w, ptr b, ptr z, ptr y, ptr mean, ptr rstd, int64_t M, int64_t N, double eps,
-           double p, int64_t seed, int x_type, int r_type, int y_type, int w_type) {
-          layer_norm_fwd(P(x), P(residual), P(w), P(b), P(z), P(y), P(mean), P(rstd), M, N, eps, p, seed, x_type,
-                         r_type, y_type, w_type);
-        },
-        nogil());
-  // The same without residual, dropout, statistics and mixed dtypes: half the arguments take half the time to convert.
-  m.def("layer_norm",
-        [](ptr x, ptr w, ptr b, ptr y, int64_t M, int64_t N, double eps, int type) {
-          layer_norm_fwd(P(x), nullptr, P(w), P(b), nullptr, P(y), nullptr, nullptr, M, N, eps, 0.0, 0, type, type, type,
-                         type);
-        },
-        nogil());
-  m.def("layer_norm_bwd",
-        [](ptr dy, ptr z, ptr w, ptr mean, ptr rstd, ptr dz_in, ptr dz, ptr dx, ptr partial, ptr dw, ptr db, int64_t M,
-           int64_t N, double p, int64_t seed, int x_type, int r_type, int y_type, int w_type) {
-          layer_norm_bwd(P(dy), P(z), P(w), P(mean), P(rstd), P(dz_in), P(dz), P(dx), P(partial), P(dw), P(db), M, N, p,
-                         seed, x_type, r_type, y_type, w_type);
-        },
-        nogil());
-  m.def("gelu_fwd",
-        [](ptr x, ptr bias, ptr y, int64_t M, int64_t N, bool tanh, double p, int64_t seed, int type, int b_type) {
-          gelu_fwd(P(x), P(bias), P(y), M, N, tanh, p, seed, type, b_type);
-        },
-        nogil());
-  m.def("gelu_bwd",
-        [](ptr dy, ptr x, ptr bias, ptr dx, ptr partial, ptr db, int64_t M, int64_t N, bool tanh, double p,
-           int64_t seed, int type, int b_type) {
-          gelu_bwd(P(dy), P(x), P(bias), P(dx), P(partial), P(db), M, N, tanh, p, seed, type, b_type);
-        },
-        nogil());
+  using N = NormArgs;
+  define<&N::x, &N::residual, &N::w, &N::b, &N::z, &N::y, &N::mean, &N::rstd, &N::M, &N::N, &N::eps, &N::dropout_p,
+         &N::seed, &N::x_type, &N::r_type, &N::y_type, &N::w_type>(m, "layer_norm_fwd", &layer_norm_fwd);
+  // Without residual, dropout, statistics and mixed dtypes: half the arguments take half the time to convert.
+  define<&N::x, &N::w, &N::b, &N::y, &N::M, &N::N, &N::eps, &N::x_type>(m, "layer_norm", &layer_norm_plain);
+  define<&N::dy, &N::z, &N::w, &N::mean, &N::rstd, &N::dz_in, &N::dz, &N::dx, &N::partial, &N::dw, &N::db, &N::M,
+         &N::N, &N::dropout_p, &N::seed, &N::x_type, &N::r_type, &N::y_type, &N::w_type>
+      (m, "layer_norm_bwd", &layer_norm_bwd);
+  define<&N::x, &N::residual, &N::w, &N::z, &N::y, &N::rstd, &N::M, &N::N, &N::eps, &N::x_type, &N::r_type,
+         &N::y_type, &N::w_type>(m, "rms_norm_fwd", &rms_norm_fwd);
+  define<&N::dy, &N::z, &N::w, &N::rstd, &N::dz_in, &N::dz, &N::dx, &N::partial, &N::dw, &N::M, &N::N, &N::x_type,
+         &N::r_type, &N::y_type, &N::w_type>(m, "rms_norm_bwd", &rms_norm_bwd);
+  using G = GeluArgs;
+  define<&G::x, &G::bias, &G::y, &G::M, &G::N, &G::tanh, &G::dropout_p, &G::seed, &G::type, &G::bias_type>
+      (m, "gelu_fwd", &gelu_fwd);
+  define<&G::dy, &G::x, &G::bias, &G::dx, &G::partial, &G::db, &G::M, &G::N, &G::tanh, &G::dropout_p, &G::seed,
+         &G::type, &G::bias_type>(m, "gelu_bwd", &gelu_bwd);
   m.def("attention_fwd", [](ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v, const py::tuple& vs, ptr mask,
                             const py::tuple& ms, int mask_type, ptr out, const py::tuple& os, ptr lse, ptr rest,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double p, int64_t seed,
@@ -149,94 +139,38 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release nogil_here;
     attention_bwd(a);
   });
-  m.def("cross_entropy_targets", [](ptr target, ptr w, int64_t M, int64_t N, int64_t ignore_index, int w_type) {
-    return cross_entropy_targets(P(target), P(w), M, N, ignore_index, w_type);
-  });
+  using C = CrossEntropyArgs;
+  define<&C::target, &C::w, &C::M, &C::N, &C::ignore_index, &C::w_type>
+      (m, "cross_entropy_targets", &cross_entropy_targets);
   m.def("cross_entropy_total", [](ptr loss, int64_t M, int type) { return cross_entropy_total(P(loss), M, type); });
-  m.def("cross_entropy_fwd",
-        [](ptr x, ptr target, ptr w, ptr loss, ptr stats, ptr dx, int64_t M, int64_t N, int64_t ignore_index,
-           double smoothing, double scale, int type, int w_type) {
-          cross_entropy_fwd(P(x), P(target), P(w), P(loss), P(stats), P(dx), M, N, ignore_index, smoothing, scale, type,
-                            w_type);
-        },
-        nogil());
-  m.def("cross_entropy_update",
-        [](ptr x, ptr target, ptr w, ptr states, int64_t M, int64_t n, int64_t first, int64_t N, int64_t ignore_index,
-           double smoothing, int type, int w_type) {
-          cross_entropy_update(P(x), P(target), P(w), P(states), M, n, first, N, ignore_index, smoothing, type, w_type);
-        },
-        nogil());
-  m.def("cross_entropy_finish",
-        [](ptr states, ptr target, ptr w, ptr loss, ptr stats, int64_t M, int64_t N, int64_t ignore_index,
-           double smoothing, int type, int w_type) {
-          cross_entropy_finish(P(states), P(target), P(w), P(loss), P(stats), M, N, ignore_index, smoothing, type,
-                               w_type);
-        },
-        nogil());
-  m.def("cross_entropy_bwd",
-        [](ptr x, ptr target, ptr w, ptr stats, ptr g, ptr dx, int64_t M, int64_t n, int64_t first, int64_t N,
-           int64_t ignore_index, double smoothing, double scale, int type, int w_type) {
-          cross_entropy_bwd(P(x), P(target), P(w), P(stats), P(g), P(dx), M, n, first, N, ignore_index, smoothing,
-                            scale, type, w_type);
-        },
-        nogil());
-  m.def("rms_norm_fwd",
-        [](ptr x, ptr residual, ptr w, ptr z, ptr y, ptr rstd, int64_t M, int64_t N, double eps, int x_type, int r_type,
-           int y_type, int w_type) {
-          rms_norm_fwd(P(x), P(residual), P(w), P(z), P(y), P(rstd), M, N, eps, x_type, r_type, y_type, w_type);
-        },
-        nogil());
-  m.def("rms_norm_bwd",
-        [](ptr dy, ptr z, ptr w, ptr rstd, ptr dz_in, ptr dz, ptr dx, ptr partial, ptr dw, int64_t M, int64_t N,
-           int x_type, int r_type, int y_type, int w_type) {
-          rms_norm_bwd(P(dy), P(z), P(w), P(rstd), P(dz_in), P(dz), P(dx), P(partial), P(dw), M, N, x_type, r_type,
-                       y_type, w_type);
-        },
-        nogil());
-  m.def("swiglu_fwd",
-        [](ptr gate, ptr up, ptr y, int64_t M, int64_t N, int64_t gate_stride, int64_t up_stride, int type) {
-          swiglu_fwd(P(gate), P(up), P(y), M, N, gate_stride, up_stride, type);
-        },
-        nogil());
-  m.def("swiglu_bwd",
-        [](ptr dy, ptr gate, ptr up, ptr dgate, ptr dup, int64_t M, int64_t N, int64_t gate_stride, int64_t up_stride,
-           int type) { swiglu_bwd(P(dy), P(gate), P(up), P(dgate), P(dup), M, N, gate_stride, up_stride, type); },
-        nogil());
-  using Four = std::array<int64_t, 4>;
-  m.def("rotary",
-        [](ptr x, ptr cos, ptr sin, ptr y, Four size, Four x_stride, Four y_stride, int64_t R, int64_t table_stride,
-           bool interleaved, bool inverse, int type) {
-          rotary(P(x), P(cos), P(sin), P(y), size.data(), x_stride.data(), y_stride.data(), R, table_stride,
-                 interleaved, inverse, type);
-        },
-        nogil());
+  define<&C::x, &C::target, &C::w, &C::loss, &C::stats, &C::dx, &C::M, &C::N, &C::ignore_index, &C::smoothing,
+         &C::scale, &C::type, &C::w_type>(m, "cross_entropy_fwd", &cross_entropy_fwd);
+  define<&C::x, &C::target, &C::w, &C::states, &C::M, &C::n, &C::first, &C::N, &C::ignore_index, &C::smoothing,
+         &C::type, &C::w_type>(m, "cross_entropy_update", &cross_entropy_update);
+  define<&C::states, &C::target, &C::w, &C::loss, &C::stats, &C::M, &C::N, &C::ignore_index, &C::smoothing, &C::type,
+         &C::w_type>(m, "cross_entropy_finish", &cross_entropy_finish);
+  define<&C::x, &C::target, &C::w, &C::stats, &C::g, &C::dx, &C::M, &C::n, &C::first, &C::N, &C::ignore_index,
+         &C::smoothing, &C::scale, &C::type, &C::w_type>(m, "cross_entropy_bwd", &cross_entropy_bwd);
+  using S = SwigluArgs;
+  define<&S::gate, &S::up, &S::y, &S::M, &S::N, &S::gate_stride, &S::up_stride, &S::type>(m, "swiglu_fwd", &swiglu_fwd);
+  define<&S::dy, &S::gate, &S::up, &S::dgate, &S::dup, &S::M, &S::N, &S::gate_stride, &S::up_stride, &S::type>
+      (m, "swiglu_bwd", &swiglu_bwd);
+  using R = RotaryArgs;
+  define<&R::x, &R::cos, &R::sin, &R::y, &R::size, &R::x_stride, &R::y_stride, &R::R, &R::table_stride,
+         &R::interleaved, &R::inverse, &R::type>(m, "rotary", &rotary);
   m.def("gemm_serves", &gemm_serves);
-  m.def("gemm",
-        [](ptr a, ptr b, ptr bias, ptr c, std::array<int64_t, 3> size, std::array<int64_t, 3> row, bool a_transposed,
-           bool b_transposed, bool wide, bool add, int type) {
-          gemm({P(a), P(b), (const float*)bias, P(c), size[0], size[1], size[2], row[0], row[1], row[2], a_transposed,
-                b_transposed, wide, add},
-               type);
-        },
-        nogil());
+  using M = GemmArgs;
+  define<&M::a, &M::b, &M::bias, &M::c, &M::M, &M::N, &M::K, &M::a_row, &M::b_row, &M::c_row, &M::a_transposed,
+         &M::b_transposed, &M::wide, &M::add, &M::type>(m, "gemm", &gemm);
   m.def("gradient_square_sum", &square_sum_of, nogil());
   m.def("adamw_update", &adamw_update_of, nogil());
-  m.def("linear_fwd",
-        [](ptr x, ptr w, ptr bias, ptr y, int64_t M, int64_t N, int64_t K, int x_type, int w_type, int b_type,
-           int y_type) { linear_fwd(P(x), P(w), P(bias), P(y), M, N, K, x_type, w_type, b_type, y_type); },
-        nogil());
-  m.def("quantized_linear_fwd",
-        [](ptr x, ptr w, ptr scale, ptr bias, ptr y, int64_t M, int64_t N, int64_t K, int64_t padded_K, int64_t group,
-           int x_type, int y_type) {
-          quantized_linear_fwd(P(x), P(w), P(scale), (const float*)bias, P(y), M, N, K, padded_K, group, x_type,
-                               y_type);
-        },
-        nogil());
-  m.def("dequantize",
-        [](ptr w, ptr scale, ptr out, int64_t N, int64_t K, int64_t padded_K, int64_t group, int type) {
-          dequantize(P(w), P(scale), P(out), N, K, padded_K, group, type);
-        },
-        nogil());
+  using L = LinearArgs;
+  define<&L::x, &L::w, &L::bias, &L::y, &L::M, &L::N, &L::K, &L::x_type, &L::w_type, &L::bias_type, &L::y_type>
+      (m, "linear_fwd", &linear_fwd);
+  using Q = QuantizedLinearArgs;
+  define<&Q::x, &Q::w, &Q::scale, &Q::bias, &Q::y, &Q::M, &Q::N, &Q::K, &Q::padded_K, &Q::group, &Q::x_type,
+         &Q::y_type>(m, "quantized_linear_fwd", &quantized_linear_fwd);
+  define<&Q::w, &Q::scale, &Q::y, &Q::N, &Q::K, &Q::padded_K, &Q::group, &Q::y_type>(m, "dequantize", &dequantize);
   m.def("use_huge_pages", [](ptr start, int64_t size) { use_huge_pages(P(start), size); });
   m.def("decode_step",
         [](ptr model, int64_t position, double eps) {

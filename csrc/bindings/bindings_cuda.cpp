@@ -1,13 +1,23 @@
 // fastlm._cuda: the CUDA kernels behind integer pointers. fastlm/backends/cuda is its only caller, with
 // the device current.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "bindings/define.h"
 #include "cuda/attention.h"
 #include "cuda/ops.h"
 
+namespace fastlm::bindings {
+
+// A seed comes as (value or address, whether it is an address).
+template <>
+struct Passed<cuda::Seed> {
+  using type = std::pair<int64_t, bool>;
+  static cuda::Seed taken(const type& value) { return {value.first, value.second}; }
+};
+
+}  // namespace fastlm::bindings
+
 namespace py = pybind11;
+using fastlm::bindings::passed;
 using namespace fastlm::cuda;
 using ptr = std::uintptr_t;
 
@@ -18,6 +28,20 @@ using ptr = std::uintptr_t;
 #endif
 
 namespace {
+
+// As `define`, of an op that runs on a stream: device and stream come first.
+template <auto... Members, class Args>
+void define(py::module_& m, const char* name, void (*op)(const Args&)) {
+  m.def(
+      name,
+      [op](int device, ptr stream, typename passed<Members>::type... values) {
+        Args args{};
+        args.on = {device, P(stream)};
+        ((args.*Members = passed<Members>::taken(values)), ...);
+        op(args);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
 
 Heads heads(ptr data, const py::tuple& strides) {
   if (!data) return {};
@@ -51,55 +75,26 @@ MaskGradient mask_gradient(ptr data, int type, ptr partial, const py::tuple& siz
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
-  using nogil = py::call_guard<py::gil_scoped_release>;
   m.attr("architectures") = FASTLM_CUDA_ARCHS;
   m.def("toolkit_version", &toolkit_version);
   m.def("driver_version", &driver_version);
-  m.def("norm_shares", [](int device, ptr, int64_t M, int64_t N) { return norm_shares(device, M, N); });
-  m.def("gelu_shares", [](int device, ptr, int64_t M, int64_t N) { return gelu_shares(device, M, N); });
-  m.def("layer_norm_fwd",
-        [](int device, ptr stream, ptr x, ptr residual, ptr w, ptr b, ptr z, ptr y, ptr mean, ptr rstd, int64_t M,
-           int64_t N, double eps, double p, int64_t seed, bool on_device, int x_type, int r_type, int y_type,
-           int w_type) {
-          layer_norm_fwd({device, P(stream)}, P(x), P(residual), P(w), P(b), P(z), P(y), P(mean), P(rstd), M, N, eps, p,
-                         {seed, on_device}, x_type, r_type, y_type, w_type);
-        },
-        nogil());
-  m.def("layer_norm_bwd",
-        [](int device, ptr stream, ptr dy, ptr z, ptr w, ptr mean, ptr rstd, ptr dz_in, ptr dz, ptr dx, ptr partial,
-           ptr sums, ptr rows, int64_t M, int64_t N, double p, int64_t seed, bool on_device, int x_type, int r_type,
-           int y_type, int w_type) {
-          layer_norm_bwd({device, P(stream)}, P(dy), P(z), P(w), P(mean), P(rstd), P(dz_in), P(dz), P(dx), P(partial),
-                         P(sums), P(rows), M, N, p, {seed, on_device}, x_type, r_type, y_type, w_type);
-        },
-        nogil());
-  m.def("rms_norm_fwd",
-        [](int device, ptr stream, ptr x, ptr residual, ptr w, ptr z, ptr y, ptr rstd, int64_t M, int64_t N, double eps,
-           int x_type, int r_type, int y_type, int w_type) {
-          rms_norm_fwd({device, P(stream)}, P(x), P(residual), P(w), P(z), P(y), P(rstd), M, N, eps, x_type, r_type,
-                       y_type, w_type);
-        },
-        nogil());
-  m.def("rms_norm_bwd",
-        [](int device, ptr stream, ptr dy, ptr z, ptr w, ptr rstd, ptr dz_in, ptr dz, ptr dx, ptr partial, ptr sums,
-           ptr rows, int64_t M, int64_t N, int x_type, int r_type, int y_type, int w_type) {
-          rms_norm_bwd({device, P(stream)}, P(dy), P(z), P(w), P(rstd), P(dz_in), P(dz), P(dx), P(partial), P(sums),
-                       P(rows), M, N, x_type, r_type, y_type, w_type);
-        },
-        nogil());
-  m.def("gelu_fwd",
-        [](int device, ptr stream, ptr x, ptr bias, ptr y, int64_t M, int64_t N, bool tanh, double p, int64_t seed,
-           bool on_device, int type, int b_type) {
-          gelu_fwd({device, P(stream)}, P(x), P(bias), P(y), M, N, tanh, p, {seed, on_device}, type, b_type);
-        },
-        nogil());
-  m.def("gelu_bwd",
-        [](int device, ptr stream, ptr dy, ptr x, ptr bias, ptr dx, ptr partial, ptr db, int64_t M, int64_t N,
-           bool tanh, double p, int64_t seed, bool on_device, int type, int b_type) {
-          gelu_bwd({device, P(stream)}, P(dy), P(x), P(bias), P(dx), P(partial), P(db), M, N, tanh, p,
-                   {seed, on_device}, type, b_type);
-        },
-        nogil());
+  m.def("norm_partials", [](int device, ptr, int64_t M, int64_t N) { return norm_partials(device, M, N); });
+  m.def("gelu_partials", [](int device, ptr, int64_t M, int64_t N) { return gelu_partials(device, M, N); });
+  using N = NormArgs;
+  define<&N::x, &N::residual, &N::w, &N::b, &N::z, &N::y, &N::mean, &N::rstd, &N::M, &N::N, &N::eps, &N::dropout_p,
+         &N::seed, &N::x_type, &N::r_type, &N::y_type, &N::w_type>(m, "layer_norm_fwd", &layer_norm_fwd);
+  define<&N::dy, &N::z, &N::w, &N::mean, &N::rstd, &N::dz_in, &N::dz, &N::dx, &N::partial, &N::sums, &N::rows, &N::M,
+         &N::N, &N::dropout_p, &N::seed, &N::x_type, &N::r_type, &N::y_type, &N::w_type>
+      (m, "layer_norm_bwd", &layer_norm_bwd);
+  define<&N::x, &N::residual, &N::w, &N::z, &N::y, &N::rstd, &N::M, &N::N, &N::eps, &N::x_type, &N::r_type,
+         &N::y_type, &N::w_type>(m, "rms_norm_fwd", &rms_norm_fwd);
+  define<&N::dy, &N::z, &N::w, &N::rstd, &N::dz_in, &N::dz, &N::dx, &N::partial, &N::sums, &N::rows, &N::M, &N::N,
+         &N::x_type, &N::r_type, &N::y_type, &N::w_type>(m, "rms_norm_bwd", &rms_norm_bwd);
+  using G = GeluArgs;
+  define<&G::x, &G::bias, &G::y, &G::M, &G::N, &G::tanh, &G::dropout_p, &G::seed, &G::type, &G::bias_type>
+      (m, "gelu_fwd", &gelu_fwd);
+  define<&G::dy, &G::x, &G::bias, &G::dx, &G::partial, &G::db, &G::M, &G::N, &G::tanh, &G::dropout_p, &G::seed,
+         &G::type, &G::bias_type>(m, "gelu_bwd", &gelu_bwd);
   m.def("attention_fwd", [](int device, ptr stream, ptr q, const py::tuple& qs, ptr k, const py::tuple& ks, ptr v,
                             const py::tuple& vs, ptr mask, const py::tuple& ms, int mask_type, const py::object& owner,
                             ptr cu_q, ptr cu_k, const py::tuple& sizes, double scale, double softcap, double p,
