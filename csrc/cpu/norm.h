@@ -103,8 +103,9 @@ struct Forward {
     const TR* stream = residual + i * N;
     TR* sum = z + i * N;
     const bool drops = CENTRED && p > 0;
-    for (int64_t first = 0; first < N; first += kBlock) {
-      const int64_t n_block = std::min(kBlock, N - first);
+    const int64_t block = drops ? kBlock : N;
+    for (int64_t first = 0; first < N; first += block) {
+      const int64_t n_block = std::min(block, N - first);
       if (drops) dropout.factors(i, first, n_block, factor);
       for_lanes<V>(n_block, [&](int64_t k, auto n) {
         const int64_t j = first + k;
