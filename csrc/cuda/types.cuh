@@ -21,6 +21,10 @@ struct fp16 {
 // The codes that fastlm/backends/cpu passes.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
+[[noreturn]] inline void unsupported_type(int type) {
+  throw std::invalid_argument("fastlm._cuda: no kernels for dtype code " + std::to_string(type));
+}
+
 // Calls f with a value of the type that `type` names.
 template <class F>
 void for_type(int type, F&& f) {
@@ -28,7 +32,7 @@ void for_type(int type, F&& f) {
     case DType::f32: return f(float{});
     case DType::bf16: return f(bf16{});
     case DType::f16: return f(fp16{});
-    default: throw std::invalid_argument("fastlm._cuda: no kernels for dtype code " + std::to_string(type));
+    default: unsupported_type(type);
   }
 }
 
