@@ -251,7 +251,7 @@ def test_a_state_that_no_run_leaves_is_refused(name, value):
 
 
 def test_times_are_not_negative_but_losses_may_be():
-    with pytest.raises(CheckpointError, match="c: state.seconds is not a possible float"):
+    with pytest.raises(CheckpointError, match=r"c: state\.seconds is not a possible float"):
         State.from_dict({"seconds": -1.0}, "c")
     assert State.from_dict({"best": -1.0, "loss_sum": -2.0}, "c") == State(best=-1.0, loss_sum=-2.0)
 

@@ -249,7 +249,7 @@ def test_gguf(kind, tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(GGUF_MODELS[kind](), path, "Q8_0", kind)
     header = path.read_bytes().index(b"output_norm") + 200
-    count = COUNT if kind == "llama" else COUNT // 2
+    count = INPUTS if kind == "llama" else INPUTS // 2
     fuzz(path, lambda data, random: damaged(data, random, header), lambda: fastlm.load(path), count)
 
 
