@@ -9,7 +9,7 @@ from ._core.dispatch import backend, explain
 from .backends.cpu import cpu_isa, cpu_isas, set_cpu_isa
 from .compression.quantization import quantize
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
-from .formats.load import load, save
+from .formats.load import load, load_with_tokenizer, save
 from .integrations import (
     accelerate,
     attention_maps,
@@ -57,6 +57,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "load",
+    "load_with_tokenizer",
     "nn",
     "quantize",
     "restore",

@@ -17,9 +17,9 @@ from .._core.files import replace_text
 from ..data import PrepareConfig, Tokenizer, load_manifest, prepare
 from ..data.corpora import demo_corpus
 from ..errors import ConfigError, shown
-from ..formats.checkpoint import load_model
+from ..formats.load import load_with_tokenizer
 from ..inference import generate
-from ..models.gpt import GPT
+from ..models import CausalLM
 from ..runtime import DTYPES, choose_device, keep_freed_memory, refuse_ranks
 from ..training import TrainConfig, TrainResult, train
 from ..training.lock import run_lock
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     if result.interrupted:
         reporter.message(f"to continue: {resume_command(config)}")
         return 130
-    model, tokenizer = load_model(arguments.out, result.device)
+    model, tokenizer = load_with_tokenizer(arguments.out, device=result.device)
+    assert isinstance(model, CausalLM)
     sample = write_sample(model, tokenizer, arguments, reporter)
     replace_text(arguments.out / "sample.txt", sample)
     summary = summarize(corpus, config, result)
@@ -124,7 +125,7 @@ def prepare_corpus(out: Path, reporter: Reporter) -> str:
     return name
 
 
-def write_sample(model: GPT, tokenizer: Tokenizer, arguments: Arguments, reporter: Reporter) -> str:
+def write_sample(model: CausalLM, tokenizer: Tokenizer, arguments: Arguments, reporter: Reporter) -> str:
     """Text that the model continues the prompt with; the prompt is part of it."""
     ids = torch.tensor([tokenizer.encode(arguments.prompt)], device=next(model.parameters()).device)
     steps = generate(

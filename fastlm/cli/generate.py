@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 from tyro.conf import arg
 
-from ..compression.quantization import check_scheme, is_quantized_file, quantize, quantized_layers
+from ..compression.quantization import check_scheme, quantize, quantized_layers
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..inference import generate
 from ..inference.sampling import check_sampling
@@ -100,64 +100,19 @@ def run(options: Options) -> int:
 
 
 def load(source: str, check_tensors: bool = False) -> tuple[CausalLM, Tokenizer]:
-    """Load a model that continues text, and its tokenizer, from whatever `fastlm.load` reads.
-
-    The tokenizer is tokenizer.json in the folder or beside the file, or else what a GGUF file holds of it.
+    """A model that continues text, and its tokenizer, as `fastlm.load_with_tokenizer`.
 
     Raises:
-        CheckpointError: if there is nothing at `source`, a model that does not continue text, or one that the
-            tokenizer does not fit.
-        DataError: for a missing or damaged tokenizer.
+        CheckpointError: for a model that does not continue text, too.
     """
-    from ..formats import load as loading
-    from ..formats.checkpoint import check_tokenizer, load_checkpoint
+    from ..formats.load import MODELS, load_with_tokenizer
     from ..models import CausalLM
 
-    path = loading.resolve(source)
-    plain = path.suffix == ".safetensors" and not is_quantized_file(path)
-    checkpoint = load_checkpoint(path, model_only=True) if plain else None
-    model = (
-        loading.load(path, check_tensors=check_tensors) if checkpoint is None else loading.restore(checkpoint).eval()
-    )
-    if checkpoint is not None and check_tensors:
-        loading.check_finite(path, model)
+    model, tokenizer = load_with_tokenizer(source, check_tensors=check_tensors)
     if not isinstance(model, CausalLM):
-        known = " or ".join(name for name, (kind, _) in loading.MODELS.items() if issubclass(kind, CausalLM))
-        raise CheckpointError(f"{path}: holds a {type(model).__name__}, expected one that continues text: {known}")
-    tokenizer = _tokenizer(path)
-    if checkpoint is not None and checkpoint.tokenizer_fingerprint:  # `fastlm.save` knows of no tokenizer
-        check_tokenizer(checkpoint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, "
-            f"but the model's vocabulary is {model.config.vocab_size}"
-        )
+        known = " or ".join(name for name, (kind, _) in MODELS.items() if issubclass(kind, CausalLM))
+        raise CheckpointError(f"{source}: holds a {type(model).__name__}, expected one that continues text: {known}")
     return model, tokenizer
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    from ..data import Tokenizer
-
-    folder = path if path.is_dir() else path.parent
-    if path.suffix == ".gguf" and not (folder / "tokenizer.json").is_file():
-        from ..formats.gguf.tokenizer import load_tokenizer
-
-        return load_tokenizer(path)
-    tokenizer = Tokenizer.load(folder if path.is_dir() else folder / "tokenizer.json")
-    if path.is_dir() and (named := _named_end(path)) is not None:
-        found = tokenizer.encode(named, special_tokens=True)
-        tokenizer.eot_id = found[0] if len(found) == 1 else tokenizer.eot_id
-    return tokenizer
-
-
-def _named_end(folder: Path) -> str | None:
-    """The end of text of tokenizer_config.json; a vocabulary may hold several names for one."""
-    from ..formats.hf.files import read_json
-
-    file = folder / "tokenizer_config.json"
-    end = read_json(file).get("eos_token") if file.is_file() else None
-    end = end.get("content") if isinstance(end, dict) else end
-    return end if isinstance(end, str) and end else None
 
 
 def _ends(model: CausalLM, tokenizer: Tokenizer) -> list[int]:

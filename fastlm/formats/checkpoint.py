@@ -28,15 +28,16 @@ from ..errors import CheckpointError, shown
 from ..models.common.generation import NOTHING_SAID, generation_of
 
 if TYPE_CHECKING:
-    from ..data import Tokenizer
+    pass
 
 FORMAT = "fastlm.checkpoint/1"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+TOKENIZER_FINGERPRINT = "tokenizer_fingerprint"
 FIELDS: dict[str, type] = {  # of the metadata
     "model_config": dict,
     "train_config": dict,
     "step": int,
-    "tokenizer_fingerprint": str,
+    TOKENIZER_FINGERPRINT: str,
     "state": dict,
 }
 
@@ -201,37 +202,11 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
         raise CheckpointError(f"{checkpoint.path}: {_some(stored)} belong to no parameter of this model")
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, Tokenizer]:
-    """Load a trained model, of whatever class, in eval mode, and its tokenizer.
-
-    Args:
-        path: a run folder, which stands for its best checkpoint or, without one, its last; or one
-            checkpoint file that has `tokenizer.json` beside it.
-        device: where the weights go.
-
-    Raises:
-        CheckpointError: if the checkpoint is damaged or the tokenizer is not the one trained with.
-        DataError: if the tokenizer file is missing or damaged.
-    """
-    from ..data import Tokenizer
-    from .load import restore
-
-    path = Path(path)
-    if path.is_dir():
-        path /= next((name for name in (BEST, LAST, PREVIOUS) if (path / name).is_file()), LAST)
-    checkpoint = load_checkpoint(path, model_only=True)
-    tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
-    if checkpoint.tokenizer_fingerprint:  # `fastlm.save` knows of no tokenizer
-        check_tokenizer(checkpoint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
-    return restore(checkpoint).to(device).eval(), tokenizer
-
-
-def check_tokenizer(checkpoint: Checkpoint, fingerprint: str, source: str) -> None:
-    """Raise CheckpointError unless the checkpoint's model was trained with this tokenizer."""
-    if checkpoint.tokenizer_fingerprint != fingerprint:
+def check_tokenizer(path: Path, trained_with: str, fingerprint: str, source: str) -> None:
+    """Raise CheckpointError unless the model in `path` was trained with this tokenizer, that of `source`."""
+    if trained_with != fingerprint:
         raise CheckpointError(
-            f"{checkpoint.path}: trained with tokenizer {checkpoint.tokenizer_fingerprint[:12] or '(none)'}, "
-            f"but {source} is {fingerprint[:12]}"
+            f"{path}: trained with tokenizer {trained_with[:12] or '(none)'}, but {source} is {fingerprint[:12]}"
         )
 
 

@@ -22,6 +22,7 @@ from .hf.layout import save as save_folder
 from .saving import state_to_save
 
 if TYPE_CHECKING:
+    from ..data import Tokenizer
     from .checkpoint import Checkpoint
 
 MODELS: dict[str, tuple[type[nn.Module], Any]] = {a.model.__name__: (a.model, a.config) for a in ARCHITECTURES}
@@ -92,6 +93,36 @@ def load(
         if check_tensors:
             check_finite(path, model)
     return model.to(device, dtype).eval()
+
+
+def load_with_tokenizer(
+    path: str | os.PathLike[str],
+    *,
+    dropout: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    check_tensors: bool = False,
+) -> tuple[nn.Module, Tokenizer]:
+    """As `load`, with the tokenizer: tokenizer.json (or vocab.json and merges.txt) in the folder or beside the file, or
+    else what a GGUF file holds of it.
+
+    Raises:
+        CheckpointError: as `load`; and for a tokenizer that the model was not trained with, or whose vocabulary is
+            larger than the model's.
+        DataError: for a missing or damaged tokenizer.
+    """
+    from .tokenizer import check_trained_with, tokenizer_of
+
+    path = resolve(path)
+    model = load(path, dropout=dropout, dtype=dtype, device=device, check_tensors=check_tensors)
+    tokenizer = tokenizer_of(path)
+    check_trained_with(path, tokenizer)
+    size = getattr(model.config, "vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model's vocabulary is {size}"
+        )
+    return model, tokenizer
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:

@@ -157,7 +157,8 @@ class Trainer:
             shutil.copyfile(self.task.tokenizer, temporary)
 
     def _resume(self, checkpoint: ckpt.Checkpoint) -> None:
-        ckpt.check_tokenizer(checkpoint, self.task.fingerprint, f"that of {self.task.source}")
+        trained_with = checkpoint.tokenizer_fingerprint
+        ckpt.check_tokenizer(checkpoint.path, trained_with, self.task.fingerprint, f"that of {self.task.source}")
         trained = checkpoint.state.get("model", "GPT")  # earlier versions trained nothing else, and did not say so
         if trained != type(self.model).__name__:
             raise CheckpointError(

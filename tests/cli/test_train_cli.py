@@ -17,7 +17,7 @@ from fastlm.cli.spelling import spelled
 from fastlm.cli.train import Arguments
 from fastlm.data import PrepareConfig, load_tokens, prepare
 from fastlm.errors import ConfigError
-from fastlm.formats.checkpoint import load_checkpoint, load_model
+from fastlm.formats.checkpoint import load_checkpoint
 from fastlm.training import TrainConfig
 
 FLAGS = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=16", "--batch-size=2"]
@@ -166,13 +166,13 @@ class TestDemo:
         assert (summary["corpus"], summary["steps"], summary["device"]) == ("a play", 3, "cpu")
         assert summary["isa"] == fastlm.cpu_isa()
         assert summary["backend"] in fastlm._core.dispatch.NAMES
-        assert summary["parameters"] == load_model(corpus)[0].num_parameters()
+        assert summary["parameters"] == fastlm.load_with_tokenizer(corpus)[0].num_parameters()
         assert 0 < summary["train_seconds"] < 240
         assert summary["tokens_per_second"] > 0
         assert "bits per character on held-out text of a play" in capsys.readouterr().out
 
         # Bits per character again, from the text and the saved model alone.
-        model, tokenizer = load_model(corpus)
+        model, tokenizer = fastlm.load_with_tokenizer(corpus)
         tokens = torch.from_numpy(load_tokens(corpus / "data", "val").astype("int64"))
         windows = [tokens[i : i + 129] for i in range(0, len(tokens) - 1, 128)]
         with torch.no_grad():

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import fastlm
 from fastlm._core.tensor_writer import NAMES, damage, write_tensors
 from fastlm.data import Tokenizer
 from fastlm.errors import CheckpointError, DataError
 from fastlm.formats.checkpoint import (
     load_checkpoint,
-    load_model,
     restore_model,
     restore_optimizer,
     save_checkpoint,
@@ -288,7 +288,7 @@ class TestLoadModel:
 
     def test_same_logits_and_tokenizer(self, run):
         folder, model, tokenizer = run
-        loaded, loaded_tokenizer = load_model(folder)
+        loaded, loaded_tokenizer = fastlm.load_with_tokenizer(folder)
         x = torch.tensor([tokenizer.encode("a bad cab")[:8]])
         assert torch.equal(loaded(x), model.eval()(x))
         assert not loaded.training
@@ -298,19 +298,19 @@ class TestLoadModel:
         folder, _, tokenizer = run
         best = make(seed=9, vocab_size=tokenizer.vocab_size)
         save_checkpoint(folder / "best.safetensors", best, tokenizer_fingerprint=tokenizer.fingerprint)
-        assert torch.equal(load_model(folder)[0].wte.weight, best.wte.weight)
-        assert not torch.equal(load_model(folder / "last.safetensors")[0].wte.weight, best.wte.weight)
+        assert torch.equal(fastlm.load_with_tokenizer(folder)[0].wte.weight, best.wte.weight)
+        assert not torch.equal(fastlm.load_with_tokenizer(folder / "last.safetensors")[0].wte.weight, best.wte.weight)
 
     def test_another_tokenizer_is_refused(self, run):
         folder, _, tokenizer = run
         other = Tokenizer.characters("xyz")
         other.save(folder / "tokenizer.json")
         with pytest.raises(CheckpointError) as caught:
-            load_model(folder)
+            fastlm.load_with_tokenizer(folder)
         assert tokenizer.fingerprint[:12] in str(caught.value)
         assert other.fingerprint[:12] in str(caught.value)
 
     def test_missing_tokenizer(self, run):
         (run[0] / "tokenizer.json").unlink()
         with pytest.raises(DataError, match=r"tokenizer\.json"):
-            load_model(run[0])
+            fastlm.load_with_tokenizer(run[0])

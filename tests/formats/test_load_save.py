@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 import fastlm
 import fastlm.data
 from fastlm.cli import main as cli
-from fastlm.errors import CheckpointError, ConfigError
+from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.checkpoint import save_checkpoint
 from fastlm.models import (
     BERT,
@@ -71,6 +71,14 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("format", ["hf", "fastlm"])
 @pytest.mark.parametrize("name", MODELS)
+def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
+    model = GPT(GPTConfig(23, 8, 1, 2, 16))
+    for format in ("hf", "fastlm"):
+        fastlm.save(model, tmp_path / format, format=format)
+        with pytest.raises(DataError, match=r"no such tokenizer.*copy it there, since `fastlm.save` writes a model"):
+            fastlm.load_with_tokenizer(tmp_path / format)
+
+
 def test_round_trip(name, format, tmp_path):
     model = a_model(name)
     fastlm.save(model, tmp_path / "deep" / "new", format=format)

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastlm
 from fastlm._core.files import TEMPORARY, remove_leftovers, replace_text, replacing, staging
 from fastlm.cli import main
 from fastlm.data import PrepareConfig, prepare
 from fastlm.errors import CheckpointError, ConfigError, DataError
-from fastlm.formats.checkpoint import load_checkpoint, load_model
+from fastlm.formats.checkpoint import load_checkpoint
 from fastlm.training import DivergenceError, TrainConfig, train
 from fastlm.training.lock import run_lock
 from fastlm.training.metrics import MetricsLog, read_metrics
@@ -346,8 +347,8 @@ class TestDamage:
         flip(out / "best.safetensors", tensor_at(out / "best.safetensors", "model.wte.weight"))
         message = r"best\.safetensors: damaged: the tensor model\.wte\.weight .*last\.safetensors can be given"
         with pytest.raises(CheckpointError, match=message):
-            load_model(out)
-        load_model(out / "last.safetensors")
+            fastlm.load_with_tokenizer(out)
+        fastlm.load_with_tokenizer(out / "last.safetensors")
 
     def test_a_damaged_best_is_written_anew(self, data, tmp_path, whole_run):
         out = copy_of(whole_run, tmp_path / "out")
