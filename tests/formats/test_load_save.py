@@ -71,14 +71,6 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("format", ["hf", "fastlm"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
-    model = GPT(GPTConfig(23, 8, 1, 2, 16))
-    for format in ("hf", "fastlm"):
-        fastlm.save(model, tmp_path / format, format=format)
-        with pytest.raises(DataError, match=r"no such tokenizer.*copy it there, since `fastlm.save` writes a model"):
-            fastlm.load_with_tokenizer(tmp_path / format)
-
-
 def test_round_trip(name, format, tmp_path):
     model = a_model(name)
     fastlm.save(model, tmp_path / "deep" / "new", format=format)
@@ -755,3 +747,11 @@ def test_finite_tensors_are_found_to_be_so(tmp_path):
     fastlm.save(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"wte\.weight holds 1 infinities"):
         fastlm.load(tmp_path, dtype=torch.float16, check_tensors=True)
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
+    model = GPT(GPTConfig(23, 8, 1, 2, 16))
+    for format in ("hf", "fastlm"):
+        fastlm.save(model, tmp_path / format, format=format)
+        with pytest.raises(DataError, match=r"no such tokenizer.*copy it there, since `fastlm.save` writes a model"):
+            fastlm.load_with_tokenizer(tmp_path / format)
