@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlm.backends import cpu as _native
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.ops._products import prepare_weights
+from fastlm.ops._shadow import prepare_weights
 from fastlm.training.adamw import AdamW
 
 from . import providers

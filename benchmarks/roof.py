@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastlm.ops._products import multiply
+from fastlm.ops._gemm import multiply
 
 from .case import DTYPES, Counts
 from .harness import Timing, clock

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.ops._products import prepare_weights
+from fastlm.ops._shadow import prepare_weights
 from fastlm.training.adamw import AdamW
 
 from . import providers

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
-from .torch_private import fake_mode, is_fake, transforms_active
+from .torch_private import fake_mode, is_fake, runs_compiled, transforms_active, uncompiled
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
 
@@ -47,6 +47,8 @@ class Backend(NamedTuple):
             None where that needs no such proof.
         slower: maps a request that PyTorch's operator serves faster to the reason why automatic choice leaves it that
             request; None where it is never so.
+        stands_in: for PyTorch's operator: maps a request to whether it serves where a forced backend of kernels cannot,
+            as in layers, which models are made of; None where it never does.
     """
 
     name: str
@@ -55,15 +57,24 @@ class Backend(NamedTuple):
     why_not_automatic: str = ""
     proved: frozenset[int] | None = None
     slower: Callable[[Request], str | None] | None = None
+    stands_in: Callable[[Request], bool] | None = None
 
 
 _TABLE: dict[str, list[Backend]] = {}
 _CACHE: dict[tuple, str] = {}
+_OPAQUE: set[str] = set()
 
 
-def register(op: str, *backends: Backend) -> None:
-    """Enter an op's backends, in order of preference."""
+def register(op: str, *backends: Backend, opaque: bool = False) -> None:
+    """Enter an op's backends, in order of preference.
+
+    Args:
+        opaque: whether torch.compile records the op as one operator, which chooses among them when it runs; else it
+            traces plain torch operators.
+    """
     _TABLE[op] = list(backends)
+    if opaque:
+        _OPAQUE.add(op)
 
 
 def ops() -> list[str]:
@@ -102,19 +113,14 @@ def forced_backend() -> str | None:
     return mode.forced if isinstance(mode, _Explaining) else mode
 
 
-def products_are_watched() -> bool:
-    """Whether a layer's matrix product is to be chosen as the op `linear`: it is explained, or is to be plain PyTorch.
-
-    Without that, and under a backend of kernels, which multiply few shapes, it is whichever library's is the fastest.
-    """
-    if _is_compiling():
-        return False
-    mode = _mode.get()
-    return mode is not None and (isinstance(mode, _Explaining) or mode in ("torch", "reference"))
+mode = _mode.get
+"""() -> None where the fastest backend is to serve: none is forced, and no call explained."""
 
 
 class backend:
     """Force every fastlm op called inside onto one backend; None restores the automatic choice.
+
+    One exception: where a backend of kernels has none for a layer's matmul, PyTorch's stands in; `explain` says so.
 
     A class, since a generator's context manager takes 1.1 us to enter and leave and this 0.4.
 
@@ -169,15 +175,26 @@ def choose(op: str, request: tuple) -> str:
     return name
 
 
+def _stands_in(op: str, request: Request, forced: str | None) -> bool:
+    """Whether PyTorch's operator takes a request that `forced` cannot serve."""
+    if forced in (None, "torch", "reference"):
+        return False
+    return any(row.stands_in is not None and row.stands_in(request) for row in _TABLE[op])
+
+
 def _choose(op: str, request: Request, forced: str | None) -> str:
     for row in _TABLE[op]:
         if forced is None and row.unsupported(request) is None and held_back(op, row, request) is None:
             return row.name
         if row.name == forced:
             reason = row.unsupported(request)
-            if reason is not None:
-                raise BackendError(f"{op}: the {forced} backend was asked for, but {reason}")
-            return forced
+            if reason is None:
+                return forced
+            if _stands_in(op, request, forced):
+                return "torch"
+            raise BackendError(f"{op}: the {forced} backend was asked for, but {reason}")
+    if _stands_in(op, request, forced):
+        return "torch"
     if forced is not None:
         raise BackendError(f"{op}: the {forced} backend was asked for, but this op has none")
     raise BackendError(f"{op}: no backend serves {request}")
@@ -282,16 +299,18 @@ class _Explained(BaseException):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would serve a call, and why each other one would not."""
+    """Which backend would serve a call, and why each other one would not; `compiled`, by torch.compile."""
 
     op: str
     request: Request
     selected: str | None
     reasons: dict[str, str] = field(default_factory=dict)
+    compiled: bool = False
 
     def __str__(self) -> str:
         features = "".join(f", {name}={value}" for name, value in self.request.features)
-        lines = [f"{self.op} on {self.request.device}, {str(self.request.dtype)[6:]}{features}"]
+        under = ", under torch.compile" if self.compiled else ""
+        lines = [f"{self.op} on {self.request.device}, {str(self.request.dtype)[6:]}{features}{under}"]
         lines += [f"  {name:<10} {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -300,8 +319,8 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend `fn(*args, **kwargs)` would run on, without running it.
 
     Args:
-        fn: a public op, such as `fastlm.layer_norm`, or any function that calls one; the first op
-            that is reached is explained.
+        fn: a public op, such as `fastlm.layer_norm`, a module, or any function that calls one; the first op that is
+            reached is explained. What torch.compile made of these is run as it was written, and not compiled.
 
     Returns:
         An `Explanation`; its `reasons` maps every backend name to "selected" or why it is not, and
@@ -312,29 +331,45 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     """
     token = _mode.set(_Explaining(forced_backend()))
     try:
-        fn(*args, **kwargs)
+        with uncompiled():
+            fn(*args, **kwargs)
     except _Explained as found:
-        op, request = found.op, found.request
+        op, request, compiled = found.op, found.request, runs_compiled(found.__traceback__)
     else:
         raise BackendError(f"explain: {getattr(fn, '__name__', fn)} reached no fastlm op")
     finally:
         _mode.reset(token)
-    forced = forced_backend()
-    rows = {row.name: row for row in _TABLE[op]}
-    selected = None
-    reasons = {}
-    for name in sorted(rows, key=[row.name for row in _TABLE[op]].index):
-        row = rows[name]
+    if compiled and op not in _OPAQUE:
+        selected, reasons = _traced(op)
+    else:
+        selected, reasons = _reasons(op, request, forced_backend())
+    for name in NAMES:
+        reasons.setdefault(name, f"{op} has no {name} backend")
+    return Explanation(op, request, selected, reasons, compiled)
+
+
+def _reasons(op: str, request: Request, forced: str | None) -> tuple[str | None, dict[str, str]]:
+    """The backend that serves a request, and for each of the op's why it does or does not."""
+    instead = _stands_in(op, request, forced)
+    selected: str | None = None
+    reasons: dict[str, str] = {}
+    for row in _TABLE[op]:
         reason = row.unsupported(request)
-        if reason is None and forced not in (None, name):
+        if reason is None and forced not in (None, row.name) and not (instead and row.stands_in is not None):
             reason = f"not asked for: {forced} is forced"
         if reason is None and forced is None:
             reason = held_back(op, row, request)
         if reason is None and selected is not None:
             reason = f"supported, but {selected} comes first"
         if reason is None:
-            selected, reason = name, "selected"
-        reasons[name] = reason
-    for name in NAMES:
-        reasons.setdefault(name, f"{op} has no {name} backend")
-    return Explanation(op, request, selected, reasons)
+            selected, reason = row.name, "selected"
+        reasons[row.name] = reason
+    return selected, reasons
+
+
+def _traced(op: str) -> tuple[str | None, dict[str, str]]:
+    """The same under torch.compile, for an op that is traced as plain torch operators, whatever is forced."""
+    names = [row.name for row in _TABLE[op]]
+    selected = "torch" if "torch" in names else "reference"
+    traced = f"torch.compile traces {op} as PyTorch's own operators"
+    return selected, {name: "selected" if name == selected else traced for name in names}

@@ -59,6 +59,8 @@ class Op:
         draw: draws the samples: small calls by argument name, which together use every argument in every way.
         choices: option -> all its values, for options that are one of a few words.
         overwriting: options under which the backward pass overwrites its inputs, so that it runs once.
+        opaque: whether torch.compile records it as one operator, which chooses a backend when it runs; else it traces
+            plain torch operators.
         note: for the README's table, what name and options do not say.
         dtypes: of the tensors that are differentiable.
     """
@@ -71,6 +73,7 @@ class Op:
     draw: Callable[[Draw], list[dict[str, Any]]]
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     overwriting: tuple[str, ...] = ()
+    opaque: bool = False
     note: str = ""
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
@@ -121,7 +124,7 @@ def register(
     def enter(function: F) -> F:
         op = Op(function.__name__, function, reference, backends, differentiable, draw, **more)
         _OPS[op.name] = op
-        dispatch.register(op.name, *backends)
+        dispatch.register(op.name, *backends, opaque=op.opaque)
         return function
 
     return enter

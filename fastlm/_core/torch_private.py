@@ -8,6 +8,9 @@ about it is decided here. No other file may name what torch keeps private, but f
 from __future__ import annotations
 
 import functools
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -85,6 +88,23 @@ def keep_compiled_buffers() -> None:
 
     settings: Any = config
     settings.donated_buffer = False
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside, functions and modules that torch.compile made run as they were written; nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and to import it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def runs_compiled(traceback: TracebackType | None) -> bool:
+    """Whether the calls that a traceback went through are compiled outside `uncompiled`."""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"] == "torch._dynamo.eval_frame":
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 def is_fake(tensor: Tensor | None) -> bool:

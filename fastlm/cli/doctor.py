@@ -16,7 +16,7 @@ import fastlm
 from fastlm._core import registry
 from fastlm.backends import cpu as _native
 from fastlm.backends import cuda as _native_cuda
-from fastlm.ops._products import leads
+from fastlm.ops._gemm import leads
 from fastlm.runtime import PACKAGES, PEERS, cpu_model, driver_version, settings, version
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._core.dispatch import must_trace, needs_grad
+from .._core.dispatch import forced_backend, must_trace, needs_grad
 from .._core.tensor_file import open_safetensors, parse_json
 from .._core.tensor_writer import write_tensors
 from ..backends import cpu as _native
@@ -30,7 +30,7 @@ from ..formats.load import FORMS, MODELS, Form, described
 from ..formats.saving import misfits
 from ..models.common.generation import Generation, carry, generation_of
 from ..nn.linear import Linear
-from ..ops import _products
+from ..ops.linear import layer_linear, quantized_kernel_is_chosen
 
 Scheme = Literal["int8", "int4"]
 FORMAT = "fastlm-quantized-1"
@@ -170,7 +170,9 @@ class QuantizedLinear(nn.Module):
 
     @staticmethod
     def _has_kernel(t: Tensor, dtype: torch.dtype) -> bool:
-        return t.is_cpu and dtype in _KERNEL_DTYPES and _native.missing_reason is None and not must_trace(t)
+        if forced_backend() not in (None, "cpu") or _native.missing_reason is not None:
+            return False
+        return t.is_cpu and dtype in _KERNEL_DTYPES and not must_trace(t)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), like x.
@@ -181,13 +183,14 @@ class QuantizedLinear(nn.Module):
         K = self.in_features
         if x.shape[-1:] != (K,):
             raise ValueError(f"QuantizedLinear: x has shape {tuple(x.shape)}, expected (..., {K})")
-        if K <= x.numel() <= LINEAR_ROWS * K and self._has_kernel(x, x.dtype) and not needs_grad(x):
+        few = K <= x.numel() <= LINEAR_ROWS * K and not needs_grad(x)
+        if few and self._has_kernel(x, x.dtype) and quantized_kernel_is_chosen(x):
             held: Any = self._buffers  # nn.Module's __getattr__ takes 0.4 us for each
             return _kernels.quantized_linear_fwd(
                 x.contiguous(), held["qweight"], held["scale"], held["bias"], self.padded, self.group_size
             )
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _products.linear(x, self._dequantized(x.dtype), bias)
+        return layer_linear(x, self._dequantized(x.dtype), bias)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""

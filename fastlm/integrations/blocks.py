@@ -15,9 +15,9 @@ from .. import nn as ours
 from .._core.dispatch import needs_grad
 from ..nn._fused import add_norm, linear_gelu
 from ..nn._plain import plain
-from ..ops import _products
 from ..ops._thresholds import SMALL_GATE
 from ..ops.gelu import bias_gelu, gelu
+from ..ops.linear import layer_linear
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from . import templates
@@ -135,7 +135,7 @@ def _conv1d_mlp(original: Any) -> Forward:
         form, c_fc = gelu_form(self.act), self.c_fc
         if form is None or _kind(c_fc) != "conv1d" or not plain(c_fc, type(c_fc)):
             return original.forward(self, hidden_states)
-        hidden = bias_gelu(_products.linear(hidden_states, c_fc.weight.t()), c_fc.bias, form)
+        hidden = bias_gelu(layer_linear(hidden_states, c_fc.weight.t()), c_fc.bias, form)
         return self.dropout(self.c_proj(hidden))
 
     return forward
@@ -145,7 +145,7 @@ def _conv1d(original: Any) -> Forward:
     """x weight + bias, with the weight stored (in, out): GPT-2's linear layers."""
 
     def forward(self, x):
-        return _products.linear(x, self.weight.t(), self.bias)
+        return layer_linear(x, self.weight.t(), self.bias)
 
     return forward
 

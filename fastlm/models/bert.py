@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..nn._fused import apply_norm, linear_gelu, residual_chain
 from ..nn._plain import plain
-from ..nn.linear import Linear, linear
+from ..nn.linear import Linear
 from ..ops.cross_entropy import cross_entropy
+from ..ops.linear import layer_linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .common.attention import SelfAttention
 from .common.checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
@@ -132,7 +133,7 @@ class MaskedLMHead(nn.Module):
         if table is None:
             return states
         if self.decoder is None or plain(self.decoder, Linear):
-            return linear(states, table if self.decoder is None else self.decoder.weight, self.bias)
+            return layer_linear(states, table if self.decoder is None else self.decoder.weight, self.bias)
         return self.decoder(states) + self.bias
 
 

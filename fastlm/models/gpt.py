@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn._fused import add_norm, apply_linear, apply_norm, linear_gelu
-from ..ops._products import linear
+from ..ops.linear import layer_linear
 from .common.attention import causal_attention
 from .common.config import ModelConfig
 from .common.model import CausalLM, product_dtype
@@ -81,10 +81,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = apply_linear(x, self.c_attn, linear).view(B, T, 3, self.n_head, self.head_size)
+        qkv = apply_linear(x, self.c_attn).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D), views of the projection
         y = causal_attention(q, k, v, self.layer, cache, self.dropout if self.training else 0.0)
-        return apply_linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj, linear)
+        return apply_linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj)
 
 
 class MLP(nn.Module):
@@ -95,7 +95,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_linear(linear_gelu(x, self.c_fc, "tanh", product=linear), self.c_proj, linear)
+        return apply_linear(linear_gelu(x, self.c_fc, "tanh"), self.c_proj)
 
 
 class Block(nn.Module):
@@ -151,7 +151,7 @@ class GPT(CausalLM):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return linear(hidden, self.wte.weight) if self.config.tie_embeddings else self.lm_head(hidden)
+        return layer_linear(hidden, self.wte.weight) if self.config.tie_embeddings else self.lm_head(hidden)
 
     def flops_per_token(self, context: int | None = None) -> int:
         """Floating-point operations that one training step (forward and backward) spends on a token.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..nn._fused import add_norm, apply_linear, apply_norm
 from ..nn.embedding import rotary_rates
-from ..nn.linear import linear
+from ..ops.linear import layer_linear
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
 from .common.attention import causal_attention
@@ -229,4 +229,5 @@ class Llama(CausalLM):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return linear(hidden, self.wte.weight) if self.config.tie_embeddings else apply_linear(hidden, self.lm_head)
+        tied = self.config.tie_embeddings
+        return layer_linear(hidden, self.wte.weight) if tied else apply_linear(hidden, self.lm_head)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..nn._fused import apply_norm, residual_chain
 from ..nn.embedding import sinusoid_angles
 from ..nn.feed_forward import feed_forward
-from ..nn.linear import Linear, linear
+from ..nn.linear import Linear
 from ..ops.attention import scaled_dot_product_attention
+from ..ops.linear import layer_linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .common.attention import SelfAttention
 from .common.checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
@@ -329,4 +330,4 @@ class Seq2Seq(Model):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., V)."""
-        return linear(hidden, self.head_weight, self.output_bias)
+        return layer_linear(hidden, self.head_weight, self.output_bias)

@@ -15,25 +15,24 @@ from torch import Tensor, nn
 from ..ops.cross_entropy import cross_entropy
 from ..ops.gelu import bias_gelu, gelu
 from ..ops.layer_norm import add_layer_norm, layer_norm
+from ..ops.linear import layer_linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rms_norm import add_rms_norm, rms_norm
 from ._plain import plain
 from .layer_norm import LayerNorm
-from .linear import Linear, linear
+from .linear import Linear
 from .rms_norm import RMSNorm
 
 
-def apply_linear(x: Tensor, layer: nn.Module, product: Callable[..., Tensor] = linear) -> Tensor:
-    """`layer(x)`, a linear layer, by `product`."""
-    return product(x, layer.weight, layer.bias) if plain(layer, nn.Linear, Linear) else layer(x)
+def apply_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """`layer(x)`, a linear layer."""
+    return layer_linear(x, layer.weight, layer.bias) if plain(layer, nn.Linear, Linear) else layer(x)
 
 
-def linear_gelu(
-    x: Tensor, layer: nn.Module, form: str = "none", dropout_p: float = 0.0, product: Callable[..., Tensor] = linear
-) -> Tensor:
+def linear_gelu(x: Tensor, layer: nn.Module, form: str = "none", dropout_p: float = 0.0) -> Tensor:
     """dropout(gelu(layer(x))), with the layer's bias, GELU and dropout in one pass."""
     if plain(layer, nn.Linear, Linear) and layer.bias is not None:
-        return bias_gelu(product(x, layer.weight), layer.bias, form, dropout_p)
+        return bias_gelu(layer_linear(x, layer.weight), layer.bias, form, dropout_p)
     hidden = gelu(layer(x), form)
     return F.dropout(hidden, dropout_p) if dropout_p else hidden
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .._core.dispatch import autocast_dtype
 from ..ops.attention import scaled_dot_product_attention
+from ..ops.linear import layer_linear
 from ._drop_in import DropIn
-from .linear import linear
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention, metaclass=DropIn, stands_for=torch.nn.MultiheadAttention):
@@ -86,7 +86,7 @@ def _output(out_proj: nn.Module, y: Tensor) -> Tensor:
     weight = out_proj.weight
     if not isinstance(weight, Tensor) or weight.is_meta != y.is_meta:  # quantized, or offloaded
         return out_proj(y)
-    return linear(y, weight, out_proj.bias)  # type: ignore[arg-type]
+    return layer_linear(y, weight, out_proj.bias)  # type: ignore[arg-type]
 
 
 def _in_weight(layer: MultiheadAttention) -> Tensor:
@@ -99,14 +99,14 @@ def _project(layer: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
     w, bias = layer.in_proj_weight, layer.in_proj_bias
     b = None if bias is None else bias.to(_in_weight(layer).dtype)  # torch's takes one of another dtype
     if w is not None and query is key and key is value:
-        return linear(query, w, b).unflatten(-1, (3, *heads)).unbind(-3)
+        return layer_linear(query, w, b).unflatten(-1, (3, *heads)).unbind(-3)
     if w is not None and key is value:
         b_q, b_kv = (None, None) if b is None else b.split((E, 2 * E))
-        k, v = linear(key, w[E:], b_kv).unflatten(-1, (2, *heads)).unbind(-3)
-        return linear(query, w[:E], b_q).unflatten(-1, heads), k, v
+        k, v = layer_linear(key, w[E:], b_kv).unflatten(-1, (2, *heads)).unbind(-3)
+        return layer_linear(query, w[:E], b_q).unflatten(-1, heads), k, v
     ws = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if w is None else w.chunk(3)
     bs = (None, None, None) if b is None else b.chunk(3)
-    projected = (linear(*args) for args in zip((query, key, value), ws, bs, strict=True))
+    projected = (layer_linear(*args) for args in zip((query, key, value), ws, bs, strict=True))
     return tuple(x.unflatten(-1, heads) for x in projected)
 
 

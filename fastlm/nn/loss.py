@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.dispatch import must_trace, needs_grad
 from .._core.torch_private import WeightedLoss
 from ..ops.cross_entropy import cross_entropy
+from ..ops.linear import layer_linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ._drop_in import DropIn
 
@@ -87,6 +87,6 @@ class LinearCrossEntropyLoss(_Base, metaclass=DropIn, stands_for=_Base):
             return linear_cross_entropy(
                 input, self.linear.weight, target, self.linear.bias, *options, class_weight=self.weight
             )
-        logits = F.linear(input, self.linear.weight, self.linear.bias)
+        logits = layer_linear(input, self.linear.weight, self.linear.bias)
         logits = logits.unflatten(-1, (self.num_classes, *self.out_features))
         return cross_entropy(logits, target, self.weight, *options)

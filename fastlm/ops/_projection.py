@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu as _native
-from ._products import add_product, leads, multiply
+from . import _thresholds
+from ._gemm import add_product, leads, multiply
 from .cross_entropy import Options, Scalar
-
-LARGE = 2**23  # logits of a window; more make no product faster
 
 
 class Grads(NamedTuple):
@@ -69,7 +68,7 @@ class Projection:
         if isinstance(self.count, Tensor):
             return None
         kept = (target != self.options.ignore_index).nonzero().squeeze(1)
-        return kept if kept.numel() < 0.9 * self.M else None
+        return kept if kept.numel() < (1 - _thresholds.IGNORED_SHARE) * self.M else None
 
     def _allowed(self, memory: float, hold: bool) -> int:
         """Blocks of classes whose logits fit within `memory` times the full logits' size; at least one.
@@ -86,7 +85,7 @@ class Projection:
 
     def _window_size(self, allowed: int) -> int:
         """Blocks to a window where logits wait: products run at full rate, the rest of the memory is for waiting."""
-        full_rate = LARGE // max(self.rows * self.kernels.CROSS_ENTROPY_BLOCK, 1)
+        full_rate = _thresholds.FULL_RATE // max(self.rows * self.kernels.CROSS_ENTROPY_BLOCK, 1)
         return max(1, min(full_rate, -(-allowed // 3)))
 
     def _windows(self, size: int) -> list[tuple[int, int]]:

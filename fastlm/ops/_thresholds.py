@@ -1,8 +1,9 @@
 """Where one way of computing overtakes another on a CPU, by what the CPU has.
 
-Each constant says where it was measured: on Sapphire Rapids, which has AMX, or on Zen 4, which has AVX-512 with bf16
-dot products but no AMX (2026-11-28), with PyTorch 2.13 on one thread unless another number is given. A CPU of another
-kind takes the numbers of the one that it is more like: AMX is what makes PyTorch fast in bf16.
+Each constant, or the page that it names, says where it was measured: on Sapphire Rapids, which has AMX, or on Zen 4,
+which has AVX-512 with bf16 dot products but no AMX (2026-11-28), with PyTorch 2.13 on one thread unless another number
+is given. A CPU of another kind takes the numbers of the one that it is more like: AMX is what makes PyTorch fast in
+bf16.
 """
 
 from __future__ import annotations
@@ -33,33 +34,33 @@ if not AMX:
 
 # ---- linear layers ------------------------------------------------------------------------------------------------
 
-# Rows at which our kernel for decoding reads a weight faster than PyTorch's product does, by whether MKL makes little
-# of the CPU's AVX-512: there it took 1.7 to 5 times as long, whatever the rows (Zen 4). Two threads, weights from 768 x
-# 768 to 50257 x 768: in fp32 1.0 to 1.9 times PyTorch's speed, with fewer than 4 rows 0.8 to 1.1 (Sapphire Rapids); in
-# 16 bits 1.1 to 5.5 times on either; fp64 0.7 to 1.3 times.
+# Measurements: docs/design/linear.md.
+# Whether MKL makes little of this CPU's AVX-512: one row in fp32 took it 1.7 times as long as our kernel (Zen 4).
+MKL_LAGS = AVX512 and not cpu.is_intel()
+# Rows, by that, at which our kernel for decoding reads an fp32 weight faster than PyTorch does; and the rows of every
+# dtype that the kernel leads in (bf16: 1.1 times as fast or more). fp64 is PyTorch's.
 ROWS_IN_FP32 = {True: range(1, LINEAR_ROWS + 1), False: range(4, LINEAR_ROWS + 1)}
-ROWS_IN_HALF = range(1, LINEAR_ROWS + 1)
-# Elements of a weight up to which PyTorch's product of few rows is the faster one. Sapphire Rapids: one row took 1.6
-# times PyTorch's time at 256 x 256 in fp32 and as long at 512 x 512; 2.3 times at 64 x 64 in bf16 and 0.4 times at 128
-# x 128. Zen 4: 1.5 times at 256 x 256 in fp32, 1.1 at 384 x 384 and 0.95 at 512 x 512; 1.9 times at 64 x 64 in bf16 and
-# 0.6 at 96 x 96; in fp16 one, two and four rows 1.7, 1.2 and 0.8 times at 96 x 96, and 1.4, 1.0 and 0.6 at 128 x 128.
+FASTER_ROWS: dict[torch.dtype, range] = {}
+if cpu.missing_reason is None:
+    FASTER_ROWS = dict.fromkeys(HALF, range(1, LINEAR_ROWS + 1)) | {torch.float32: ROWS_IN_FP32[MKL_LAGS]}
+# Elements of a weight up to which PyTorch is faster with few rows: at 256 x 256 in fp32 ours took 1.6 times as long.
 SMALL_WEIGHT = {torch.float32: 2**17, torch.bfloat16: 2**12, torch.float16: 2**12 if AMX else 2**13}
-# Multiplications in a product beyond which ours is worth its call where it leads (Zen 4); the same in training, where
-# an autograd class of our own costs more than better products save: with 64 rows of 128, a step of BERT under autocast
-# took 1.2 times as long with it.
+# Multiplications in a matmul beyond which our GEMM is worth its call where it leads; the same in training, where an
+# autograd class of our own costs more than a better matmul saves: a step of small BERT took 1.2 times as long.
 SMALL_PRODUCT, SMALL_IN_TRAINING = 2**22, 2**26
-# Terms of a sum, and terms where those of a lie below each other, up to which ours leads in bf16 (Zen 4). Its sums are
-# made at one go, since they are rounded: with more of b to keep at hand it took up to 1.5 times as long as oneDNN.
+# Terms of a sum, and terms where those of a lie below each other, up to which our GEMM leads in bf16: with more, it
+# took up to 1.5 times as long as oneDNN.
 DEEPEST, DEEPEST_BELOW = 8192, 4096
-# With AMX, oneDNN 3.12 gives one of two threads nothing to do where the product has about 1024 rows and at most 1024
-# columns: 1024 x 768 x 3072 ran at 1.1 TFLOP/s, in halves of the rows at 1.9; below and above, the whole is faster.
+# Rows and columns of which oneDNN leaves one of two threads idle (AMX): halves of 1024 x 768 x 3072 ran 1.7 times as
+# fast as the whole.
 LONE_ROWS, LONE_COLUMNS = range(641, 1536), range(1, 1025)
-# Rows from which on a bias inside oneDNN's product in bf16 pays (Sapphire Rapids): up to 1.2 times as fast, below 0.8
-# to 1.0 times.
+# Rows from which on a bias inside oneDNN's matmul in bf16 pays: up to 1.2 times as fast (AMX).
 MANY_ROWS = 512
-# Outputs of a layer from which on the rows that a loss ignores are looked for. In BERT base's training on 15 % of 1024
-# tokens, with 30522 classes, two of the output layer's three products are then of 154 rows.
-MANY_CLASSES = 4096
+# Outputs of a layer from which on rows without gradient, as of tokens that a loss ignores, are looked for; and the
+# share of all rows beyond which they are left out.
+MANY_CLASSES, IGNORED_SHARE = 4096, 0.1
+# Logits of a window of linear_cross_entropy; more make no matmul faster.
+FULL_RATE = 2**23
 
 # ---- elementwise --------------------------------------------------------------------------------------------------
 

@@ -310,6 +310,7 @@ def scaled_dot_product_attention(
     ),
     differentiable=("query", "key", "value", "attn_mask"),
     draw=_draw,
+    opaque=True,
 )
 def scaled_dot_product_attention(
     query: Tensor,

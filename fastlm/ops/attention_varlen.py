@@ -247,6 +247,7 @@ def attention_varlen(
     differentiable=("query", "key", "value"),
     draw=_draw,
     note="packed sequences",
+    opaque=True,
 )
 def attention_varlen(
     query: Tensor,

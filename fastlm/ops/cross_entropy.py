@@ -332,6 +332,7 @@ def _draw(draw: Draw) -> list[dict[str, Any]]:
     draw=_draw,
     choices={"reduction": REDUCTIONS},
     overwriting=("inplace_backward",),
+    opaque=True,
 )
 def cross_entropy(
     input: Tensor,

@@ -276,6 +276,7 @@ def _draw(draw: Draw) -> list[dict[str, Any]]:
     draw=_draw,
     choices={"reduction": REDUCTIONS},
     note="never holds the logits",
+    opaque=True,
 )
 def linear_cross_entropy(
     hidden: Tensor,

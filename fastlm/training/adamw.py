@@ -14,7 +14,7 @@ from .._core.dispatch import PLAIN_TENSORS
 from .._core.torch_private import version_of
 from ..backends import cpu as _native
 from ..backends.cpu import adamw as _kernels
-from ..ops._products import copy_of
+from ..ops._shadow import copy_of
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ adds to the norm
 PLAIN = ("amsgrad", "capturable", "differentiable")  # options that only PyTorch's own step serves
@@ -27,7 +27,7 @@ class AdamW(torch.optim.AdamW):
     Arguments, parameter groups and state dicts are those of `torch.optim.AdamW`. On a CPU, parameters in float32
     (with gradients in float32 or bfloat16) or in bfloat16 take one kernel for all of them. Any other takes PyTorch's
     step, as those of tensor subclasses do: shards of FSDP2, quantized tensors. A bf16 copy that a parameter carries
-    (`fastlm.ops._products.attach_copy`) is refreshed as it goes.
+    (`fastlm.ops._shadow.attach_copy`) is refreshed as it goes.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """

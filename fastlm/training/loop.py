@@ -20,7 +20,7 @@ from ..data.loader import Loader, in_order
 from ..errors import CheckpointError, ConfigError, DataError, FastlmError, shown
 from ..formats import checkpoint as ckpt
 from ..objectives import Evaluation
-from ..ops._products import prepare_weights
+from ..ops._shadow import prepare_weights
 from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads, refuse_ranks
 from . import rng
 from .config import TrainConfig

@@ -186,3 +186,19 @@ def test_a_fake_mode_is_seen_while_it_lasts():
     assert torch_private.fake_mode() is None
     assert torch_private.is_fake(fake)
     assert not torch_private.is_fake(torch.empty(2))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_what_is_compiled_runs_as_it_was_written_inside_uncompiled(fullgraph):
+    def never(graph, inputs):
+        raise AssertionError("compiled")
+
+    def call(x):
+        raise ValueError(torch.compiler.is_compiling())
+
+    found = []
+    for function in (call, torch.compile(call, backend=never, fullgraph=fullgraph)):
+        with torch_private.uncompiled(), pytest.raises(ValueError, match="False") as raised:
+            function(torch.ones(2))
+        found.append(torch_private.runs_compiled(raised.tb))
+    assert found == [False, True]

@@ -1,6 +1,7 @@
 """Products on a CPU: our own, and in halves, weights' bf16 copies, and the tied embedding's one gradient."""
 
 import contextlib
+import importlib
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from fastlm import linear_cross_entropy
 from fastlm.backends import cpu as _native
 from fastlm.backends.cpu import gemm as _kernels
 from fastlm.models import GPT, GPTConfig
-from fastlm.ops import _products
+from fastlm.ops import _gemm, _shadow, _thresholds
+from fastlm.ops._tied_embedding import tied_embedding
+from fastlm.ops.linear import layer_linear
 from fastlm.training import AdamW
 
+linear_op = importlib.import_module("fastlm.ops.linear")  # fastlm.ops has the function by this name
 CONFIG = GPTConfig(vocab_size=61, context_length=16, n_layer=2, n_head=2, n_embd=32)
 BF16 = torch.bfloat16
 
@@ -46,10 +50,10 @@ def gradients(net, accumulate=1):
 @pytest.mark.parametrize("bias", [False, True])
 def test_split_products(monkeypatch, threads, rows, bias):
     threads(2)
-    monkeypatch.setattr(_products, "_has_tiles", lambda: True)
+    monkeypatch.setattr(_gemm, "has_tiles", lambda: True)
     a, b, c = torch.randn(rows, 40).to(BF16), torch.randn(40, 24).to(BF16), torch.randn(24).to(BF16)
     truth = a.double() @ b.double() + (c.double() if bias else 0)
-    found = _products.multiply(a, b, c if bias else None).double()
+    found = _gemm.multiply(a, b, c if bias else None).double()
     assert ((found - truth).abs() <= 2**-7 * truth.abs() + 2**-7).all()
 
 
@@ -60,9 +64,11 @@ def ours(request, monkeypatch):
         pytest.skip("this CPU, or the instruction set chosen, has no such products")
     calls = []
     plain = _kernels.gemm
-    monkeypatch.setattr(_products, "leads", lambda dtype: dtype is request.param)
-    monkeypatch.setattr(_products, "SMALL_PRODUCT", 0)
-    monkeypatch.setattr(_products, "SMALL_IN_TRAINING", 0)
+    for module in (_gemm, linear_op):
+        monkeypatch.setattr(module, "leads", lambda dtype: dtype is request.param)
+    monkeypatch.setattr(_thresholds, "SMALL_PRODUCT", 0)
+    monkeypatch.setattr(_thresholds, "SMALL_IN_TRAINING", 0)
+    monkeypatch.setattr(_thresholds, "FASTER_ROWS", {})
     monkeypatch.setattr(_kernels, "gemm", lambda *args: calls.append(args) or plain(*args))
     return request.param, lambda: len(calls)
 
@@ -95,15 +101,15 @@ def test_our_products(ours, threads, shape, stored, form, threads_used):
     if form == "added":
         total = torch.randn(rows, columns + 5)[:, 2:-3]
         found = total.clone()
-        _products.add_product(found, a, b)
+        _gemm.add_product(found, a, b)
         close(found, total.double() + truth, scale=scale)
     else:
-        close(_products.multiply(a, b, c), truth, dtype, scale)
+        close(_gemm.multiply(a, b, c), truth, dtype, scale)
         out = torch.full((rows, columns + 5), torch.nan, dtype=dtype)[:, 2:-3]
-        assert _products.multiply(a, b, c, out) is out
+        assert _gemm.multiply(a, b, c, out) is out
         close(out, truth, dtype, scale)
         turned = torch.full((columns, rows), torch.nan, dtype=dtype).t()
-        close(_products.multiply(a, b, c, turned), truth, dtype, scale)
+        close(_gemm.multiply(a, b, c, turned), truth, dtype, scale)
     assert calls() >= 1
 
 
@@ -114,7 +120,7 @@ def test_nothing_beyond_a_matrix_is_read_or_written(ours):
         a[1:-1, 1:-1], b[1:-1, 1:-1] = torch.randn(rows, depth), torch.randn(depth, columns)
         out = torch.zeros(rows + 2, columns + 2, dtype=dtype)
         inner = [x[1:-1, 1:-1] for x in (a, b, out)]
-        _products.multiply(inner[0], inner[1], out=inner[2])
+        _gemm.multiply(inner[0], inner[1], out=inner[2])
         close(inner[2], inner[0].double() @ inner[1].double(), dtype, depth**0.5)
         inner[2].zero_()
         assert not out.any()
@@ -126,11 +132,11 @@ def test_a_row_of_our_products_is_the_same_in_any_company(ours, threads, turned)
     a, b = torch.randn(700, 96, dtype=dtype), torch.randn(96, 500, dtype=dtype)
     a = a.t().contiguous().t() if turned else a
     threads(1)
-    whole = _products.multiply(a, b)
-    assert torch.equal(whole[301:302], _products.multiply(a[301:302], b))
-    assert torch.equal(whole[:, 70:75], _products.multiply(a, b[:, 70:75]))
+    whole = _gemm.multiply(a, b)
+    assert torch.equal(whole[301:302], _gemm.multiply(a[301:302], b))
+    assert torch.equal(whole[:, 70:75], _gemm.multiply(a, b[:, 70:75]))
     threads(2)
-    assert torch.equal(whole, _products.multiply(a, b))
+    assert torch.equal(whole, _gemm.multiply(a, b))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -142,7 +148,7 @@ def test_our_linear_and_its_gradients(ours, transposed, with_bias, expanded):
     grad = torch.randn(24).expand(3, 7, 24) if expanded else torch.randn(3, 7, 24)
     grad = grad.to(own_dtype)
     results = []
-    for function, dtype in ((_products.linear, own_dtype), (F.linear, torch.float64)):
+    for function, dtype in ((layer_linear, own_dtype), (F.linear, torch.float64)):
         stored = weight.to(dtype, copy=True)
         stored = (stored.t().contiguous() if transposed else stored).requires_grad_()
         own = [t.to(dtype, copy=True).requires_grad_() for t in ((x, bias) if with_bias else (x,))]
@@ -162,7 +168,7 @@ def test_our_linear_differentiates_twice(ours):
     dtype, calls = ours
     x, weight = torch.randn(4, 6, dtype=dtype, requires_grad=True), torch.randn(3, 6, dtype=dtype, requires_grad=True)
     found = []
-    for function in (F.linear, _products.linear):
+    for function in (F.linear, layer_linear):
         (first,) = torch.autograd.grad(function(x, weight).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), weight)[0])
     torch.testing.assert_close(found[0], found[1])
@@ -171,13 +177,13 @@ def test_our_linear_differentiates_twice(ours):
 
 def test_our_products_lead_only_where_they_were_measured(monkeypatch):
     monkeypatch.setattr(_native, "is_intel", lambda: True)
-    assert not any(_products.leads(dtype) for dtype in (torch.float32, BF16))
+    assert not any(_gemm.leads(dtype) for dtype in (torch.float32, BF16))
     monkeypatch.setattr(_native, "is_intel", lambda: False)
     for isa in _native.cpu_isas():
         with _isa(isa):
-            assert _products.leads(torch.float32) == (isa in ("avx512", "avx512_bf16", "amx"))
-            assert _products.leads(BF16) == (isa == "avx512_bf16")
-            assert not _products.leads(torch.float16)
+            assert _gemm.leads(torch.float32) == (isa in ("avx512", "avx512_bf16", "amx"))
+            assert _gemm.leads(BF16) == (isa == "avx512_bf16")
+            assert not _gemm.leads(torch.float16)
 
 
 @contextlib.contextmanager
@@ -194,12 +200,12 @@ def test_what_does_not_fit_is_pytorchs(ours):
     dtype, calls = ours
     x, weight = torch.randn(4, 6, dtype=dtype), torch.randn(3, 6, dtype=dtype)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        _products.linear(x, torch.randn(3, 5, dtype=dtype))
+        layer_linear(x, torch.randn(3, 5, dtype=dtype))
     with pytest.raises(RuntimeError, match="same dtype"):
-        _products.linear(x, weight.double())
+        layer_linear(x, weight.double())
     with autocast():
-        assert _products.linear(x, weight).dtype is BF16
-    compiled = torch.compile(_products.linear, fullgraph=True, backend="eager")
+        assert layer_linear(x, weight).dtype is BF16
+    compiled = torch.compile(layer_linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
     assert calls() == 0
 
@@ -223,14 +229,15 @@ def test_linear_cross_entropy_by_our_products(ours, memory):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("carried", [True, False])
-def test_linear_has_the_bits_of_autocast(with_bias, carried):
+def test_linear_has_the_bits_of_autocast(monkeypatch, with_bias, carried):
+    monkeypatch.setattr(_thresholds, "SMALL_IN_TRAINING", 0)
     x = torch.randn(3, 5, 16).to(BF16)
     weight, bias, grad = torch.randn(24, 16), torch.randn(24), torch.randn(3, 5, 24).to(BF16)
     results = []
-    for function in (F.linear, _products.linear):
+    for function in (F.linear, layer_linear):
         leaves = [t.clone().requires_grad_() for t in ((x, weight, bias) if with_bias else (x, weight))]
-        if carried and function is _products.linear:
-            _products.attach_copy(leaves[1])
+        if carried and function is layer_linear:
+            _shadow.attach_copy(leaves[1])
         with autocast():
             y = function(*leaves)
         results.append((y, *torch.autograd.grad(y, leaves, grad)))
@@ -239,10 +246,11 @@ def test_linear_has_the_bits_of_autocast(with_bias, carried):
         assert torch.equal(a, b)
 
 
-def test_linear_differentiates_twice():
+def test_linear_differentiates_twice(monkeypatch):
+    monkeypatch.setattr(_thresholds, "SMALL_IN_TRAINING", 0)
     x, weight = torch.randn(4, 6).to(BF16).requires_grad_(), torch.randn(3, 6, requires_grad=True)
     found = []
-    for function in (F.linear, _products.linear):
+    for function in (F.linear, layer_linear):
         with autocast():
             y = function(x, weight)
         (first,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
@@ -254,7 +262,7 @@ def test_linear_differentiates_twice():
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_prepared_weights_give_the_gradients_of_plain_autocast(tie, accumulate):
     plain, prepared = model(tie), model(tie)
-    _products.prepare_weights(prepared.product_weights(), accumulate=accumulate > 1)
+    _shadow.prepare_weights(prepared.product_weights(), accumulate=accumulate > 1)
     truth = gradients(plain, accumulate)
     for name, grad in gradients(prepared, accumulate).items():
         top = truth[name].abs().max()
@@ -270,31 +278,31 @@ def test_tied_embedding_adds_both_gradients(dtype):
     x, y = torch.randn(2, 3, 4, dtype=dtype), torch.randn(9, 4, dtype=dtype)
     for use in ((1, 1), (1, 0), (0, 1)):
         found = []
-        for function in (lambda w, t: (F.embedding(t, w), w), _products.tied_embedding):
+        for function in (lambda w, t: (F.embedding(t, w), w), tied_embedding):
             rows, table = function(weight, tokens)
             found += torch.autograd.grad(use[0] * (rows * x).sum() + use[1] * (table * y).sum(), weight)
         torch.testing.assert_close(found[0], found[1])
     assert torch.autograd.gradcheck(
-        lambda w: sum(part.sum() for part in map(torch.sin, _products.tied_embedding(w, tokens))),
+        lambda w: sum(part.sum() for part in map(torch.sin, tied_embedding(w, tokens))),
         (weight.detach().double().requires_grad_(),),
     )
 
 
 def test_copies_are_used_only_while_they_are_right():
     weight = torch.nn.Parameter(torch.randn(5, 4))
-    _products.attach_copy(weight)
-    assert _products.rounded(weight) is _products.copy_of(weight)
+    _shadow.attach_copy(weight)
+    assert _shadow.rounded(weight) is _shadow.copy_of(weight)
     with torch.no_grad():
         weight.add_(1)
-    assert torch.equal(_products.rounded(weight), weight.detach().bfloat16())
+    assert torch.equal(_shadow.rounded(weight), weight.detach().bfloat16())
     weight.data = torch.randn(2, 2)
-    assert _products.copy_of(weight) is None
+    assert _shadow.copy_of(weight) is None
 
 
 def test_copies_leave_the_state_dict_alone():
     net = model()
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    _products.prepare_weights(net.product_weights(), accumulate=False)
+    _shadow.prepare_weights(net.product_weights(), accumulate=False)
     assert net.state_dict().keys() == before.keys()
     assert all(torch.equal(t, before[name]) and t.dtype is torch.float32 for name, t in net.state_dict().items())
 
@@ -304,7 +312,7 @@ def test_steps_with_copies_follow_steps_with_casts():
     for prepared in (False, True):
         net = model()
         if prepared:
-            _products.prepare_weights(net.product_weights(), accumulate=False)
+            _shadow.prepare_weights(net.product_weights(), accumulate=False)
         optimizer = AdamW(net.parameters(), lr=1e-2)
         found = []
         for step in range(6):
@@ -322,7 +330,7 @@ def test_steps_with_copies_follow_steps_with_casts():
 
 def test_a_graph_over_a_refreshed_copy_is_refused():
     net = model()
-    _products.prepare_weights(net.product_weights(), accumulate=False)
+    _shadow.prepare_weights(net.product_weights(), accumulate=False)
     optimizer = AdamW(net.parameters())
     gradients(net)
     with autocast():

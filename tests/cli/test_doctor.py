@@ -12,7 +12,7 @@ from fastlm._core import dispatch as _dispatch
 from fastlm.backends import cpu as _native
 from fastlm.backends import cuda as _native_cuda
 from fastlm.cli import doctor, main
-from fastlm.ops import _products
+from fastlm.ops import _gemm
 
 
 def test_json_agrees_with_the_package(capsys, monkeypatch):
@@ -23,7 +23,7 @@ def test_json_agrees_with_the_package(capsys, monkeypatch):
     assert report["cpu"]["isas"] == list(fastlm.cpu_isas())
     products = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     assert report["cpu"]["large_products"] == {
-        name: "fastlm's" if _products.leads(dtype) else "PyTorch's" for name, dtype in products.items()
+        name: "fastlm's" if _gemm.leads(dtype) else "PyTorch's" for name, dtype in products.items()
     }
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["cpu"]["extension"] == (_native.missing_reason or "loaded")

@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 import fastlm
 from fastlm.integrations import losses
-from fastlm.ops._products import MANY_CLASSES, SMALL_IN_TRAINING
+from fastlm.ops._thresholds import MANY_CLASSES, SMALL_IN_TRAINING
 from tolerances import assert_as_close_as_torch
 
 V, H, B, T = MANY_CLASSES + 3, 128, 2, 66  # the output layer is one of many classes, and its product a large one

@@ -23,7 +23,7 @@ from fastlm.benchmarks.plain_bert import PlainBERT
 from fastlm.benchmarks.plain_gpt import PlainGPT
 from fastlm.formats.hf.layout import export
 from fastlm.models import BERT, GPT, BERTConfig, GPTConfig
-from fastlm.ops._products import prepare_weights
+from fastlm.ops._shadow import prepare_weights
 from fastlm.runtime import cpu_bfloat16_feature
 from fastlm.training.adamw import AdamW
 from hf import transformers

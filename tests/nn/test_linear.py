@@ -10,8 +10,7 @@ import torch
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastlm.nn
-from fastlm.nn.linear import MANY_ROWS
-from fastlm.ops._products import LONE_COLUMNS, LONE_ROWS, MANY_CLASSES, SMALL_IN_TRAINING
+from fastlm.ops._thresholds import LONE_COLUMNS, LONE_ROWS, MANY_CLASSES, MANY_ROWS, SMALL_IN_TRAINING
 from tolerances import assert_as_close_as_torch
 
 K, N = 70, 45
@@ -57,7 +56,7 @@ def test_strided_and_flat_inputs(dtype):
 @pytest.mark.parametrize("small", [True, False])
 def test_training_under_autocast_is_torchs(rows, bias, small, monkeypatch):
     if not small:
-        monkeypatch.setattr("fastlm.ops._products.SMALL_IN_TRAINING", 0)
+        monkeypatch.setattr("fastlm.ops._thresholds.SMALL_IN_TRAINING", 0)
     ours, theirs, truth = twins(bias, torch.float32)
     x, dy = torch.randn(2, rows, K), torch.randn(2, rows, N)
     results = []

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 import fastlm
 from conftest import DTYPES
 from fastlm.backends import cpu as _native
-from fastlm.ops import _products
+from fastlm.ops import _thresholds
 from tolerances import assert_as_close_as_torch
 
-linear_op = importlib.import_module("fastlm.ops.linear")  # fastlm.ops has the function by this name
 # K below a vector, with a tail, of two vectors at a time; N of one and of several threads' shares.
 SIZES = [(1, 1), (5, 3), (37, 50), (64, 128), (300, 193)]
 
@@ -98,9 +97,15 @@ def test_many_rows_and_gradients_are_the_librarys():
     assert torch.autograd.grad(fastlm.linear(x[:1], weight).sum(), weight)[0].shape == weight.shape
 
 
+def leads(monkeypatch, answer):
+    """Let our GEMM lead on this CPU where `answer` says so of a dtype."""
+    for module in ("_gemm", "linear"):
+        monkeypatch.setattr(importlib.import_module(f"fastlm.ops.{module}"), "leads", answer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_products_are_ours_where_they_lead(monkeypatch, dtype):
-    monkeypatch.setattr(_products, "leads", lambda asked: asked is dtype)
+    leads(monkeypatch, lambda asked: asked is dtype)
     x, weight = torch.empty(512, 512, dtype=dtype), torch.empty(512, 512, dtype=dtype)
     trained = weight.clone().requires_grad_()
     assert fastlm.explain(fastlm.linear, x, weight).selected == "cpu"
@@ -108,14 +113,13 @@ def test_large_products_are_ours_where_they_lead(monkeypatch, dtype):
     assert fastlm.explain(fastlm.linear, x[:64], trained).selected == "torch"
     assert fastlm.explain(fastlm.linear, x[:9], weight[:9]).selected == "torch"
     assert fastlm.explain(fastlm.linear, x.half(), weight.half()).selected == "torch"
-    monkeypatch.setattr(_products, "leads", lambda asked: False)
+    leads(monkeypatch, lambda asked: False)
     assert fastlm.explain(fastlm.linear, x, weight).selected == "torch"
 
 
 @pytest.mark.parametrize("lags", [False, True])
 def test_one_row_in_fp32_is_ours_where_mkl_lags(monkeypatch, lags):
-    monkeypatch.setattr(_products, "mkl_lags", lambda: lags)
-    monkeypatch.setitem(linear_op.FASTER_ROWS, torch.float32, linear_op.faster_rows_in_fp32())
+    monkeypatch.setitem(_thresholds.FASTER_ROWS, torch.float32, _thresholds.ROWS_IN_FP32[lags])
     x, weight = torch.randn(1, 16), torch.empty(2**14, 16)
     found = fastlm.explain(fastlm.linear, x, weight)
     assert found.selected == ("cpu" if lags else "torch")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastlm.backends import cpu as _native
-from fastlm.ops._products import attach_copy, copy_of
+from fastlm.ops._shadow import attach_copy, copy_of
 from fastlm.training import AdamW
 
 SHAPES = [(7,), (1,), (33, 5), (40_000,), (0,), (70_001,)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..._core.dispatch import autocast_dtype
 from ...nn._fused import apply_norm, head_loss, norms_within_reach
 from ...nn._plain import plain
-from ...ops._products import tied_embedding
+from ...ops._tied_embedding import tied_embedding
 from ...ops.linear_cross_entropy import linear_cross_entropy
 from .checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
 
