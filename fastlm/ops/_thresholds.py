@@ -19,13 +19,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 # ---- attention ----------------------------------------------------------------------------------------------------
 
-# Keys of all heads and sequences up to which one query without mask and gradients is PyTorch's; heads of 64. Sapphire
-# Rapids, all dtypes: 192 to 1536 keys took ours 1.2 to 1.5 times PyTorch's time, 12288 as long, 98304 0.9 times. Zen 4,
-# fp32: 768 keys 1.06 times, 1536 0.99, 3072 0.93, 6144 0.93; fp64: 768 1.07, 3072 0.89; with AVX2 alone on both sides,
-# fp32: 768 1.2 times, 12000 1.04, 32768 0.84 or less. bf16 there: 64 keys 0.75 times, 768 0.2, 6144 0.1; fp16 less.
-# With a mask ours runs, whatever that costs (Sapphire Rapids, 192 to 1536 keys: 1.6 to 2.4 times; Zen 4, fp32: 1.0 to
-# 1.4), since PyTorch's lets a NaN of a closed key through. Where heads share keys PyTorch reads these once a head, and
-# took 1.0 to 1.2 times our time with 80 keys or more.
+# Keys of all heads and sequences up to which one query without mask and gradients is PyTorch's: 768 in fp32 took ours
+# 1.06 times PyTorch's time on Zen 4 (docs/design/attention.md). With a mask ours runs, since PyTorch's lets a NaN of a
+# closed key through.
 SHORT_DECODE: dict[torch.dtype, int] = dict.fromkeys(cpu.TYPE_CODE, 2**14)
 if AVX512 and not AMX:
     SHORT_DECODE |= dict.fromkeys((torch.float32, torch.float64), 2**11)
@@ -64,6 +60,6 @@ FULL_RATE = 2**23
 
 # ---- elementwise --------------------------------------------------------------------------------------------------
 
-# Elements of a gate in decoding up to which PyTorch's two operators are faster than swiglu. Sapphire Rapids: 5632 took
-# 14 us instead of 5, 90112 39 instead of 34. Zen 4: 16384 took 1.5 times PyTorch's time, 32768 1.1 and 65536 0.9 times.
+# Elements of a gate in decoding up to which PyTorch's two operators are faster than swiglu: 16384 took ours 1.5 times
+# their time on Zen 4 (docs/design/swiglu.md).
 SMALL_GATE = 2**16 if AMX else 2**15
