@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -154,7 +155,7 @@ def _on_cuda(request):
         yield "cuda"
 
 
-FEW = 4  # cases of a test of interpreted or emulated kernels in `make test`; the others are in `make test-gpu-code`
+FEW = 2  # cases of a test of interpreted or emulated kernels in `make test`; the others are in `make test-gpu-code`
 ON_GPU = {"triton": _on_triton, "cuda": _on_cuda}
 
 
@@ -199,6 +200,12 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not unsupported(item)]
     if not torch.cuda.is_available():
         _leave_most_interpreted_cases_to_gpu_code(items)
+
+
+def pytest_collection_finish(session):
+    """Keep what was imported out of later garbage collections, of which each took half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _leave_most_interpreted_cases_to_gpu_code(items):

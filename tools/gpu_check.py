@@ -135,7 +135,7 @@ def run_part(part: Part, scratch: Path, seconds: float) -> dict:
     command = [*part.command, f"--junitxml={report}"] if "pytest" in part.command else part.command
     start = time.monotonic()
     # in the folder of the tests, so that the installed package is what `import fastlm` finds
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    process = subprocess.Popen(command, cwd=TESTS, env=env, start_new_session=True)
     try:
         status = process.wait(min(part.seconds, seconds))
     except subprocess.TimeoutExpired:

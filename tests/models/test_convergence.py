@@ -38,7 +38,7 @@ ROUNDED_RUNS = 4  # of the stock model
 bf16 = pytest.param(
     torch.bfloat16, marks=pytest.mark.skipif(cpu_bfloat16_feature() is None, reason="no bf16 products in this CPU")
 )
-DTYPES = [torch.float32, bf16]
+DTYPES = [torch.float32, pytest.param(bf16, marks=pytest.mark.slow)]
 
 
 class Batch(NamedTuple):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,8 +30,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
 
 def test_a_part_that_fails_or_hangs_costs_the_others_nothing(monkeypatch, capfd):
     monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.5)
-    hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    start = time.monotonic()
+    hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(3600)"
     done = gpu_check.run_all(
         [
             Part("fails", _python("raise SystemExit(3)"), 30),
@@ -42,16 +40,19 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(monkeypatch, capfd)
         ],
         60,
     )
-    assert time.monotonic() - start < 30
     assert [part["status"] for part in done] == [3, -11, 124, 0]
     assert "worked" in capfd.readouterr().out
 
 
 def test_an_interrupted_part_can_write_what_it_has(tmp_path):
     file = tmp_path / "rows"
-    code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({str(file)!r}, 'w').write('two rows')"
-    (done,) = gpu_check.run_all([Part("slow", _python(code), 3)], 60)
-    assert done["status"] == 124
+    code = f"""import time
+try: print("ready", flush=True) or time.sleep(600)
+except KeyboardInterrupt: open({str(file)!r}, "w").write("two rows")"""
+    process = subprocess.Popen(_python(code), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        gpu_check._end(process)
     assert file.read_text() == "two rows"
 
 
