@@ -328,7 +328,7 @@ def _draw(draw: Draw) -> list[dict[str, Any]]:
         Backend("torch", always),
         Backend("reference", always),
     ),
-    differentiable=("input",),
+    differentiable=("input", "target"),
     draw=_draw,
     choices={"reduction": REDUCTIONS},
     overwriting=("inplace_backward",),

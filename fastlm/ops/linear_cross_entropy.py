@@ -272,7 +272,7 @@ def _draw(draw: Draw) -> list[dict[str, Any]]:
         Backend("torch", always),
         Backend("reference", always),
     ),
-    differentiable=("hidden", "weight", "bias"),
+    differentiable=("hidden", "weight", "bias", "target"),
     draw=_draw,
     choices={"reduction": REDUCTIONS},
     note="never holds the logits",

@@ -84,7 +84,7 @@ def same(value: object, default: object) -> bool:
 
 @pytest.mark.parametrize("op", registry.ops(), ids=lambda op: op.name)
 def test_an_op_lacks_nothing(op):
-    assert lacking(op) == []
+    assert not (found := lacking(op)), "\n".join([f"{op.name}:", *found])  # pytest would show the first alone
 
 
 def test_every_file_of_ops_has_a_specification():
@@ -158,21 +158,71 @@ def test_a_sample_is_the_same_on_every_backend(name):
             torch.testing.assert_close(actual, y, rtol=1e-3 if narrow else 1e-9, atol=1e-3 if narrow else 1e-9)
 
 
+@pytest.fixture
+def references(monkeypatch):
+    """Counts the calls of the references, by name."""
+    calls: dict[str, int] = defaultdict(int)
+    for op in registry.ops():
+        name = op.reference.__name__
+
+        def counted(*args, name=name, reference=op.reference, **kwargs):
+            calls[name] += 1
+            return reference(*args, **kwargs)
+
+        monkeypatch.setattr(importlib.import_module(op.function.__module__), name, counted)
+    return calls
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_reference_backend_runs_the_reference(name, monkeypatch):
-    case, calls = CASES[name], defaultdict(int)
-    module = importlib.import_module(case.op.function.__module__)
-    reference = case.op.reference
-
-    def counted(*args, **kwargs):
-        calls[reference.__name__] += 1
-        return reference(*args, **kwargs)
-
-    monkeypatch.setattr(module, reference.__name__, counted)
+def test_the_reference_backend_runs_the_reference(name, references):
+    case = CASES[name]
     with fastlm.backend("reference"):
         assert fastlm.explain(case.op.function, **case.arguments()).selected == "reference"
         case.op.function(**case.arguments())
-    assert calls == {reference.__name__: 1}
+    assert references[case.op.reference.__name__] == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_other_backend_runs_the_reference(name, references):
+    """An op that names a backend and forgets to call it would be right, and slow."""
+    case = CASES[name]
+    for backend in ("cpu", "torch"):
+        if served(case, backend):
+            with fastlm.backend(backend):
+                case.run(*case.leaves(dtype=torch.float64))
+    assert references == {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_sample_compiles_to_one_graph(name):
+    """With the values and gradients of the uncompiled call, but where there is dropout, whose masks are others."""
+    case = CASES[name]
+    torch.compiler.reset()
+    compiled = torch.compile(case.run, backend="aot_eager", fullgraph=True)
+    found = []
+    for run in (case.run, compiled):
+        leaves, others = case.leaves()
+        outputs = run(leaves, others)
+        grads = [torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype) for y in outputs]
+        found.append([*outputs, *torch.autograd.grad(outputs, list(leaves.values()), grads)])
+    for eager, traced in zip(*found, strict=True):
+        assert (eager.shape, eager.dtype) == (traced.shape, traced.dtype)
+        if not others.get("dropout_p"):
+            torch.testing.assert_close(traced, eager, rtol=1e-2 if eager.dtype.itemsize < 4 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_gradient_reaches_a_tensor_that_the_specification_leaves_out(name):
+    """Where one is wanted, the op says that it has none: else it would be silently wrong, or tested nowhere."""
+    case = CASES[name]
+    arguments = case.arguments(dtype=torch.float64)
+    for argument in case.op.tensors:
+        tensor = arguments.get(argument)
+        if tensor is None or not tensor.is_floating_point() or argument in case.op.differentiable:
+            continue
+        wanting = arguments | {argument: tensor.clone().requires_grad_()}
+        with pytest.raises(ValueError, match=f"{argument}.* requires a gradient, which this op does not have"):
+            case.op.function(**wanting)
 
 
 @pytest.mark.parametrize("name", CASES)
