@@ -142,7 +142,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         if (path / name).is_file():
             return path / name
     files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
+    if len(files) > 1:
+        raise CheckpointError(f"{path}: has {listed([file.name for file in files])}; expected the path of one of them")
+    if not files:
         raise CheckpointError(f"{path}: expected {CONFIG}, {BEST}, {LAST} or one .gguf file in it")
     return files[0]
 
@@ -253,6 +255,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], format: str = "hf", sha
 def _load_checkpoint(path: Path, dtype: torch.dtype) -> nn.Module:
     from .checkpoint import format_of, load_checkpoint
 
+    in_folder = path.with_name(CONFIG).is_file()
+    if in_folder and (path.suffix == ".json" or format_of(path) in ("", "pt")):
+        raise CheckpointError(f"{path}: is one file of a Hugging Face folder; expected the folder, {path.parent}")
     if form := FORMS.get(format_of(path)):
         return form.read(path)
     return restore(load_checkpoint(path, model_only=True), dtype)

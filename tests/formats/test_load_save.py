@@ -271,6 +271,19 @@ def test_damaged_folders(folder, damage, message):
         fastlm.load(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"])
+def test_one_file_of_a_folder_is_not_taken_for_a_checkpoint(folder, name):
+    fastlm.load(folder)
+    with pytest.raises(CheckpointError, match=rf"{name}: is one file of a Hugging Face folder; expected .*{folder}$"):
+        fastlm.load(folder / name)
+
+
+def test_a_checkpoint_that_lies_in_a_folder_is_one(folder):
+    model = a_model()
+    fastlm.save(model, folder / "model.safetensors", format="fastlm")
+    assert_same(fastlm.load(folder / "model.safetensors"), model)
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("executed"),))
@@ -554,6 +567,19 @@ def test_gguf_settings_that_would_give_other_numbers(tmp_path, fields, message):
     write_gguf(gguf_model(), tmp_path / "model.gguf", fields=fields)
     with pytest.raises(CheckpointError, match=message):
         fastlm.load(tmp_path)
+
+
+def test_a_folder_of_two_ggufs_names_them(tmp_path):
+    for name in ("one.gguf", "two.gguf"):
+        write_gguf(gguf_model(), tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"has one\.gguf, two\.gguf; expected the path of one of them"):
+        fastlm.load(tmp_path)
+
+
+def test_a_gguf_without_a_tokenizer(tmp_path):
+    write_gguf(gguf_model(), tmp_path / "model.gguf")
+    with pytest.raises(DataError, match=r"model\.gguf: holds no tokenizer; put the model's tokenizer\.json beside it"):
+        fastlm.load_with_tokenizer(tmp_path)
 
 
 def test_gguf_that_cannot_be_loaded(tmp_path, monkeypatch):

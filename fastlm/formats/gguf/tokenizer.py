@@ -96,6 +96,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if name.startswith("tokenizer.ggml.")
     }
     kind, name = fields.get("model"), fields.get("pre")
+    if not fields:
+        raise DataError(f"{path}: holds no tokenizer; put the model's tokenizer.json beside it")
     if kind != "gpt2" or not isinstance(name, str) or name not in RULES:
         raise DataError(
             f"{path}: its tokenizer is {shown(kind, str)} {shown(name, str)}, "
