@@ -19,6 +19,9 @@ import fastlm
 from fastlm._core import dispatch as _dispatch
 from fastlm.backends import cuda as _native_cuda
 
+# An assertion that fails in what tests share shows its values too.
+pytest.register_assert_rewrite("fuzz", "hf", "models.relatives", "samples")
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
