@@ -79,7 +79,10 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The mean loss over the batch's targets, a scalar that can be differentiated."""
+        """The mean loss over the batch's targets, a scalar that can be differentiated.
+
+        `model(...)` is what `compile` compiles; other methods of the model, as BERT's `loss`, run as they are written.
+        """
 
     def score(self, model: Callable[..., Any], batch: Batch) -> dict[str, float]:
         """Sums over a batch of held-out examples, by name; `evaluation` gets their totals."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from ..errors import DataError
 from ..objectives import Batch, Evaluation, Objective
 
 
@@ -27,6 +28,9 @@ def evaluate(
 
     Args:
         stop: asked before each batch; None is returned as soon as it is true.
+
+    Raises:
+        DataError: if the batches have no target.
     """
     was_training = model.training
     model.eval()
@@ -42,4 +46,6 @@ def evaluate(
             targets += batch.targets
     finally:
         model.train(was_training)
+    if not targets:
+        raise DataError("the held-out examples have no target")
     return objective.evaluation(totals, targets)

@@ -105,6 +105,7 @@ class Trainer:
         torch.set_num_threads(choose_threads(config.threads, torch.get_num_threads()))
         rng.seed_all(config.seed)
         self.task = task(config, self.device)
+        self.task.check()
         self.objective = self.task.objective
         self.loader = Loader(self.task.examples, config.batch_size, config.seed, self.objective.collate, self.device)
         self.tokens_per_step = config.batch_size * config.gradient_accumulation * self.task.tokens_per_example
@@ -153,8 +154,12 @@ class Trainer:
         if odd := self.metrics.start(self.state.step, self.state.evaluated_at):
             self.reporter.message(odd)
         self.record.save(self.out / "config.toml")
-        with replacing(self.out / "tokenizer.json") as temporary:
-            shutil.copyfile(self.task.tokenizer, temporary)
+        tokenizer = self.out / "tokenizer.json"
+        if self.task.tokenizer is None:
+            tokenizer.unlink(missing_ok=True)
+        else:
+            with replacing(tokenizer) as temporary:
+                shutil.copyfile(self.task.tokenizer, temporary)
 
     def _resume(self, checkpoint: ckpt.Checkpoint) -> None:
         trained_with = checkpoint.tokenizer_fingerprint
@@ -341,8 +346,13 @@ class Trainer:
         if result is None:  # interrupted: the resumed run evaluates first
             return
         self.evaluation = result
-        best = self.state.record_evaluation(getattr(result, self.objective.decides), self.objective.higher_is_better)
-        values = {name: finite_or_none(value) for name, value in dataclasses.asdict(result).items()}
+        numbers, decides = dataclasses.asdict(result), self.objective.decides
+        if decides not in numbers:
+            raise ConfigError(
+                f"objective {self.objective.name}: decides is {decides!r}, expected {' or '.join(numbers)}"
+            )
+        best = self.state.record_evaluation(numbers[decides], self.objective.higher_is_better)
+        values = {name: finite_or_none(value) for name, value in numbers.items()}
         self.metrics.append("validation", step=self.state.step, **values, seconds=round(self._seconds(), 3))
         self.reporter.evaluation(self.state.step, result, best)
         if not math.isfinite(result.loss):  # nothing good can come of these weights, so they are not saved

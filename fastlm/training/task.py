@@ -30,8 +30,8 @@ class Task:
         held_out: examples that it is evaluated on, in order.
         amount: how much there is to be trained on, for people.
         tokens_per_example: of which speed and metrics tell.
-        tokenizer: the file that the run folder gets a copy of.
-        fingerprint: of that tokenizer.
+        tokenizer: the file that the run folder gets a copy of; None for a model without one.
+        fingerprint: of that tokenizer; "" without one.
         hashes: {what was read: its sha256}, which a resumed run must find again.
         source: names the data in errors.
     """
@@ -42,10 +42,29 @@ class Task:
     held_out: Sequence[Any]
     amount: str
     tokens_per_example: int
-    tokenizer: Path
+    tokenizer: Path | None
     fingerprint: str
     hashes: dict[str, str]
     source: str
+
+    def check(self) -> None:
+        """Raise for what a run would stumble over, at its first step or at its first evaluation.
+
+        Raises:
+            TypeError: for a part that is not of its kind.
+            DataError: for no examples, or a missing tokenizer.
+        """
+        if not hasattr(getattr(self.model, "config", None), "to_dict"):
+            raise TypeError(f"Task: model is a {type(self.model).__name__} without a config that has to_dict()")
+        if not isinstance(self.objective, Objective):
+            raise TypeError(f"Task: objective is a {type(self.objective).__name__}, expected an Objective")
+        if not hasattr(self.examples, "epoch"):
+            raise TypeError(f"Task: examples is a {type(self.examples).__name__}, expected e.g. Fixed(sequence)")
+        for name in ("examples", "held_out"):
+            if not len(getattr(self, name)):
+                raise DataError(f"{self.source}: {name} has no example, expected at least one")
+        if self.tokenizer is not None and not Path(self.tokenizer).is_file():
+            raise DataError(f"{self.tokenizer}: no such tokenizer")
 
 
 def causal_gpt(config: TrainConfig, device: torch.device) -> Task:

@@ -133,3 +133,11 @@ def test_prepare_reads_the_files_of_every_glob(tmp_path, monkeypatch):
     assert main([*args, "--glob", "*.txt", "--glob", "*.md", "--glob=*.rst"]) == 0
     names = sorted(Path(source["path"]).name for source in load_manifest(tmp_path / "out").sources)
     assert names == ["a.txt", "b.md", "c.rst"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_errors_of_every_verb_with_flags_can_name_them(verb):
+    """Which `main` finds by the name of the dataclass."""
+    module = importlib.import_module(f"fastlm.cli.{verb}")
+    its_own = {kind for kind in DATACLASSES if kind.__module__ == module.__name__}
+    assert not its_own or its_own & {getattr(module, name, None) for name in ("Arguments", "Options")}

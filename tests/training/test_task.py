@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.data.loader import Fixed
-from fastlm.errors import CheckpointError, DataError
+from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.checkpoint import load_checkpoint
 from fastlm.objectives import Batch, Evaluation, Objective
 from fastlm.training import Task, TrainConfig, train
@@ -160,6 +161,50 @@ def test_a_number_below_zero_may_decide(tmp_path):
 def test_a_step_without_targets_is_refused(tmp_path):
     with pytest.raises(DataError, match="rows: step 1 has no target in 1 batches"):
         run(tmp_path, "run", made=task(tmp_path, unlabelled=1.0))
+
+
+def test_held_out_examples_without_targets_are_refused(tmp_path):
+    made = task(tmp_path)(None, None)
+    made.held_out = [(np.zeros(3), -1)] * 5
+    with pytest.raises(DataError, match="the held-out examples have no target"):
+        run(tmp_path, "run", made=lambda *_: made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": nn.Linear(3, 1)}, TypeError, r"model is a Linear without a config that has to_dict\(\)"),
+        ({"objective": F.cross_entropy}, TypeError, "objective is a function, expected an Objective"),
+        ({"examples": examples(9, 0)}, TypeError, r"examples is a list, expected e\.g\. Fixed\(sequence\)"),
+        ({"examples": Fixed([])}, DataError, "rows: examples has no example, expected at least one"),
+        ({"held_out": []}, DataError, "rows: held_out has no example, expected at least one"),
+        ({"tokenizer": Path("nothing.json")}, DataError, "nothing.json: no such tokenizer"),
+    ],
+)
+def test_what_a_run_would_stumble_over_is_said_first(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run(tmp_path, "run", made=lambda *_: dataclasses.replace(task(tmp_path)(None, None), **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_number_that_decides_and_is_not_there_is_named(tmp_path):
+    class Typo(Positive):
+        decides = "acuracy"
+
+    with pytest.raises(ConfigError, match="objective positive: decides is 'acuracy', expected loss or accuracy"):
+        run(tmp_path, "run", made=lambda *_: dataclasses.replace(task(tmp_path)(None, None), objective=Typo()))
+
+
+def test_a_model_without_a_tokenizer_trains_and_resumes(tmp_path):
+    def made(config, device):
+        return dataclasses.replace(task(tmp_path)(config, device), tokenizer=None, fingerprint="")
+
+    for name, stop in (("whole", 0), ("stopped", 7)):
+        run(tmp_path, name, StopAfter(stop), made=made)
+    run(tmp_path, "stopped", resume=True, made=made)
+    whole, stopped = (load_checkpoint(tmp_path / name / "last.safetensors").tensors for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert not (tmp_path / "whole" / "tokenizer.json").exists()
 
 
 def test_a_run_of_another_model_is_not_resumed(tmp_path):
