@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
-from .torch_private import fake_mode, is_fake, runs_compiled, transforms_active, uncompiled
+from .torch_private import fake_mode, forward_mode, is_fake, runs_compiled, transforms_active, uncompiled
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
 
@@ -224,10 +224,11 @@ def held_back(op: str, row: Backend, request: Request) -> str | None:
 def must_trace(*tensors: torch.Tensor | None) -> bool:
     """True where a call has to be made of plain torch operators.
 
-    That is under torch.compile and torch.export, inside torch.func transforms, for tensor subclasses, which have no
-    memory for a kernel to point at, and in FakeTensorMode, where what is made is such a subclass.
+    That is under torch.compile and torch.export, inside torch.func transforms and forward-mode differentiation, for
+    tensor subclasses, which have no memory for a kernel to point at, and in FakeTensorMode, where what is made is such
+    a subclass.
     """
-    if _is_compiling() or transforms_active() or fake_mode() is not None:
+    if _is_compiling() or transforms_active() or forward_mode() or fake_mode() is not None:
         return True
     for t in tensors:
         if type(t) not in PLAIN_TENSORS:

@@ -21,6 +21,14 @@ TRIED = ("2.13.0",)
 transforms_active = torch._C._are_functorch_transforms_active
 """() -> whether a torch.func transform (vmap, grad, jvp) is under way: its tensors have no memory for a kernel."""
 
+_forward_ad = torch.autograd.forward_ad
+
+
+def forward_mode() -> bool:
+    """Whether torch.autograd.forward_ad.dual_level() is on: its tensors carry tangents, which no kernel moves along."""
+    return _forward_ad._current_level >= 0
+
+
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _mode_of = torch._C._get_dispatch_mode
 

@@ -79,6 +79,13 @@ def test_transforms_are_seen_while_they_last():
     assert seen == [False, True, True, False]
 
 
+def test_forward_mode_is_seen_while_it_lasts():
+    assert not torch_private.forward_mode()
+    with torch.autograd.forward_ad.dual_level():
+        assert torch_private.forward_mode()
+    assert not torch_private.forward_mode()
+
+
 def test_a_batch_of_gradients_is_told_from_a_gradient():
     seen = []
 
