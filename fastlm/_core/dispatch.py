@@ -131,18 +131,19 @@ class backend:
         BackendError: for an unknown name; and inside, by an op that the backend cannot serve.
     """
 
-    __slots__ = ("_name", "_token")
+    __slots__ = ("_name", "_tokens")
 
     def __init__(self, name: str | None):
         if name is not None and name not in NAMES:
             _check_name(name, "backend")
         self._name = name
+        self._tokens: list[contextvars.Token] = []  # one for each time that it is entered
 
     def __enter__(self) -> None:
-        self._token = _mode.set(self._name)
+        self._tokens.append(_mode.set(self._name))
 
     def __exit__(self, *raised: object) -> None:
-        _mode.reset(self._token)
+        _mode.reset(self._tokens.pop())
 
     def __call__(self, function: Callable) -> Callable:
         """As a decorator."""

@@ -39,6 +39,11 @@ def test_a_forced_backend_nests_and_decorates():
         return fastlm.explain(fastlm.layer_norm, x, 8).selected
 
     assert chosen() == chosen() == "reference"
+    with reference, fastlm.backend("cpu"), reference:  # one object, entered again
+        assert _dispatch.forced_backend() == "reference"
+    with reference:
+        pass
+    assert _dispatch.forced_backend() == _dispatch._AT_IMPORT
     with pytest.raises(ZeroDivisionError), fastlm.backend("torch"):
         raise ZeroDivisionError
     with fastlm.backend("torch"):
