@@ -61,6 +61,11 @@ class Checkpoint:
         return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
+def as_stored(config: Any) -> dict[str, Any]:
+    """A model's configuration as a checkpoint gives it back: lists where it has tuples."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
 def save_checkpoint(
     path: str | Path,
     model: Any,
@@ -96,7 +101,7 @@ def save_checkpoint(
     tensors |= {f"rng.{name}": tensor for name, tensor in (rng or {}).items()}
     metadata = {
         "format": FORMAT,
-        "model_config": json.dumps(model.config.to_dict()),
+        "model_config": json.dumps(as_stored(model.config)),
         "train_config": json.dumps(train_config or {}),
         "step": json.dumps(step),
         "tokenizer_fingerprint": json.dumps(tokenizer_fingerprint),

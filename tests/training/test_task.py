@@ -14,6 +14,7 @@ from torch import nn
 from fastlm.data.loader import Fixed
 from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.checkpoint import load_checkpoint
+from fastlm.models import Phi3, Phi3Config
 from fastlm.objectives import Batch, Evaluation, Objective
 from fastlm.training import Task, TrainConfig, train
 from fastlm.training.progress import Reporter
@@ -221,3 +222,40 @@ def test_a_run_of_another_model_is_not_resumed(tmp_path):
         run(tmp_path, "run", resume=True, made=other)
     with pytest.raises(CheckpointError, match="its model has width = 3, the configuration 4"):
         run(tmp_path, "run", resume=True, made=task(tmp_path, width=4))
+
+
+def test_what_a_configuration_holds_in_tuples_may_be_resumed(tmp_path):
+    factors = (1.0, 2.0)
+
+    class NextToken(Objective):
+        name = "next"
+
+        def collate(self, examples, positions):
+            tokens = torch.tensor(np.stack(examples))
+            return Batch({"tokens": tokens}, tokens[:, 1:].numel())
+
+        def loss(self, model, batch):
+            return model(batch["tokens"][:, :-1], batch["tokens"][:, 1:])
+
+    def phi3(dropout):
+        def made(config, device):
+            longrope = {"rope_scaling": "longrope", "rope_short_factors": factors, "rope_long_factors": factors}
+            rates = {"dropout": dropout, "residual_dropout": dropout}
+            model = Phi3(Phi3Config(20, 8, 1, 2, 8, 16, rope_original_context=4, **longrope, **rates))
+            windows = list(np.random.default_rng(0).integers(0, 20, (9, 7)))
+            made = task(tmp_path)(config, device)
+            return dataclasses.replace(
+                made, model=model, objective=NextToken(), examples=Fixed(windows), held_out=windows
+            )
+
+        return made
+
+    run(tmp_path, "whole", made=phi3(0.1), max_steps=8)
+    run(tmp_path, "stopped", StopAfter(3), made=phi3(0.1), max_steps=8)
+    run(tmp_path, "stopped", resume=True, made=phi3(0.1), max_steps=8)
+    whole, stopped = (load_checkpoint(tmp_path / name / "last.safetensors").tensors for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert run(tmp_path, "stopped", resume=True, made=phi3(0.2), max_steps=10).step == 10  # rates may change
+    factors = (1.0, 3.0)
+    with pytest.raises(CheckpointError, match=r"its model has rope_short_factors = \[1.0, 2.0\]"):
+        run(tmp_path, "stopped", resume=True, made=phi3(0.1), max_steps=12)
