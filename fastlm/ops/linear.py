@@ -260,8 +260,12 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether all have one of the kernels' dtypes."""
+    return x.dtype in _native.TYPE_CODE and _one_dtype(x, weight, bias)
+
+
+def _one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     dtype = x.dtype
-    return dtype in _native.TYPE_CODE and weight.dtype is dtype and (bias is None or bias.dtype is dtype)
+    return weight.dtype is dtype and (bias is None or bias.dtype is dtype)
 
 
 def _resolved(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, fits: bool, layer: bool) -> Kernel:
@@ -273,7 +277,7 @@ def _resolved(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, fi
         return TORCH if traced else kernel
     device, dtype = "cpu" if x.is_cpu else x.device.type, x.dtype
     autocast = autocast_dtype(device) is not None
-    if not (_same_dtype(x, weight, bias) or autocast):
+    if not (dtype.is_floating_point and _one_dtype(x, weight, bias)) and not autocast:
         return TORCH
     kernel = TORCH if traced else kernel
     work = x.numel() * weight.shape[0]

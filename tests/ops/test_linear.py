@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fastlm
 from conftest import DTYPES
+from fastlm import BackendError
 from fastlm.backends import cpu as _native
 from fastlm.ops import _thresholds
 from tolerances import assert_as_close_as_torch
@@ -135,6 +136,15 @@ def test_empty():
             assert torch.equal(fastlm.linear(torch.zeros(rows, 0), torch.zeros(3, 0), bias), bias.expand(rows, 3))
     assert torch.equal(fastlm.linear(torch.zeros(2, 0), torch.zeros(3, 0), torch.ones(3)), torch.ones(2, 3))
     assert fastlm.linear(torch.zeros(2, 4), torch.zeros(0, 4)).shape == (2, 0)
+
+
+def test_a_forced_backend_refuses_dtypes_that_its_kernels_do_not_take():
+    x, weight = (torch.ones(size, dtype=torch.float8_e4m3fn) for size in ((2, 16), (16, 16)))
+    with fastlm.backend("cpu"), pytest.raises(BackendError, match=r"linear: .*not float8_e4m3fn"):
+        fastlm.linear(x, weight)
+    with fastlm.backend("reference"):
+        assert fastlm.explain(fastlm.linear, x, weight).selected == "reference"
+        assert torch.equal(fastlm.linear(x, weight).float(), torch.full((2, 16), 16.0))
 
 
 def test_autocast_decides_the_dtype():
