@@ -148,13 +148,13 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
         heads = self.config.n_head, self.config.n_kv_head, self.config.n_kv_head
+        qkv = self.qkv(x).view(B, T, sum(heads), self.config.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
         q, k, v = qkv.split(heads, 1)
         q, k = self.rotate(q, k, cos, sin)
         dropout = self.config.dropout if self.training else 0.0
         y = causal_attention(q, k, v, self.layer, cache, dropout, self.window, grouped=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, (B, H, T, D) and (B, K, T, D), turned by their positions."""

@@ -154,8 +154,8 @@ class CrossAttention(nn.Module):
         if not held:
             held.append(self.keys_values(memory))
         k, v = held[0]
-        B = k.shape[0]
-        q = self.q(x).view(B, -1, self.n_head, k.shape[3]).transpose(1, 2)  # (B, H, R / B T, D)
+        B, (R, T, _) = k.shape[0], x.shape
+        q = self.q(x).view(B, R // max(B, 1) * T, self.n_head, k.shape[3]).transpose(1, 2)  # (B, H, R / B T, D)
         y = scaled_dot_product_attention(q, k, v, memory.mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(x.shape))
 

@@ -8,7 +8,7 @@ import torch
 import fastlm
 from fastlm.errors import CheckpointError, ConfigError
 from fastlm.inference import KVCache, generate
-from fastlm.models import Llama, LlamaConfig
+from fastlm.models import Llama, LlamaConfig, Phi3, Phi3Config, Qwen3, Qwen3Config
 from hf import CLOSE, check_gradients, perturbed, reload_as_theirs, transformers
 
 SIZES = {
@@ -189,3 +189,10 @@ def test_says_what_theirs_cannot_express(tmp_path):
     with pytest.raises(CheckpointError, match="sliding window with these biases"):
         fastlm.save(our_model(sliding_window=4, mlp_bias=True), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", [Llama, Qwen3, Phi3])
+def test_empty_batches_and_sequences(kind):
+    config = {Llama: LlamaConfig, Qwen3: Qwen3Config, Phi3: Phi3Config}[kind](61, 32, 1, 4, 16, 40, n_kv_head=2)
+    for shape in ((0, 3), (2, 0)):
+        assert kind(config)(torch.zeros(shape, dtype=torch.long)).shape == (*shape, 61)

@@ -358,3 +358,9 @@ def test_refuses_bad_tokens():
 def test_says_what_marian_cannot_express(tmp_path):
     with pytest.raises(CheckpointError, match="Marian has norm_first False, this model True"):
         fastlm.save(our_model(norm_first=True, output_bias=True), tmp_path)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 4), (2, 0)])
+def test_empty_batches_and_targets(batch, length):
+    source, target = (torch.ones(batch, size, dtype=torch.long) for size in (3, length))
+    assert Seq2Seq(SMALL)(source, target).shape == (batch, length, 61)
