@@ -24,8 +24,6 @@ from .attention_tables import (
     Blocks,
     blocks_for,
     broadcast_strides,
-    describable,
-    described,
     geometry,
     heads_together,
 )
@@ -77,13 +75,13 @@ def _tile(
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh,
     B, H, T, S, group, tiles, heads, together, DV: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """A program's tile: its first query, batch and key head, T and S, where it begins in each tensor, rows to write."""
+    """A program's tile: its first query, T and S, where it begins in each tensor, rows to write."""
     tile, head = tile_and_head(program, tiles, heads, together, True)
     tile, b, h, q_start, k_start, T_own, S_own = place(tile, head, cu_q_ptr, cu_q_ptr, cu_k_ptr, B, H, T, S, M)
     batch = b if cu_q_ptr is None else b * 0
     kv_head = h // group
     return (
-        tile * M, b, kv_head, T_own, S_own,
+        tile * M, T_own, S_own,
         q_ptr + batch * stride_qb + h * stride_qh + q_start * stride_qt,
         k_ptr + batch * stride_kb + kv_head * stride_kh + k_start * stride_ks,
         v_ptr + batch * stride_vb + kv_head * stride_vh + k_start * stride_vs,
@@ -104,8 +102,6 @@ def _attention_fwd_kernel(
     q_ptr,  # (B, H, T, D), or packed: (1, H, Tq, D)
     k_ptr,  # (B, Hkv, S, D)
     v_ptr,  # (B, Hkv, S, DV)
-    k_tiles,  # descriptors of both, or None
-    v_tiles,
     mask_ptr,  # broadcast over (B, H, T, S) by strides, or None
     cu_q_ptr,  # (B + 1) int32 where sequences are packed, or None
     cu_k_ptr,
@@ -151,7 +147,7 @@ def _attention_fwd_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    first, b, kv_head, T_own, S_own, q_own, k_own, v_own, mask_start, numbers, out_own, limit = _tile(
+    first, T_own, S_own, q_own, k_own, v_own, mask_start, numbers, out_own, limit = _tile(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_ptr, stride_qb, stride_qh, stride_qt,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh,
         B, H, T, S, group, tiles, heads, together, DV, M,
@@ -167,8 +163,8 @@ def _attention_fwd_kernel(
     for phase in tl.static_range(3):
         if phase != 0 or LEFT:
             acc, total, peak = attend(
-                acc, total, peak, q, k_own, v_own, k_tiles, v_tiles, mask_ptr, row, mask_start + row * stride_mt,
-                numbers + row, b, kv_head,
+                acc, total, peak, q, k_own, v_own, mask_ptr, row, mask_start + row * stride_mt,
+                numbers + row,
                 start if phase == 0 else whole if phase == 1 else whole_end,
                 tl.minimum(end, whole if phase == 0 else whole_end if phase == 1 else end),
                 stride_ks, stride_vs, stride_ms, T_own, S_own, tl.abs(scale), softcap,
@@ -183,7 +179,7 @@ def _attention_fwd_kernel(
     store_lse(lse_ptr, rest_ptr, total, peak, numbers + row, row < limit, natural(mask_ptr))
     if spoilt:
         ROWS: tl.constexpr = AGAIN_SINGLE_ROWS if q_ptr.dtype.element_ty == tl.float32 else AGAIN_ROWS
-        first, b, kv_head, T_own, S_own, q_own, k_own, v_own, mask_start, numbers, out_own, limit = _tile(
+        first, T_own, S_own, q_own, k_own, v_own, mask_start, numbers, out_own, limit = _tile(
             program_again(), q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_ptr, stride_qb, stride_qh, stride_qt,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh,
             B, H, T, S, group, tiles, heads, together, DV, M,
@@ -221,12 +217,9 @@ def _forward(q, k, v, mask, cu_q, cu_k, B, options, lse, rest=None):
     together = heads_together(size.S, (size.head[0] + size.head[1]) * q.element_size(), size.group)
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides
-    tiled = None, None
-    if blocks.descriptors and cu_q is None and describable(k, v):
-        tiled = described(k, blocks.N, size.head[2]), described(v, blocks.N, size.head[3])
     with on_device_of(q):
         _attention_fwd_kernel[(tiles * heads,)](
-            q, k, v, *tiled, mask, cu_q, cu_k, out, sums, rest, *strides,
+            q, k, v, mask, cu_q, cu_k, out, sums, rest, *strides,
             *size[:5], tiles, heads, min(together, heads), float(scale), softcap, size.window_left, size.window_right,
             *dropout_arguments(dropout_p, seed), *size.head, blocks.M, blocks.N, *size.features, softcap > 0,
             dropout_p > 0, num_warps=blocks.warps, num_stages=blocks.stages,

@@ -135,8 +135,8 @@ def _attention_decode_kernel(
         end = tl.minimum(end, T + window_right)
     acc, total, peak = attend(
         tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32),
-        q, k_ptr + b * stride_kb + kv_head * stride_kh, v_ptr + b * stride_vb + kv_head * stride_vh, None, None,
-        mask_ptr, row, mask_row, numbered, b, kv_head, split * split_keys, end, stride_ks, stride_vs, stride_ms,
+        q, k_ptr + b * stride_kb + kv_head * stride_kh, v_ptr + b * stride_vb + kv_head * stride_vh,
+        mask_ptr, row, mask_row, numbered, split * split_keys, end, stride_ks, stride_vs, stride_ms,
         T, S, tl.abs(scale), softcap, window_left, window_right, seed, threshold, dropout_scale,
         D, DV, BLOCK_D, BLOCK_DV, N, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
     )  # fmt: skip

@@ -8,24 +8,17 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._common import INTERPRETING
 
 
 class Blocks(NamedTuple):
-    """A row of a configuration table: M queries by N keys a tile, `stages` tiles of the loop in flight.
-
-    `descriptors` reads keys and values through tensor descriptors (the TMA unit of sm_90 and newer) where strides
-    allow. No table turns it on yet: the host encodes a descriptor at every launch, and what it saves on the device has
-    not been measured.
-    """
+    """A row of a configuration table: M queries by N keys a tile, `stages` tiles of the loop in flight."""
 
     M: int
     N: int
     warps: int
     stages: int
-    descriptors: bool = False
 
 
 class Blocking(NamedTuple):
@@ -106,19 +99,6 @@ L2_BYTES = 24 * 2**20  # half of an H100's: what the keys and values of the head
 def heads_together(S: int, head_bytes: int, group: int) -> int:
     """How many query heads go through their tiles together, so that their keys and values stay in L2."""
     return max(1, L2_BYTES // max(S * head_bytes, 1)) * group
-
-
-def describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can stand for these (B, H, S, D) tensors: steps of 16 bytes, nothing broadcast."""
-    return all(
-        x.numel() > 0 and x.data_ptr() % 16 == 0 and all(n > 0 and n * x.itemsize % 16 == 0 for n in x.stride()[:3])
-        for x in tensors
-    )
-
-
-def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """x (B, H, S, D) in blocks of rows by columns; what is outside of x reads as 0."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
 
 
 def broadcast_strides(mask: Tensor) -> list[int]:

@@ -258,14 +258,10 @@ def attend(
     q,  # [M, BLOCK_D]
     k_ptr,  # at the tile's batch and head
     v_ptr,
-    k_tiles,  # a descriptor of (B, Hkv, S, D) in its stead, or None
-    v_tiles,
     mask_ptr,  # or None
     row,  # [M]: which queries
     mask_row,  # [M] int64: where each row's mask begins
     dropout_row,  # [M] int64: number of each row in the dropout mask
-    b,
-    kv_head,
     start,
     end,
     stride_ks,
@@ -300,10 +296,7 @@ def attend(
     for first in tl.range(start, end, N, num_stages=STAGES):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
-        if k_tiles is not None:
-            k = k_tiles.load([b, kv_head, first, 0]).reshape(N, BLOCK_D)
-        else:
-            k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
+        k = load_rows(k_ptr, col, S, stride_ks, D, BLOCK_D, BOUNDS)
         if AGAIN:
             k, not_finite = finite(k)
             spoilt = tl.max(not_finite.to(tl.float32), 1)[None, :] != 0
@@ -329,10 +322,7 @@ def attend(
         total = total * alpha + tl.sum(p, 1)
         if DROPOUT:
             p *= dropout_factors(dropout_row, first, seed, threshold, dropout_scale, N)
-        if v_tiles is not None:
-            v = v_tiles.load([b, kv_head, first, 0]).reshape(N, BLOCK_DV)
-        else:
-            v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
+        v = load_rows(v_ptr, col, S, stride_vs, DV, BLOCK_DV, BOUNDS)
         if AGAIN:
             v, not_finite = finite(v)
             attended = tl.where(s != float("-inf"), 1.0, 0.0).to(v.dtype)
@@ -415,7 +405,7 @@ def attend_again(
     q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
     acc, total, peak = attend(
         tl.zeros((M, BLOCK_DV), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32),
-        q, k_ptr, v_ptr, None, None, mask_ptr, row, mask_row, dropout_row, 0, 0, start, end,
+        q, k_ptr, v_ptr, mask_ptr, row, mask_row, dropout_row, start, end,
         stride_ks, stride_vs, stride_ms, T, S, tl.abs(scale), softcap, window_left, window_right,
         seed, threshold, dropout_scale, D, DV, BLOCK_D, BLOCK_DV, AGAIN_KEYS,
         LEFT, RIGHT, SOFTCAP, DROPOUT, True, True,

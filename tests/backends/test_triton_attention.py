@@ -1,4 +1,4 @@
-"""What the Triton attention has of its own: split keys, tensor descriptors, capacity after the last packed sequence.
+"""What the Triton attention has of its own: split keys, capacity after the last packed sequence.
 
 The test files of the ops run the shared parity cases on it. Without a GPU all of it runs in Triton's interpreter.
 """
@@ -88,23 +88,6 @@ def test_gradient_where_keys_are_split():
     grads, expected = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(truth, doubles, dout.double())
     for g, e in zip(grads, expected, strict=True):
         assert_as_close_as_torch(g, e, None, 300)
-
-
-@pytest.mark.parametrize("sizes", [(2, 4, 2, 70, 133, 64, 32), (1, 2, 1, 130, 130, 80, 80)], ids=str)
-def test_tensor_descriptors_change_no_bit(poisoned, monkeypatch, sizes):
-    """The option of the tables that none turns on yet."""
-    q, k, v = _inputs(*sizes, torch.float16)
-    k = k.transpose(1, 2).contiguous().transpose(1, 2)  # (B, S, H, D) memory
-    options = True, 0.1, 0.0, 0, -1, 0, 0.0
-    plain = attention.attention_fwd(q, k, v, None, *options)
-    blocks, made = attention.blocks_for, []
-    monkeypatch.setattr(attention, "blocks_for", lambda *args: blocks(*args)._replace(descriptors=True))
-    monkeypatch.setattr(attention, "described", lambda *args: made.append(args) or tables.described(*args))
-    for ours, theirs in zip(attention.attention_fwd(q, k, v, None, *options), plain, strict=True):
-        assert torch.equal(ours, theirs)
-    assert len(made) == 2
-    attention.attention_fwd(q[..., 1:], k[..., 1:], v, None, *options)
-    assert len(made) == 2  # rows that do not begin on 16 bytes are read as ever
 
 
 def test_capacity_after_the_last_sequence_is_zero(poisoned):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlm.kernels import _common, attention
+from fastlm.kernels import attention
 
 from . import BF16, FP32, empty
 
@@ -26,22 +26,10 @@ class Attention(NamedTuple):
     p: float = 0.0
     T: int = 1024
     packed: bool = False
-    descriptors: bool = False  # what no table turns on yet
-
-
-def with_descriptors(call: Callable[[], object]) -> None:
-    """Run `call` as if the forward pass's table asked for tensor descriptors, where the architecture has them."""
-    blocks_for = attention.blocks_for
-    on = _common.ASSUMED_ARCHITECTURE >= 90
-    attention.blocks_for = lambda *args: blocks_for(*args)._replace(descriptors=on)
-    try:
-        call()
-    finally:
-        attention.blocks_for = blocks_for
 
 
 def pair(B: int, f: Attention, p: float | None = None, seed: int = 7) -> None:
-    """Forward and backward (forward alone with descriptors or split keys) of 12 heads in groups of 3."""
+    """Forward and backward (forward alone with split keys) of 12 heads in groups of 3."""
     Dv, S = f.Dv or f.D, max(f.T, 1024)
     options = (f.right == 0, 0.125, f.p if p is None else p, seed, f.left, f.right, f.softcap)
     q, out = (empty(B, f.T, 12, size, dtype=f.dtype) for size in (f.D, Dv))
@@ -57,9 +45,6 @@ def pair(B: int, f: Attention, p: float | None = None, seed: int = 7) -> None:
     masks = {"": None, "bool": empty(B, 1, 1, S, dtype=torch.bool), "bias": empty(12, f.T, S, dtype=f.dtype)[None]}
     masks["whole"] = empty(B, 12, f.T, S, dtype=f.dtype)
     mask = masks[f.mask]
-    if f.descriptors:
-        with_descriptors(lambda: attention.attention_fwd(q, k, v, mask, *options))
-        return
     added = f.mask in ("bias", "whole")
     rest = lse if added else None
     attention.attention_fwd(q, k, v, mask, *options, rest=rest)
@@ -71,7 +56,6 @@ def pair(B: int, f: Attention, p: float | None = None, seed: int = 7) -> None:
 CASES = (
     Attention(64, right=0),
     Attention(128, right=0),
-    Attention(128, right=0, descriptors=True),
     Attention(64, left=100, right=0, softcap=30.0),
     Attention(256, left=100, right=0, softcap=30.0),
     Attention(64, dtype=torch.float16, mask="bias", right=0, p=0.1),
