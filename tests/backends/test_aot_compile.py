@@ -19,10 +19,10 @@ import torch
 from emulation import build
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-attention = pytest.importorskip("fastlm.kernels.attention")
-backward = pytest.importorskip("fastlm.kernels.attention_backward")
-mask_pass = pytest.importorskip("fastlm.kernels.attention_mask")
-decoding = pytest.importorskip("fastlm.kernels.attention_decode")
+kernels = pytest.importorskip("fastlm.kernels")
+forward = pytest.importorskip("fastlm.kernels.attention.forward")
+backward = pytest.importorskip("fastlm.kernels.attention.backward")
+decoding = pytest.importorskip("fastlm.kernels.attention.decode")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
@@ -49,7 +49,7 @@ ALL = pytest.param("all", marks=pytest.mark.gpu_code)
 @pytest.fixture(scope="module", params=["one", ALL])
 def compiled(request, tmp_path_factory):
     """Resources of what was compiled, kept by the hash of the kernels and of the compiler."""
-    folders = Path(attention.__file__).parent, AOT.parent / "launches"
+    folders = Path(kernels.__file__).parent, AOT.parent / "launches"
     sources = [AOT, *(path for folder in folders for path in sorted(folder.rglob("*.py")))]
     versions = (sys.version, triton.__version__, torch.__version__)
     with build.locked(folder := build.cache_folder(), "triton"):
@@ -74,17 +74,17 @@ def test_every_architecture_got_the_same_kernels(compiled):
 @pytest.mark.parametrize("compiled", [ALL], indirect=True)
 def test_every_row_of_attentions_tables_was_compiled(compiled):
     tables = {
-        "_attention_fwd_kernel": [attention.FORWARD],
+        "_attention_fwd_kernel": [forward.FORWARD],
         "attention_bwd_keys_kernel": [backward.KEYS],
         "attention_bwd_queries_kernel": [backward.QUERIES],
-        "_attention_bwd_mask_kernel": [mask_pass.MASK],
+        "_attention_bwd_mask_kernel": [backward.MASK],
         "_attention_decode_kernel": [decoding.FEW, decoding.MANY],
     }
     names = [line["name"] for line in compiled]
     for kernel, arch, table in ((k, a, t) for k, both in tables.items() for a in SHARED_LIMIT for t in both):
         by_size = table[max(key for key in table if key <= arch)]
         for M, N, warps, stages in chain(*(sizes.values() for sizes in by_size if sizes)):
-            wanted = re.compile(rf"sm_{arch} {kernel} .*'M': {M}, 'N': {N}, .* warps={warps} stages={stages} ")
+            wanted = re.compile(rf"sm_{arch} {kernel} .*\bM={M}, N={N}, .* warps={warps} stages={stages} ")
             assert any(map(wanted.search, names)), wanted.pattern
 
 
@@ -95,7 +95,7 @@ def _is_exempt(line):
     """
     name = line["name"]
     single = "attention_bwd_keys_kernel" in name and not re.search(r"\*(bf|fp)16'", name)
-    return single and int(re.search(r"'BLOCK_D': (\d+)", name)[1]) >= 128
+    return single and int(re.search(r"\bBLOCK_D=(\d+)", name)[1]) >= 128
 
 
 def test_no_spills_in_loops_and_little_stack(compiled):
@@ -120,7 +120,7 @@ def test_attention_multiplies_on_hoppers_tensor_cores(compiled):
         kernel = re.search(r"attention_(\w+)_kernel", line["name"])
         if line["arch"] != 90 or not kernel or kernel[1] not in rows or not re.search(r"\*(bf|fp)16'", line["name"]):
             continue
-        if int(re.search(rf"'{rows[kernel[1]]}': (\d+)", line["name"])[1]) >= 64:
+        if int(re.search(rf"\b{rows[kernel[1]]}=(\d+)", line["name"])[1]) >= 64:
             assert line["wgmma"] > 0, line
             seen.add(kernel[1])
     assert seen == set(rows)

@@ -18,11 +18,11 @@ from tolerances import assert_as_close_as_torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 attention = pytest.importorskip("fastlm.kernels.attention")
-backward = pytest.importorskip("fastlm.kernels.attention_backward")
-decoding = pytest.importorskip("fastlm.kernels.attention_decode")
-mask_pass = pytest.importorskip("fastlm.kernels.attention_mask")
-tables = pytest.importorskip("fastlm.kernels.attention_tables")
-tiles = pytest.importorskip("fastlm.kernels.attention_tiles")
+forward = pytest.importorskip("fastlm.kernels.attention.forward")
+backward = pytest.importorskip("fastlm.kernels.attention.backward")
+decoding = pytest.importorskip("fastlm.kernels.attention.decode")
+masks = pytest.importorskip("fastlm.kernels.attention.mask")
+tables = pytest.importorskip("fastlm.kernels.attention.tables")
 
 pytestmark = pytest.mark.parametrize("kernels", [TRITON], indirect=True)
 
@@ -55,8 +55,8 @@ def test_split_keys(poisoned, sizes, options, dtype):
     B, H, _, T, S, _, _ = sizes
     options = dict(options)
     kind, p = options.pop("mask", ""), options.get("dropout_p", 0.0)
-    masks = {"": None, "bool": torch.rand(B, 1, T, S) > 0.3, "additive": torch.randn(1, H, T, S).to(dtype)}
-    mask = masks[kind]
+    by_kind = {"": None, "bool": torch.rand(B, 1, T, S) > 0.3, "additive": torch.randn(1, H, T, S).to(dtype)}
+    mask = by_kind[kind]
     if kind == "bool":
         mask[0, 0, 0] = False  # a row that attends to nothing
     torch.manual_seed(5)
@@ -174,12 +174,12 @@ def test_what_is_not_attended_to_does_not_reach_a_row(poisoned, kind, T, dtype):
 
 
 def test_what_is_not_attended_to_with_dropout_and_packed_sequences(poisoned):
-    """Rows that are made again drop the same weights; sequences do not see their neighbours' NaN."""
+    """Rows that are recomputed drop the same weights; sequences do not see their neighbours' NaN."""
     q, k, v = (torch.randn(200, heads, 16) for heads in (4, 2, 2))
     cu = torch.tensor([0, 90, 110, 200], dtype=torch.int32)
     clean, rows = (), torch.ones(200, dtype=torch.bool)
-    for spoilt in (False, True):
-        if spoilt:
+    for non_finite in (False, True):
+        if non_finite:
             k[60], v[100] = math.nan, math.inf
             rows[60:90], rows[100:110] = False, False
         torch.manual_seed(3)
@@ -228,11 +228,11 @@ def _use(monkeypatch, chosen):
     def blocks_for(table, *rest):
         return next(tables.Blocks(*tile, 4, 1) for own, tile in chosen if own is table)
 
-    for module in (attention, backward, mask_pass, decoding):
+    for module in (forward, backward, decoding):
         monkeypatch.setattr(module, "blocks_for", blocks_for)
 
 
-TABLES = attention.FORWARD, backward.KEYS, backward.QUERIES, mask_pass.MASK
+TABLES = forward.FORWARD, backward.KEYS, backward.QUERIES, backward.MASK
 
 
 @pytest.mark.parametrize("chosen", _in_turn(*TABLES), ids=str)
@@ -274,7 +274,7 @@ def test_shipped_tiles_of_split_keys(poisoned, monkeypatch, few, many):
         assert_as_close_as_torch(out, truth, own, 261)
 
 
-tanh = tiles.tanh
+tanh = masks.tanh
 
 
 @triton.jit

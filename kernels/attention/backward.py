@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, dropout_arguments, on_device_of
-from .attention_backward_keys import KEYS, attention_bwd_keys_kernel
-from .attention_backward_queries import QUERIES, attention_bwd_queries_kernel
-from .attention_mask import mask_gradient
-from .attention_tables import Geometry, blocks_for, broadcast_strides, heads_together
-from .attention_tiles import load_rows
+from .._common import architecture, dropout_arguments, on_device_of
+from .arguments import View, at
+from .backward_keys import KEYS, attention_bwd_keys_kernel
+from .backward_mask import MASK, mask_gradient
+from .backward_queries import QUERIES, attention_bwd_queries_kernel
+from .tables import Geometry, blocks_for, compiled_for, mask_strides, swizzle_heads
+from .tiles import load_rows
 
 DELTA_ROWS = 64
 
@@ -50,13 +51,15 @@ def _attention_bwd_delta_kernel(
     head = program // tiles
     b, h = head // H, head % H
     row = program % tiles * M + tl.arange(0, M)
-    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, row, T, stride_ot, DV, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_ptr + b * stride_gb + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV).to(tl.float32)
+    out = at(View(out_ptr, stride_ob, stride_oh, stride_ot), b, h, 0)
+    dout = at(View(dout_ptr, stride_gb, stride_gh, stride_gt), b, h, 0)
+    out = load_rows(out, row, T, DV, BLOCK_DV).to(tl.float32)
+    dout = load_rows(dout, row, T, DV, BLOCK_DV).to(tl.float32)
     delta = tl.sum(out * dout, 1)
-    numbered = head.to(tl.int64) * T + row
+    index = head.to(tl.int64) * T + row
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + numbered, row < T, 0.0)
-    tl.store(delta_ptr + numbered, delta, row < T)
+        delta -= tl.load(dlse_ptr + index, row < T, 0.0)
+    tl.store(delta_ptr + index, delta, row < T)
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, size: Geometry) -> Tensor:
@@ -78,7 +81,7 @@ def _whole_dmask(mask: Tensor | None, q: Tensor, size: Geometry) -> Tensor | Non
     return (torch.zeros_like if any(size.features) else torch.empty_like)(mask, memory_format=torch.contiguous_format)
 
 
-def backward(
+def launch_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -103,12 +106,8 @@ def backward(
     batch, Hkv, packed = q.shape[0], k.shape[1], cu_q is not None
     arch, head, masked = architecture(q.device), max(size.head[2:]), mask is not None or dropout_p > 0
     head_bytes = (size.head[0] + size.head[1]) * q.element_size()
-    strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
-    inputs = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *dout.stride()[:3]
-    scalars = (
-        float(scale), softcap, size.window_left, size.window_right, *dropout_arguments(dropout_p, seed), *size.head,
-    )  # fmt: skip
-    flags = *size.features, softcap > 0, dropout_p > 0
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides(mask), *dout.stride()[:3]
+    scalars = float(scale), softcap, size.window_left, size.window_right, *dropout_arguments(dropout_p, seed)
     with on_device_of(q):
         delta = _delta(out, dout, dlse, size)
         dmask = _whole_dmask(mask, q, size) if mask_grad and grads is not None else None
@@ -117,22 +116,25 @@ def backward(
             blocks = blocks_for(KEYS, arch, q.dtype, head, masked)
             tiles = triton.cdiv(size.S, blocks.N) + packed * size.B
             if tiles * batch * Hkv * size.S:
-                together = min(batch * Hkv, heads_together(size.T, head_bytes * size.group, 1))
+                swizzle = min(batch * Hkv, swizzle_heads(size.T, head_bytes * size.group, 1))
                 attention_bwd_keys_kernel[(tiles * batch * Hkv,)](
                     q, k, v, mask, cu_q, cu_k, dout, lse, rest, delta, dk, dv,
-                    *inputs, *dk.stride()[:3], *dv.stride()[:3],
-                    *size[:5], tiles, batch * Hkv, together, *scalars, blocks.M, blocks.N, *flags,
+                    *strides, *dk.stride()[:3], *dv.stride()[:3], *size[:5], tiles, batch * Hkv, swizzle, *scalars,
+                    compiled_for(size, blocks, mask, softcap, dropout_p),
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
             blocks = blocks_for(QUERIES, arch, q.dtype, head, masked, softcap > 0 or dmask is not None)
             tiles = triton.cdiv(size.T, blocks.M) + packed * size.B
             if tiles * batch * size.H * size.T:
-                together = min(batch * size.H, heads_together(size.S, head_bytes, size.group))
+                swizzle = min(batch * size.H, swizzle_heads(size.S, head_bytes, size.group))
                 attention_bwd_queries_kernel[(tiles * batch * size.H,)](
-                    q, k, v, mask, cu_q, cu_k, dout, lse, rest, delta, dq, dmask, *inputs, *dq.stride()[:3],
-                    *size[:5], tiles, batch * size.H, together, *scalars, blocks.M, blocks.N, *flags,
+                    q, k, v, mask, cu_q, cu_k, dout, lse, rest, delta, dq, dmask,
+                    *strides, *dq.stride()[:3], *size[:5], tiles, batch * size.H, swizzle, *scalars,
+                    compiled_for(size, blocks, mask, softcap, dropout_p),
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
         if mask is None or not mask_grad or dmask is not None:
             return dmask
-        return mask_gradient(mask, q, k, v, dout, lse, rest, delta, inputs, size, scalars, flags)
+        blocks = blocks_for(MASK, arch, q.dtype, head, True)
+        config = compiled_for(size, blocks, mask, softcap, dropout_p)
+        return mask_gradient(mask, q, k, v, dout, lse, rest, delta, strides, size, scalars, blocks, config)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ._common import INTERPRETING
+from .._common import INTERPRETING
+from .arguments import Config
 
 
 class Blocks(NamedTuple):
@@ -96,11 +98,19 @@ L2_BYTES = 24 * 2**20  # half of an H100's: what the keys and values of the head
 
 
 @functools.lru_cache(4096)
-def heads_together(S: int, head_bytes: int, group: int) -> int:
-    """How many query heads go through their tiles together, so that their keys and values stay in L2."""
+def swizzle_heads(S: int, head_bytes: int, group: int) -> int:
+    """How many query heads an L2 swizzle group has: their keys and values stay in L2."""
     return max(1, L2_BYTES // max(S * head_bytes, 1)) * group
 
 
-def broadcast_strides(mask: Tensor) -> list[int]:
+def mask_strides(mask: Tensor | None) -> Sequence[int]:
     """A mask's strides, 0 where one element serves a whole dimension."""
+    if mask is None:
+        return 0, 0, 0, 0
     return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+
+
+def compiled_for(size: Geometry, blocks: Blocks, mask: Tensor | None, softcap: float, dropout_p: float) -> Config:
+    """What a call's kernel is compiled for."""
+    natural = mask is not None and mask.dtype != torch.bool
+    return Config(*size.head, blocks.M, blocks.N, *size.features, softcap > 0, dropout_p > 0, natural)

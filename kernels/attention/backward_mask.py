@@ -13,23 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, dropout_factors, sum_partials
-from .attention_tables import (
-    Blocking,
-    Blockings,
-    Blocks,
-    Geometry,
-    blocks_for,
-)
-from .attention_tiles import (
-    dot,
-    load_rows,
-    natural,
-    row_statistics,
-    scores,
-    weighted,
-    weights,
-)
+from .._common import Dropout, dropout_factors, sum_partials
+from .arguments import Config, Mask, Scoring, View, Window, at
+from .mask import MaskRows, scores
+from .seqlen import SeqlenInfo
+from .softmax import Statistics, row_statistics, weighted, weights
+from .tables import Blocking, Blockings, Blocks, Geometry
+from .tiles import dot, load_rows
 
 # By registers alone: not measured yet.
 MASK = Blockings(
@@ -90,22 +80,24 @@ def _attention_bwd_mask_kernel(
     seed: tl.int64,
     threshold: tl.uint32,
     dropout_scale,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    config: tl.constexpr,
     ONE_ROW: tl.constexpr,  # mask.shape[2] == 1
     ONE_COLUMN: tl.constexpr,  # mask.shape[3] == 1
 ):
+    q = View(q_ptr, stride_qb, stride_qh, stride_qt)
+    k = View(k_ptr, stride_kb, stride_kh, stride_ks)
+    v = View(v_ptr, stride_vb, stride_vh, stride_vs)
+    dout = View(dout_ptr, stride_gb, stride_gh, stride_gt)
+    mask = Mask(mask_ptr, stride_mb, stride_mh, stride_mt, stride_ms)
+    statistics = Statistics(lse_ptr, rest_ptr, delta_ptr)
+    scoring = Scoring(scale, softcap, Window(window_left, window_right))
+    dropout = Dropout(seed, threshold, dropout_scale)
+    seqlen = SeqlenInfo(0, 0, 0, 0, T, S)
     program = tl.program_id(0).to(tl.int64)
     tile_s, tiles = program % tiles_s, program // tiles_s
     tile_t, matrix = tiles % tiles_t, tiles // tiles_t  # matrix: which (batch, head) of the mask
+    M: tl.constexpr = config.M
+    N: tl.constexpr = config.N
     row = tile_t * M + tl.arange(0, M)
     col = tile_s * N + tl.arange(0, N)
     inside = (row < T)[:, None] & (col < S)[None, :]
@@ -113,31 +105,26 @@ def _attention_bwd_mask_kernel(
     for shared in range(batches * heads):
         b = matrix // mask_heads + shared // heads
         h = matrix % mask_heads + shared % heads
-        q = load_rows(q_ptr + b * stride_qb + h * stride_qh, row, T, stride_qt, D, BLOCK_D)
-        k = load_rows(k_ptr + b * stride_kb + h // group * stride_kh, col, S, stride_ks, D, BLOCK_D)
+        queries = load_rows(at(q, b, h, 0), row, T, config.D, config.BLOCK_D)
+        keys = load_rows(at(k, b, h // group, 0), col, S, config.D, config.BLOCK_D)
         s, _ = scores(
-            dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
-            mask_ptr + b * stride_mb + h * stride_mh, row[:, None] * stride_mt, stride_ms, T, S, scale, softcap,
-            window_left, window_right, LEFT, RIGHT, SOFTCAP, True,
+            dot(queries, tl.trans(keys), tl.zeros((M, N), tl.float32)), row[:, None], col[None, :],
+            MaskRows(mask.ptr + b * mask.batch + h * mask.head, row[:, None] * mask.row, mask.column),
+            seqlen, scoring, config, True,
         )  # fmt: skip
-        numbered = (b * H + h) * T
-        rests = rest_ptr
-        if rest_ptr is not None:
-            rests = rest_ptr + numbered
-        lse, rest, delta = row_statistics(
-            lse_ptr + numbered, rests, delta_ptr + numbered, row, T, natural(mask_ptr)
-        )  # fmt: skip
-        dout = load_rows(dout_ptr + b * stride_gb + h * stride_gh, row, T, stride_gt, DV, BLOCK_DV)
-        v = load_rows(v_ptr + b * stride_vb + h // group * stride_vh, col, S, stride_vs, DV, BLOCK_DV)
-        dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32))
-        if DROPOUT:
-            dp *= dropout_factors(numbered + row, tile_s * N, seed, threshold, dropout_scale, N)
+        index = (b * H + h) * T
+        lse, rest, delta = row_statistics(statistics, index, row, T, config.NATURAL)
+        gradients = load_rows(at(dout, b, h, 0), row, T, config.DV, config.BLOCK_DV)
+        values = load_rows(at(v, b, h // group, 0), col, S, config.DV, config.BLOCK_DV)
+        dp = dot(gradients, tl.trans(values), tl.zeros((M, N), tl.float32))
+        if config.DROPOUT:
+            dp *= dropout_factors(index + row, tile_s * N, *dropout, N)
         if rest_ptr is not None:
             rest = rest[:, None]
-        p = weights(s, lse[:, None], rest, mask_ptr, True)
+        p = weights(s, lse[:, None], rest, mask.ptr, True, config.NATURAL)
         ds = weighted(p, dp - delta[:, None], True)
         dmask += tl.where(inside, ds, 0.0)
-    # the place of this program's partial sums in dmask
+    # where this program's partial sums go in dmask
     rows = 1 if ONE_ROW else T
     columns = 1 if ONE_COLUMN else S
     partial = tile_t * (tiles_s if ONE_COLUMN else 1) * ONE_ROW + tile_s * ONE_COLUMN
@@ -165,11 +152,11 @@ def mask_gradient(
     strides: tuple[int, ...],
     size: Geometry,
     scalars: tuple,
-    flags: tuple[bool, ...],
+    blocks: Blocks,
+    config: Config,
 ) -> Tensor:
-    """In mask's shape, fp32; `strides`, `scalars` and `flags` as the other gradients' kernels take them."""
+    """In mask's shape, fp32; `strides` and `scalars` as the other gradients' kernels take them."""
     mask_B, mask_H, mask_T, mask_S = mask.shape
-    blocks = blocks_for(MASK, architecture(q.device), q.dtype, max(size.head[2:]), True)
     tiles_t, tiles_s = triton.cdiv(size.T, blocks.M), triton.cdiv(size.S, blocks.N)
     partials = (tiles_t if mask_T == 1 else 1) * (tiles_s if mask_S == 1 else 1)
     dmask = q.new_empty(partials, *mask.shape, dtype=torch.float32)
@@ -178,7 +165,7 @@ def mask_gradient(
         return q.new_zeros(mask.shape, dtype=torch.float32)
     _attention_bwd_mask_kernel[(programs,)](
         q, k, v, mask, dout, lse, rest, delta, dmask, *strides, *size[1:5],
-        q.shape[0] // mask_B, size.H // mask_H, mask_H, tiles_t, tiles_s, *scalars, blocks.M, blocks.N, *flags,
-        mask_T == 1, mask_S == 1, num_warps=blocks.warps, num_stages=blocks.stages,
+        q.shape[0] // mask_B, size.H // mask_H, mask_H, tiles_t, tiles_s, *scalars, config, mask_T == 1, mask_S == 1,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return sum_partials(dmask)
