@@ -5,7 +5,7 @@
   tanh: x s with s = sigmoid(2 u) = 1 / (1 + e), e = e^(-2u), u = sqrt(2/pi) (x + 0.044715 x^3);
         derivative s + 2 x s (1 - s) u'.
 Forward reads x and writes y; backward reads dy and x and writes dx. With a bias, backward programs go down a block
-of columns and keep its sum in registers; partial sums of fixed shares of the rows are added in order.
+of columns and keep its sum in registers; partial sums of fixed parts of the rows are added in order.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _gelu_bwd_kernel(
     x_ptr,  # (M, N)
     bias_ptr,  # (N) or None
     dx_ptr,  # (M, N)
-    partial_ptr,  # (shares of the rows, N) fp32, with bias
+    partial_ptr,  # (parts of the rows, N) fp32, with bias
     M: tl.int64,
     rows_each: tl.int64,
     N,
@@ -149,10 +149,10 @@ def _gelu_bwd_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One block of columns over a share of the rows."""
+    """One block of columns over a part of the rows."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(N, BLOCK_N)
-    share = program // blocks
+    part = program // blocks
     first_column = program % blocks * BLOCK_N
     col = first_column + tl.arange(0, BLOCK_N)
     in_row = col < N
@@ -160,7 +160,7 @@ def _gelu_bwd_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + col, in_row, 0.0).to(tl.float32)[None, :]
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    first = share * rows_each
+    first = part * rows_each
     for start in tl.range(first, tl.minimum(first + rows_each, M), ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         offsets = row[:, None] * N + col[None, :]
@@ -173,7 +173,7 @@ def _gelu_bwd_kernel(
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
         total += dx
     if partial_ptr is not None:
-        tl.store(partial_ptr + share * N + col, tl.sum(total, 0), in_row)
+        tl.store(partial_ptr + part * N + col, tl.sum(total, 0), in_row)
 
 
 def _rows(x: Tensor, bias: Tensor | None, dropout_p: float) -> tuple[int, int]:
@@ -221,10 +221,10 @@ def gelu_bwd(
         return dx, None if bias is None else bias.new_zeros(N, dtype=torch.float32)
     tile, rows, block = _plan(N if M > 1 else 0, M == 1, True, architecture(x.device))
     blocks = triton.cdiv(N, block)
-    shares, rows_each = persistent(M, rows, triton.cdiv(tile.programs * multiprocessors(x.device), blocks))
-    partial = None if bias is None else x.new_empty(shares, N, dtype=torch.float32)
+    parts, rows_each = persistent(M, rows, triton.cdiv(tile.programs * multiprocessors(x.device), blocks))
+    partial = None if bias is None else x.new_empty(parts, N, dtype=torch.float32)
     with on_device_of(x):
-        _gelu_bwd_kernel[(shares * blocks,)](
+        _gelu_bwd_kernel[(parts * blocks,)](
             dy, x, bias, dx, partial, M, rows_each, N, *dropout_arguments(dropout_p, seed),
             tanh, dropout_p > 0, rows, block, tile.stages, num_warps=tile.warps,
         )  # fmt: skip
