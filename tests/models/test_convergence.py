@@ -35,10 +35,8 @@ LR, WEIGHT_DECAY, CLIP = 3e-3, 0.1, 1.0
 IGNORED, PAD_ID, MASK_ID = -100, 0, 1
 ROUNDED_RUNS = 4  # of the stock model
 
-bf16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(cpu_bfloat16_feature() is None, reason="no bf16 products in this CPU")
-)
-DTYPES = [torch.float32, pytest.param(bf16, marks=pytest.mark.slow)]
+no_bf16 = pytest.mark.skipif(cpu_bfloat16_feature() is None, reason="no bf16 products in this CPU")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=[no_bf16, pytest.mark.slow])]
 
 
 class Batch(NamedTuple):
