@@ -133,6 +133,8 @@ def run_part(part: Part, scratch: Path, seconds: float) -> dict:
     env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch's own products repeat their bits only with it
     report = scratch / f"{part.name.replace(' ', '-')}.xml"
     command = [*part.command, f"--junitxml={report}"] if "pytest" in part.command else part.command
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and the part's too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     # in the folder of the tests, so that the installed package is what `import fastlm` finds
     process = subprocess.Popen(command, cwd=TESTS, env=env, start_new_session=True)

@@ -46,7 +46,9 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(monkeypatch, capfd)
 
 def test_an_interrupted_part_can_write_what_it_has(tmp_path):
     file = tmp_path / "rows"
-    code = f"""import time
+    # Its own handler, since what a shell runs in the background is born without one.
+    code = f"""import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try: print("ready", flush=True) or time.sleep(600)
 except KeyboardInterrupt: open({str(file)!r}, "w").write("two rows")"""
     process = subprocess.Popen(_python(code), stdout=subprocess.PIPE, text=True, start_new_session=True)
