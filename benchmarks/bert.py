@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.formats.hf.layout import export
-from fastlm.models.bert import BERT, IGNORED_TARGET, BERTConfig
+from fastlm.models.bert import BERT, BERTConfig
+from fastlm.ops.cross_entropy import IGNORE_INDEX
 
 from . import providers
 from .case import Built, Case, Counts, Unavailable
@@ -75,7 +76,7 @@ class BertSession:
         self.tokens = torch.randint(self.config.vocab_size, (B, T), device=device)
         chosen = (torch.rand(B, T, device=device) < MASKED) & (self.mask > 0)
         chosen[:, 0] = True
-        self.targets = self.tokens.masked_fill(~chosen, IGNORED_TARGET)
+        self.targets = self.tokens.masked_fill(~chosen, IGNORE_INDEX)
         self.terms = CHECKED_TOKENS * self.config.n_embd
         self.work = {"tokens": int(self.lengths.sum())}
         truth = PlainBERT(self.config).double().load({n: t.double() for n, t in self.state.items()}).to(device)
@@ -96,7 +97,7 @@ class BertSession:
         parameters = sum(t.numel() for t in self.state.values())
         if which == "fwd":
             return Counts(c.n_layer * layer * self.case.torch_dtype.itemsize, flops, self.case.dtype)
-        masked = int((self.targets != IGNORED_TARGET).sum())
+        masked = int((self.targets != IGNORE_INDEX).sum())
         flops = 3 * (flops + 2 * masked * c.n_embd * (c.n_embd + c.vocab_size))
         traffic = parameters * (3 * self.case.torch_dtype.itemsize + OPTIMIZER_BYTES)
         return Counts(traffic, flops, self.case.dtype)

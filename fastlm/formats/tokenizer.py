@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from .._core.tensor_file import open_safetensors
@@ -37,7 +38,7 @@ def check_trained_with(path: Path, tokenizer: Tokenizer) -> None:
     """Raise CheckpointError for a training run's checkpoint that names another tokenizer."""
     if path.is_dir() or path.suffix != ".safetensors":
         return
-    if fingerprint := open_safetensors(path).metadata.get(TOKENIZER_FINGERPRINT, "").strip('"'):
+    if fingerprint := json.loads(open_safetensors(path).metadata.get(TOKENIZER_FINGERPRINT, '""')):
         check_tokenizer(path, fingerprint, tokenizer.fingerprint, str(path.parent / "tokenizer.json"))
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from ..nn._fused import apply_norm, linear_gelu, residual_chain
 from ..nn._plain import plain
 from ..nn.linear import Linear
-from ..ops.cross_entropy import cross_entropy
+from ..ops.cross_entropy import IGNORE_INDEX, cross_entropy
 from ..ops.linear import layer_linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .common.attention import SelfAttention
-from .common.checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
+from .common.checks import check_ids, check_same_shape, check_tokens
 from .common.config import ModelConfig
 from .common.model import Model
 from .common.positions import learned_positions
@@ -222,11 +222,11 @@ class BERT(Model):
         if self.config.head == "classification":
             return self._classification_loss(self.class_logits(self.pooled(hidden, packing)), targets)
         check_same_shape("BERT", "targets", targets, "tokens", tokens)
-        check_ids("BERT", "targets", targets, self.config.vocab_size, IGNORED_TARGET)
+        check_ids("BERT", "targets", targets, self.config.vocab_size, IGNORE_INDEX)
         flat = packing.pack(targets)
         if packing.mask is not None:
-            flat = flat.masked_fill(~packing.mask.flatten(), IGNORED_TARGET)
-        counted = (flat != IGNORED_TARGET).nonzero().squeeze(1)
+            flat = flat.masked_fill(~packing.mask.flatten(), IGNORE_INDEX)
+        counted = (flat != IGNORE_INDEX).nonzero().squeeze(1)
         if plain(self.masked_lm, MaskedLMHead) and (self.config.tie_decoder or plain(self.masked_lm.decoder, Linear)):
             states = self.masked_lm(hidden[counted])
             loss = linear_cross_entropy(states, self.head_weight, flat[counted], self.masked_lm.bias)

@@ -21,10 +21,11 @@ from ..nn.embedding import sinusoid_angles
 from ..nn.feed_forward import feed_forward
 from ..nn.linear import Linear
 from ..ops.attention import scaled_dot_product_attention
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.linear import layer_linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .common.attention import SelfAttention
-from .common.checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
+from .common.checks import check_ids, check_same_shape, check_tokens
 from .common.config import ModelConfig
 from .common.model import Model
 from .common.positions import learned_positions
@@ -279,10 +280,10 @@ class Seq2Seq(Model):
             ValueError: as `forward`.
         """
         c = self.config
-        known = targets.masked_fill(targets == IGNORED_TARGET, c.pad_id)
+        known = targets.masked_fill(targets == IGNORE_INDEX, c.pad_id)
         target = F.pad(known[:, :-1], (1, 0), value=c.start_id)
         hidden = self.decode(target, self.encode(source, source_mask))
-        counted = known.masked_fill(known == c.pad_id, IGNORED_TARGET).flatten()
+        counted = known.masked_fill(known == c.pad_id, IGNORE_INDEX).flatten()
         check_ids("Seq2Seq", "targets", known, c.vocab_size)
         smoothing = c.label_smoothing if self.training else 0.0
         return linear_cross_entropy(

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from .._core.dispatch import must_trace, needs_grad
 from .._core.torch_private import WeightedLoss
-from ..ops.cross_entropy import cross_entropy
+from ..ops.cross_entropy import IGNORE_INDEX, cross_entropy
 from ..ops.linear import layer_linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ._drop_in import DropIn
-
-_IGNORED = -100  # torch's ignore_index where none is given
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss, metaclass=DropIn, stands_for=nn.CrossEntropyLoss):
@@ -81,7 +79,7 @@ class LinearCrossEntropyLoss(_Base, metaclass=DropIn, stands_for=_Base):
             ValueError: if shapes or devices disagree, or a target is outside [0, C) and not ignored.
             TypeError: if a dtype is wrong.
         """
-        ignore_index = _IGNORED if self.ignore_index is None else self.ignore_index
+        ignore_index = IGNORE_INDEX if self.ignore_index is None else self.ignore_index
         options = (ignore_index, self.reduction, self.label_smoothing)
         if not self.out_features:
             return linear_cross_entropy(

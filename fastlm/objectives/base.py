@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # a target that counts in no loss, as in torch.nn.functional.cross_entropy
-
 
 @dataclass(frozen=True)
 class Batch:

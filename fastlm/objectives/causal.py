@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import IGNORE_INDEX, Batch, Evaluation, Objective
+from ..ops.cross_entropy import IGNORE_INDEX
+from .base import Batch, Evaluation, Objective
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,14 @@ from ._autograd import by_kernels, operator
 KERNELS: dict[str, Any] = {"cpu": _kernels, "triton": LazyModule("fastlm.kernels.cross_entropy")}
 PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 REDUCTIONS = ("none", "mean", "sum")
+IGNORE_INDEX = -100  # PyTorch's: a target that does not count
 
 
 def cross_entropy_ref(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -338,7 +339,7 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,

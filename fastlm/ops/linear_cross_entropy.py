@@ -14,6 +14,7 @@ from ..backends import cpu as _native
 from ._autograd import by_kernels, operator
 from ._projection import Grads, Projection
 from .cross_entropy import (
+    IGNORE_INDEX,
     KERNELS,
     PROVED,
     REDUCTIONS,
@@ -38,7 +39,7 @@ def linear_cross_entropy_ref(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
@@ -283,7 +284,7 @@ def linear_cross_entropy(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,

@@ -225,7 +225,7 @@ class Trainer:
                 break
             self._step()
         self._save_last()
-        plot_losses(self.metrics.path, self.out / "loss.png")
+        plot_losses(self.metrics.path, self.out / "loss.png", self.objective.units)
         if self.state.bad_steps and not interrupt:
             raise self._divergence()
         return self._result("interrupted" if interrupt else reason)

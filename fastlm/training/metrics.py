@@ -77,8 +77,8 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def plot_losses(metrics: str | Path, image: str | Path) -> None:
-    """Draw the loss curves of a metrics file, with the learning rate below, as a PNG file."""
+def plot_losses(metrics: str | Path, image: str | Path, units: str = "") -> None:
+    """Draw the loss curves of a metrics file, in `units`, with the learning rate below, as a PNG file."""
     # The figure is made without pyplot: no window system is looked for and no global state is left.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ def plot_losses(metrics: str | Path, image: str | Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _curve(top, train, "loss", "training", linewidth=1)
     _curve(top, validation, "loss", "validation", marker="o", markersize=3)
-    top.set_ylabel("loss (nats per token)")
+    top.set_ylabel(f"loss ({units})" if units else "loss")
     top.grid(alpha=0.3)
     if train or validation:
         top.legend()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 from fastlm.data.loader import Fixed
@@ -57,6 +58,7 @@ class Positive(Objective):
     name = "positive"
     decides = "accuracy"
     higher_is_better = True
+    units = "nats per row"
 
     def collate(self, examples, positions):
         noise = [np.random.default_rng((7, position)).normal(0, 0.01, 3) for position in positions]
@@ -157,6 +159,17 @@ def test_a_number_below_zero_may_decide(tmp_path):
     before = run(tmp_path, "run", made=negated, max_steps=10)
     after = run(tmp_path, "run", made=negated, resume=True)
     assert before.best < after.best < 0
+
+
+def test_the_plot_names_the_units_of_the_loss(tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self) or save(self, *args, **kwargs)
+    )
+    run(tmp_path, "run", max_steps=5)
+    (figure,) = drawn
+    assert figure.axes[0].get_ylabel() == "loss (nats per row)"
 
 
 def test_a_step_without_targets_is_refused(tmp_path):

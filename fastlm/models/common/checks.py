@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED_TARGET = -100  # PyTorch's, of a position that does not count
-
 
 def check_tokens(
     model: str, tokens: Tensor, config: Any, start: int = 0, name: str = "tokens", vocab_size: int | None = None

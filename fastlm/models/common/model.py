@@ -11,8 +11,9 @@ from ..._core.dispatch import autocast_dtype
 from ...nn._fused import apply_norm, head_loss, norms_within_reach
 from ...nn._plain import plain
 from ...ops._tied_embedding import tied_embedding
+from ...ops.cross_entropy import IGNORE_INDEX
 from ...ops.linear_cross_entropy import linear_cross_entropy
-from .checks import IGNORED_TARGET, check_ids, check_same_shape, check_tokens
+from .checks import check_ids, check_same_shape, check_tokens
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -80,7 +81,7 @@ class CausalLM(Model):
             return self.logits(self.hidden(tokens, cache))
         name = type(self).__name__
         check_same_shape(name, "targets", targets, "tokens", tokens)
-        check_ids(name, "targets", targets, self.config.vocab_size, IGNORED_TARGET)
+        check_ids(name, "targets", targets, self.config.vocab_size, IGNORE_INDEX)
         start = 0 if cache is None else cache.length
         check_tokens(name, tokens, self.config, start)
         tied = self.config.tie_embeddings
