@@ -20,6 +20,7 @@ from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
 from ..backends.cpu import layer_norm as _kernels
 from ._autograd import by_kernels, rows_of, stored
+from ._residual import stream_dtype
 
 KERNELS: dict[str, Any] = {
     "cpu": _kernels,
@@ -344,12 +345,8 @@ def add_layer_norm(
             return found
     op = "add_layer_norm"
     _check(op, x, tuple(x.shape[-1:]), weight, bias)
-    if residual.shape != x.shape:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} to match x")
-    if residual.device != x.device:
-        raise ValueError(f"{op}: residual is on {residual.device}, x is on {x.device}")
+    stream = stream_dtype(op, x, residual)
     dropout_p = _dropout.check_probability(op, dropout_p)
-    stream = torch.promote_types(x.dtype, residual.dtype)
     out_dtype = out_dtype or stream
     if residual.dtype != stream:
         residual = residual.to(stream)

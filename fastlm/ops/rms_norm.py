@@ -20,6 +20,7 @@ from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
 from ..backends.cpu import rms_norm as _kernels
 from ._autograd import by_kernels, rows_of, stored
+from ._residual import stream_dtype
 
 KERNELS: dict[str, Any] = {
     "cpu": _kernels,
@@ -236,11 +237,7 @@ def add_rms_norm(
     """
     op = "add_rms_norm"
     _check(op, x, tuple(x.shape[-1:]), weight)
-    if residual.shape != x.shape:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} to match x")
-    if residual.device != x.device:
-        raise ValueError(f"{op}: residual is on {residual.device}, x is on {x.device}")
-    stream = torch.promote_types(x.dtype, residual.dtype)
+    stream = stream_dtype(op, x, residual)
     residual = residual.to(stream)
     if stream != torch.float32:
         x = x.to(stream)

@@ -314,6 +314,8 @@ def test_func_transforms():
         (lambda x: fastlm.layer_norm(x, 768, torch.ones(768).int()), TypeError, "weight has dtype torch.int32"),
         (lambda x: fastlm.layer_norm(x, 768, torch.ones(768, device="meta")), ValueError, "weight is on meta"),
         (lambda x: fastlm.add_layer_norm(x, x[:1]), ValueError, r"residual has shape \(1, 768\)"),
+        (lambda x: fastlm.add_layer_norm(x, x.int()), TypeError, "residual has dtype torch.int32"),
+        (lambda x: fastlm.add_layer_norm(x, x * 1j), TypeError, "residual has dtype torch.complex64"),
         (lambda x: fastlm.add_layer_norm(x, x, dropout_p=1.5), ValueError, "dropout_p is 1.5"),
     ],
 )

@@ -183,6 +183,8 @@ def test_compile():
         (lambda x: fastlm.rms_norm(x, 8, torch.ones(8, device="meta")), ValueError, "weight is on meta, x is on cpu"),
         (lambda x: fastlm.rms_norm(x.long(), 8), TypeError, "x has dtype torch.int64"),
         (lambda x: fastlm.add_rms_norm(x, x[:1]), ValueError, r"residual has shape \(1, 8\), expected \(2, 8\)"),
+        (lambda x: fastlm.add_rms_norm(x, x.int()), TypeError, "residual has dtype torch.int32"),
+        (lambda x: fastlm.add_rms_norm(x, x * 1j), TypeError, "residual has dtype torch.complex64"),
         (lambda x: fastlm.add_rms_norm(x, x.to("meta")), ValueError, "residual is on meta"),
     ],
 )
