@@ -17,28 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core import architecture as _architecture
+from fastlm._core.architecture import SM90, Architecture, newest
 from fastlm._core.dropout import DeviceSeed
 from fastlm.errors import BackendError
 
 INTERPRETING = triton.knobs.runtime.interpret
 
 # What stands in for a GPU where there is none: under the interpreter, and to compile ahead of time.
-ASSUMED_ARCHITECTURE, ASSUMED_MULTIPROCESSORS = 90, 132
+ASSUMED_ARCHITECTURE, ASSUMED_MULTIPROCESSORS = SM90, 132
+
+
+def architecture(device: torch.device) -> Architecture:
+    """The device's; ROCm's devices are of type cuda too."""
+    return _architecture.architecture(device.index) if device.type == "cuda" else ASSUMED_ARCHITECTURE
 
 
 @functools.cache
-def _properties(index: int) -> tuple[int, int]:
-    found = torch.cuda.get_device_properties(index)
-    return found.major * 10 + found.minor, found.multi_processor_count
-
-
-def architecture(device: torch.device) -> int:
-    """80 for sm_80, and so on."""
-    return _properties(device.index)[0] if device.type == "cuda" else ASSUMED_ARCHITECTURE
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def multiprocessors(device: torch.device) -> int:
-    return _properties(device.index)[1] if device.type == "cuda" else ASSUMED_MULTIPROCESSORS
+    return _multiprocessors(device.index) if device.type == "cuda" else ASSUMED_MULTIPROCESSORS
 
 
 class Tile(NamedTuple):
@@ -57,15 +58,15 @@ class Tile(NamedTuple):
         return max(1, self.elements // block)
 
 
-Table = dict[int, tuple[Tile, ...]]
+Table = dict[Architecture, tuple[Tile, ...]]
 
 
-def tiles(table: Table, arch: int) -> tuple[Tile, ...]:
-    """The rows for the newest architecture in the table that is no newer than `arch`."""
-    return table[max(key for key in table if key <= arch)]
+def tiles(table: Table, arch: Architecture) -> tuple[Tile, ...]:
+    """The rows for the newest architecture of arch's family that is no newer than it, or else the first rows."""
+    return table[newest(table, arch)]
 
 
-def tile_for(table: Table, arch: int, block: int) -> Tile:
+def tile_for(table: Table, arch: Architecture, block: int) -> Tile:
     """The first row whose blocks are wide enough, or the last."""
     rows = tiles(table, arch)
     return next((tile for tile in rows if block <= tile.block), rows[-1])

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core.architecture import SM80, Architecture
+
 from ._common import (
     Table,
     Tile,
@@ -36,11 +38,11 @@ from ._common import (
 
 # Not measured on any GPU yet: 16 or 32 elements a thread, by registers and occupancy alone.
 FORWARD: Table = {
-    80: (Tile(2048, 2048, 4), Tile(4096, 4096, 8), Tile(8192, 8192, 16), Tile(16384, 16384, 16)),
+    SM80: (Tile(2048, 2048, 4), Tile(4096, 4096, 8), Tile(8192, 8192, 16), Tile(16384, 16384, 16)),
 }
 # Five fp32 values an element live in registers here: x, dy, w and layer_norm's two sums.
 BACKWARD: Table = {
-    80: (
+    SM80: (
         Tile(1024, 1024, 4, programs=4, stages=2),
         Tile(2048, 2048, 4, programs=2, stages=2),
         Tile(4096, 4096, 8, programs=2, stages=2),
@@ -54,7 +56,7 @@ SPLIT = Tile(2048, 2048, 8, programs=2, stages=2)  # a block of a wider row
 
 
 @functools.cache
-def forward_plan(N: int, arch: int) -> tuple[int, int, int]:
+def forward_plan(N: int, arch: Architecture) -> tuple[int, int, int]:
     """(rows and columns of a tile, warps); blocks of SPLIT where a row does not fit into one."""
     if (ONE_BLOCK_UNALIGNED if N % 16 else ONE_BLOCK_FORWARD) < N:
         return 1, SPLIT.block, SPLIT.warps
@@ -64,7 +66,7 @@ def forward_plan(N: int, arch: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def backward_plan(N: int, with_dx: bool, arch: int) -> tuple[Tile, int, int, int]:
+def backward_plan(N: int, with_dx: bool, arch: Architecture) -> tuple[Tile, int, int, int]:
     """(configuration, rows and columns of a tile, blocks a row)."""
     if (ONE_BLOCK_EXTRAS if with_dx or N % 16 else ONE_BLOCK_BACKWARD) < N:
         return SPLIT, 1, SPLIT.block, triton.cdiv(N, SPLIT.block)

@@ -21,11 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core.architecture import SM80, Architecture
+
 from ._common import Table, Tile, architecture, on_device_of, tile_for
 
 # Not measured on any GPU yet: 16 elements a thread.
-FORWARD: Table = {80: (Tile(1024, 2048, 4), Tile(4096, 4096, 8))}
-BACKWARD: Table = {80: (Tile(1024, 2048, 4), Tile(4096, 4096, 8))}
+FORWARD: Table = {SM80: (Tile(1024, 2048, 4), Tile(4096, 4096, 8))}
+BACKWARD: Table = {SM80: (Tile(1024, 2048, 4), Tile(4096, 4096, 8))}
 # Windows of columns begin at multiples of this.
 CROSS_ENTROPY_BLOCK = 2048
 
@@ -267,7 +269,7 @@ def _cross_entropy_bwd_kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(n: int, backward: bool, arch: int) -> tuple[int, int, int]:
+def _plan(n: int, backward: bool, arch: Architecture) -> tuple[int, int, int]:
     """(rows and columns of a tile, warps)."""
     tile = tile_for(BACKWARD if backward else FORWARD, arch, n)
     block = min(tile.block, max(16, triton.next_power_of_2(n)))

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core.architecture import SM80, Architecture
+
 from ._common import (
     Table,
     Tile,
@@ -32,8 +34,8 @@ from ._common import (
 )
 
 # Not measured on any GPU yet: 16 elements a thread forward, 8 backward, where 16 spilled without 16-byte loads.
-FORWARD: Table = {80: (Tile(1024, 2048, 4),)}
-BACKWARD: Table = {80: (Tile(1024, 1024, 4, programs=8, stages=2),)}
+FORWARD: Table = {SM80: (Tile(1024, 2048, 4),)}
+BACKWARD: Table = {SM80: (Tile(1024, 1024, 4, programs=8, stages=2),)}
 
 SQRT_HALF = tl.constexpr(0.70710678118654752440)
 INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
@@ -185,7 +187,7 @@ def _rows(x: Tensor, bias: Tensor | None, dropout_p: float) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(N: int, flat: bool, backward: bool, arch: int) -> tuple[Tile, int, int]:
+def _plan(N: int, flat: bool, backward: bool, arch: Architecture) -> tuple[Tile, int, int]:
     """(configuration, rows and columns of a tile); a flat call has no rows to share a tile."""
     table = BACKWARD if backward else FORWARD
     if flat:

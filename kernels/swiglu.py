@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core.architecture import SM80, Architecture
+
 from ._common import Table, Tile, architecture, on_device_of, tile_for
 
 # Not measured on any GPU yet: 16 elements a thread forward, 8 backward.
-FORWARD: Table = {80: (Tile(1024, 2048, 4),)}
-BACKWARD: Table = {80: (Tile(1024, 1024, 4),)}
+FORWARD: Table = {SM80: (Tile(1024, 2048, 4),)}
+BACKWARD: Table = {SM80: (Tile(1024, 1024, 4),)}
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def _swiglu_bwd_kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(N: int, backward: bool, arch: int) -> tuple[int, int, int]:
+def _plan(N: int, backward: bool, arch: Architecture) -> tuple[int, int, int]:
     """(rows and columns of a tile, warps)."""
     tile = tile_for(BACKWARD if backward else FORWARD, arch, N)
     block = min(tile.block, max(16, triton.next_power_of_2(N)))

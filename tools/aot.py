@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,17 +19,30 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from fastlm._core.architecture import GFX942, SM90, Architecture, parse
 from fastlm._core.registry import ops
 from fastlm.kernels import _common
 
-TARGETS = (80, 90, 100)
+# What the kernels are for. EVERY: all of their configurations are compiled; the others take the rows of one of these
+# and much the same code is made for them, so that of each kernel the configuration with the largest tile is.
+EVERY = tuple(map(parse, ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")))
+LARGEST = tuple(map(parse, ("sm_86", "sm_89", "sm_103", "sm_120", "gfx950", "gfx1201")))
+SAMPLE = "_attention_fwd_kernel", "_norm_fwd_split_kernel"
 NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def gpu_target(arch: Architecture) -> GPUTarget:
+    """As Triton calls an architecture."""
+    if arch.vendor == "nvidia":
+        return GPUTarget("cuda", arch.number, arch.wavefront)
+    return GPUTarget("hip", str(arch), arch.wavefront)
 
 
 def launch_files() -> Iterator[ModuleType]:
@@ -60,17 +74,17 @@ def specialized(launch: tuple, target: GPUTarget) -> tuple:
     return kernel, options, *rest
 
 
-def distinct(arch: int) -> dict[str, tuple]:
+def distinct(arch: Architecture) -> dict[str, tuple]:
     """The compilations of one architecture by a name of what sets them apart."""
     _common.ASSUMED_ARCHITECTURE = arch
     found = {}
     for case in (case for op in launch_files() for case in op.cases()):
         for launch in recorded(case):
-            kernel, options, signature, constants, attributes = specialized(launch, GPUTarget("cuda", arch, 32))
+            kernel, options, signature, constants, attributes = specialized(launch, gpu_target(arch))
             names = list(signature)
             values = {names[path[0]]: value for path, value in constants.items()}
-            types = f"{sorted(set(signature.values()))}, {sum(map(bool, attributes.values()))} aligned"
-            name = f"sm_{arch} {kernel.__name__} {values} warps={options.num_warps} stages={options.num_stages} {types}"
+            types = f"{sorted(set(signature.values()))}, {sum(map(len, attributes.values()))} known"
+            name = f"{arch} {kernel.__name__} {values} warps={options.num_warps} stages={options.num_stages} {types}"
             found[name] = (kernel, options, signature, constants, attributes)
     return found
 
@@ -94,7 +108,7 @@ def accesses_in_loops(code: str) -> int:
     return sum(any(first < place < last for first, last in loops) for place in accesses)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
+def nvidia_resources(cubin: bytes) -> dict[str, int]:
     """Registers, bytes of stack, shared and local memory, and how often the stack is used inside loops."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -109,15 +123,89 @@ def resources(cubin: bytes) -> dict[str, int]:
         return used | {"spills": accesses_in_loops(output("nvdisasm", "-c")) if used["STACK"] else 0}
 
 
-def chosen(every: bool) -> Iterator[tuple[int, str, tuple]]:
-    """(architecture, name, compilation): all of them, or for one architecture the first of each kernel."""
-    seen = set()
-    for arch in TARGETS if every else (90,):
-        for name, compilation in distinct(arch).items():
-            kind = compilation[0].__name__, "'CENTRED': True" in name  # LayerNorm and RMSNorm share their kernels
-            if every or kind not in seen:
-                seen.add(kind)
-                yield arch, name, compilation
+# Of what a code object says of its kernel ("Code Object V5 Metadata" of LLVM's user guide for AMDGPU), by NVIDIA's
+# names where they have the same. Vector registers count those of matrix products too.
+AMD_METADATA = {
+    "vgpr_count": "REG",
+    "agpr_count": "AGPR",
+    "sgpr_count": "SGPR",
+    "vgpr_spill_count": "spills",
+    "sgpr_spill_count": "SGPR spills",
+    "private_segment_fixed_size": "STACK",
+    "group_segment_fixed_size": "SHARED",
+    "wavefront_size": "wavefront",
+}
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    """What the metadata at the end of the assembler's text says."""
+    metadata = assembly.partition(".amdgpu_metadata")[2]
+    found = re.findall(rf"^ *(?:- )?\.({'|'.join(AMD_METADATA)}): +(\d+)$", metadata, re.MULTILINE)
+    waves = re.findall(r"^; Occupancy: (\d+)$", assembly, re.MULTILINE)
+    return {AMD_METADATA[key]: int(value) for key, value in found} | {"LOCAL": 0, "waves": int(waves[0])}
+
+
+# Products of matrices, and loads from global memory, in PTX and in AMD's assembly.
+INSTRUCTIONS = {
+    "nvidia": {
+        "wgmma": r"wgmma\.mma_async",
+        "tcgen05": r"tcgen05\.mma",
+        "mma": r"\bmma\.sync",
+        "loads": r"\bld\.global|\bcp\.async\.c[ag]\.shared",
+        "16-byte loads": r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.cg\.shared",
+    },
+    "amd": {
+        "mfma": r"\bv_s?mfmac?_",
+        "wmma": r"\bv_s?wmmac?_",
+        "loads": r"\b(?:global|buffer)_load_",
+        "16-byte loads": r"\b(?:global|buffer)_load_(?:dwordx4|b128)",
+    },
+}
+
+
+def measured(arch: Architecture, compiled: Any) -> dict[str, int]:
+    """Resources of a compiled kernel, and how many of the instructions above it has."""
+    nvidia = arch.vendor == "nvidia"
+    code = compiled.asm["ptx" if nvidia else "amdgcn"]
+    used = nvidia_resources(compiled.asm["cubin"]) if nvidia else amd_resources(code)
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS[arch.vendor].items()}
+    return used | {"dynamic": compiled.metadata.shared} | counts
+
+
+def kind_of(compilation: tuple) -> tuple[str, bool]:
+    """Which kernel; LayerNorm and RMSNorm share theirs."""
+    kernel, _, signature, constants, _ = compilation
+    names = list(signature)
+    return kernel.__name__, any(names[path[0]] == "CENTRED" and value for path, value in constants.items())
+
+
+def size_of(compilation: tuple) -> tuple[int, int]:
+    """(elements of the tile, arguments that are there): by what a kernel's demand for registers grows."""
+    _, _, signature, constants, _ = compilation
+    names, sides = list(signature), []
+    for path, value in constants.items():
+        constant = value._asdict() if hasattr(value, "_asdict") else {names[path[0]]: value}
+        sides += [side for name, side in constant.items() if name in ("M", "N", "ROWS") or name.startswith("BLOCK_")]
+    return math.prod(filter(None, sides)), -len(constants)
+
+
+def chosen(every: bool) -> Iterator[tuple[Architecture, str, tuple]]:
+    """(architecture, name, compilation): what EVERY and LARGEST say, or of each kernel the first for one architecture.
+
+    For AMD then the two of SAMPLE alone.
+    """
+    for arch in EVERY + LARGEST if every else (SM90, GFX942):
+        found = distinct(arch)
+        of_kind: dict[tuple, list[str]] = {}
+        for name, compilation in found.items():
+            of_kind.setdefault(kind_of(compilation), []).append(name)
+        if every and arch in EVERY:
+            names = list(found)
+        elif every:
+            names = [max(same, key=lambda name: size_of(found[name])) for same in of_kind.values()]
+        else:
+            names = [same[0] for kind, same in of_kind.items() if arch == SM90 or kind[0] in SAMPLE]
+        yield from ((arch, name, found[name]) for name in names)
 
 
 def compile_share(every: bool, share: int, shares: int) -> None:
@@ -126,10 +214,9 @@ def compile_share(every: bool, share: int, shares: int) -> None:
         if i % shares == share:
             _common.ASSUMED_ARCHITECTURE = arch
             source = ASTSource(kernel, signature, constants, attributes)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
-            used = resources(compiled.asm["cubin"]) | {"dynamic": compiled.metadata.shared}
-            used["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
-            print(json.dumps({"name": name, "arch": arch, "warps": options.num_warps, **used}), flush=True)
+            compiled = triton.compile(source, target=gpu_target(arch), options=options.__dict__)
+            line = {"name": name, "arch": str(arch), "warps": options.num_warps, **measured(arch, compiled)}
+            print(json.dumps(line), flush=True)
 
 
 def compile_keys() -> None:
@@ -137,7 +224,7 @@ def compile_keys() -> None:
     rows = ((2, 0.5, 1), (16, 0.1, -1), (17, 0.3, 2**62), (4096, 0.9, 0), (1_000_003, 0.01, 2**31))
     for op, (M, p, seed) in itertools.product(launch_files(), rows):
         for name, call in op.calls(M, p, seed).items():
-            keys = [specialized(launch, GPUTarget("cuda", 90, 32)) for launch in recorded(call)]
+            keys = [specialized(launch, gpu_target(SM90)) for launch in recorded(call)]
             lines = [f"{kernel.__name__} {options.hash()} {rest}" for kernel, options, *rest in keys]
             print(json.dumps({"op": name, "M": M, "keys": sorted(k for k in lines if "_sum_partials" not in k)}))
 

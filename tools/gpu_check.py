@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 import fastlm
+from fastlm._core.architecture import architecture
 from fastlm._core.registry import ops
 from fastlm.benchmarks.kernel import KernelBenchmark
 from fastlm.benchmarks.registry import KERNELS
@@ -69,7 +70,7 @@ def machine() -> dict:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "device": properties.name,
-        "architecture": f"sm_{properties.major}{properties.minor}",
+        "architecture": str(architecture(torch.cuda.current_device())),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "driver": _driver(),

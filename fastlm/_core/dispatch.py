@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
+from .architecture import Architecture, architecture
 from .torch_private import fake_mode, forward_mode, is_fake, runs_compiled, transforms_active, uncompiled
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
@@ -217,8 +218,8 @@ def held_back(op: str, row: Backend, request: Request) -> str | None:
     if request.device != "cuda":
         return "interpreted kernels serve only an explicit choice"
     arch = oldest_architecture()
-    if stock and arch not in row.proved:
-        return f"unproved on this architecture (sm_{arch}): no results file yet"
+    if stock and arch.number not in row.proved:
+        return f"unproved on this architecture ({arch}): no results file yet"
     return None
 
 
@@ -265,10 +266,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 @functools.cache
-def oldest_architecture() -> int:
-    """80 for sm_80: the oldest among the visible GPUs, so that one answer serves them all."""
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return min(major * 10 + minor for major, minor in capabilities)
+def oldest_architecture() -> Architecture:
+    """The oldest among the visible GPUs, so that one answer serves them all."""
+    return min(architecture(index) for index in range(torch.cuda.device_count()))
 
 
 class LazyModule:

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from .._core import dispatch
+from .._core.architecture import oldest_served
 from .._core.dispatch import Request
 from . import cpu as _native
 
@@ -37,8 +38,8 @@ def triton_unsupported(request: Request) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and request.device == "cpu"
     if request.device != "cuda" and not interpreted:
         return f"the tensors are on {request.device}"
-    if not interpreted and dispatch.oldest_architecture() < 80:
-        return f"its kernels need sm_80 or newer, this GPU is sm_{dispatch.oldest_architecture()}"
+    if not interpreted and (arch := dispatch.oldest_architecture()) < (oldest := oldest_served(arch)):
+        return f"its kernels need {oldest} or newer, this GPU is {arch}"
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
     return None

@@ -13,6 +13,7 @@ import torch
 
 import fastlm
 
+from .._core.architecture import architecture
 from .._core.files import replace_text
 from ..data import PrepareConfig, Tokenizer, load_manifest, prepare
 from ..data.corpora import demo_corpus
@@ -174,6 +175,5 @@ def attention_backend(config: TrainConfig, result: TrainResult) -> tuple[str | N
     q = torch.empty(shape, device=result.device, dtype=DTYPES[result.dtype])
     backend = fastlm.explain(fastlm.scaled_dot_product_attention, q, q, q, is_causal=True).selected
     if q.is_cuda:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        return backend, f"sm_{major}{minor}"
+        return backend, str(architecture(q.device.index))
     return backend, fastlm.cpu_isa()

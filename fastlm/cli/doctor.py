@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import fastlm
-from fastlm._core import registry
+from fastlm._core import architecture, registry
 from fastlm.backends import cpu as _native
 from fastlm.backends import cuda as _native_cuda
 from fastlm.ops._gemm import leads
@@ -51,10 +51,8 @@ def _cuda() -> dict:
         found["nvcc"] = next((line.partition("release ")[2] for line in lines if "release" in line), "unknown")
     for index in range(torch.cuda.device_count() if found["available"] else 0):
         properties = torch.cuda.get_device_properties(index)
-        arch = f"sm_{properties.major}{properties.minor}"
-        found["devices"].append(
-            {"name": properties.name, "arch": arch, "memory_gib": round(properties.total_memory / 2**30, 1)}
-        )
+        arch, memory = str(architecture.architecture(index)), round(properties.total_memory / 2**30, 1)
+        found["devices"].append({"name": properties.name, "arch": arch, "memory_gib": memory})
     return found
 
 
@@ -80,8 +78,9 @@ def _advice(report: dict) -> list[str]:
     elif cuda["built_for"] and "driver serves" in cuda["extension"]:
         advice.append(f"the CUDA kernels can't run: {cuda['extension']}")
     for arch in {device["arch"] for device in cuda["devices"]} if cuda["built_for"] else ():
-        if reason := _native_cuda.unserved(int(arch[3:])):
-            advice.append(f'the CUDA kernels: {reason}; reinstall with  FASTLM_CUDA_ARCHS="{arch[3:]}"')
+        if reason := _native_cuda.unserved(architecture.parse(arch)):
+            again = f'; reinstall with  FASTLM_CUDA_ARCHS="{arch[3:]}"' if arch.startswith("sm_") else ""
+            advice.append(f"the CUDA kernels: {reason}{again}")
     return advice
 
 

@@ -28,6 +28,8 @@ class Config(NamedTuple):
     SOFTCAP: bool
     DROPOUT: bool
     NATURAL: bool  # scores in natural units, not in log2 units
+    AMD: bool  # whether it is for AMD's GPUs
+    SINGLE: bool  # whether their matrix instructions take float32 whole
 
 
 class View(NamedTuple):

@@ -120,7 +120,7 @@ def launch_backward(
                 attention_bwd_keys_kernel[(tiles * batch * Hkv,)](
                     q, k, v, mask, cu_q, cu_k, dout, lse, rest, delta, dk, dv,
                     *strides, *dk.stride()[:3], *dv.stride()[:3], *size[:5], tiles, batch * Hkv, swizzle, *scalars,
-                    compiled_for(size, blocks, mask, softcap, dropout_p),
+                    compiled_for(size, blocks, mask, softcap, dropout_p, arch),
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
             blocks = blocks_for(QUERIES, arch, q.dtype, head, masked, softcap > 0 or dmask is not None)
@@ -130,11 +130,11 @@ def launch_backward(
                 attention_bwd_queries_kernel[(tiles * batch * size.H,)](
                     q, k, v, mask, cu_q, cu_k, dout, lse, rest, delta, dq, dmask,
                     *strides, *dq.stride()[:3], *size[:5], tiles, batch * size.H, swizzle, *scalars,
-                    compiled_for(size, blocks, mask, softcap, dropout_p),
+                    compiled_for(size, blocks, mask, softcap, dropout_p, arch),
                     num_warps=blocks.warps, num_stages=blocks.stages,
                 )  # fmt: skip
         if mask is None or not mask_grad or dmask is not None:
             return dmask
         blocks = blocks_for(MASK, arch, q.dtype, head, True)
-        config = compiled_for(size, blocks, mask, softcap, dropout_p)
+        config = compiled_for(size, blocks, mask, softcap, dropout_p, arch)
         return mask_gradient(mask, q, k, v, dout, lse, rest, delta, strides, size, scalars, blocks, config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastlm._core.architecture import GFX942, SM80, SM90, SM100
+
 from .._common import Dropout, dropout_factors
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .mask import MaskRows, scores
@@ -35,20 +37,25 @@ from .tiles import (
 # largest that do not spill. Nothing here has been measured yet.
 KEYS = Blockings(
     {
-        80: Blocking(
+        SM80: Blocking(
             {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
             {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
             {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(16, 32, 8, 1)},
         ),
-        90: Blocking(
+        SM90: Blocking(
             {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
             {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
             {64: Blocks(32, 64, 8, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(16, 32, 8, 1)},
         ),
-        100: Blocking(
+        SM100: Blocking(
             {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 32, 8, 1)},
             {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
             {64: Blocks(32, 64, 4, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(16, 32, 8, 1)},
+        ),
+        GFX942: Blocking(
+            {64: Blocks(64, 64, 4, 1), 128: Blocks(32, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
+            {64: Blocks(32, 32, 4, 1), 256: Blocks(16, 32, 4, 1)},
+            {128: Blocks(32, 32, 4, 1), 256: Blocks(16, 32, 4, 1)},
         ),
     }
 )
@@ -257,8 +264,11 @@ def attention_bwd_keys_kernel(
         tl.program_id(0), 0, args, schedule, dout, statistics, dk, dv, config, config.N, config.M, False
     )
     if non_finite:
-        PART: tl.constexpr = RECOMPUTE_SINGLE_ROWS if q_ptr.dtype.element_ty == tl.float32 else RECOMPUTE_ROWS
+        PART: tl.constexpr = (
+            RECOMPUTE_SINGLE_ROWS if q_ptr.dtype.element_ty == tl.float32 and not config.SINGLE else RECOMPUTE_ROWS
+        )
         for part in range(0, config.N, PART):
             _key_gradients(
-                program_id_again(), part, args, schedule, dout, statistics, dk, dv, config, PART, RECOMPUTE_KEYS, True
-            )
+                program_id_again(config.AMD), part, args, schedule, dout, statistics, dk, dv, config, PART,
+                RECOMPUTE_KEYS, True,
+            )  # fmt: skip

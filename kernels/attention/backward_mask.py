@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core.architecture import GFX942, SM80
+
 from .._common import Dropout, dropout_factors, sum_partials
 from .arguments import Config, Mask, Scoring, View, Window, at
 from .mask import MaskRows, scores
@@ -24,10 +26,11 @@ from .tiles import dot, load_rows
 # By registers alone: not measured yet.
 MASK = Blockings(
     {
-        80: Blocking(
+        SM80: Blocking(
             {128: Blocks(64, 32, 8, 2), 256: Blocks(32, 16, 8, 1)},
             {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
         ),
+        GFX942: Blocking({256: Blocks(64, 32, 4, 1)}, {256: Blocks(64, 32, 4, 1)}),
     }
 )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastlm._core.architecture import GFX942, SM80, SM90
+
 from .._common import Dropout, dropout_factors
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .mask import MaskRows, scores
@@ -33,16 +35,21 @@ from .tiles import (
 # M queries by N keys; see backward_keys.py.
 QUERIES = Blockings(
     {
-        80: Blocking(
+        SM80: Blocking(
             {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
             {64: Blocks(32, 16, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
             {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
         ),
-        90: Blocking(
+        SM90: Blocking(
             {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
             {64: Blocks(32, 16, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
             {64: Blocks(128, 32, 8, 2), 128: Blocks(128, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
             {128: Blocks(128, 16, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        ),
+        GFX942: Blocking(
+            {64: Blocks(64, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
+            {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 16, 4, 1)},
+            {128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
         ),
     }
 )
@@ -216,4 +223,4 @@ def attention_bwd_queries_kernel(
     dq = View(dq_ptr, stride_dqb, stride_dqh, stride_dqt)
     non_finite = _query_gradients(tl.program_id(0), args, schedule, dout, statistics, dq, dmask_ptr, config, False)
     if non_finite:
-        _query_gradients(program_id_again(), args, schedule, dout, statistics, dq, dmask_ptr, config, True)
+        _query_gradients(program_id_again(config.AMD), args, schedule, dout, statistics, dq, dmask_ptr, config, True)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._core.architecture import GFX942, SM80
+
 from .._common import Dropout, architecture, dropout_arguments, on_device_of
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .mask import LN2, LOG2E, MaskRows
@@ -46,12 +48,14 @@ COMBINED_SPLITS = 16  # of a tile
 # forward pass's table for its decoding kernel; the rest by registers alone. Not measured on this kernel yet.
 FEW = Blockings(
     {
-        80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 16, 4, 2)}),
+        SM80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 16, 4, 2)}),
+        GFX942: Blocking({256: Blocks(16, 64, 4, 1)}, {256: Blocks(16, 32, 4, 1)}),
     }
 )
 MANY = Blockings(
     {
-        80: Blocking({256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 4, 1)}),
+        SM80: Blocking({256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 4, 1)}),
+        GFX942: Blocking({256: Blocks(64, 32, 4, 1)}, {256: Blocks(64, 32, 4, 1)}),
     }
 )
 
@@ -107,10 +111,12 @@ def _packed(own, first, args, M: tl.constexpr):
 @triton.jit
 def _recompute(args, splits, partial_ptr, row_max_ptr, row_sum_ptr, config: tl.constexpr):
     """Compute those of a program's rows again that it stored as not finite."""
-    ROWS: tl.constexpr = RECOMPUTE_SINGLE_ROWS if args.q.ptr.dtype.element_ty == tl.float32 else RECOMPUTE_ROWS
+    ROWS: tl.constexpr = (
+        RECOMPUTE_SINGLE_ROWS if args.q.ptr.dtype.element_ty == tl.float32 and not config.SINGLE else RECOMPUTE_ROWS
+    )
     UNIT: tl.constexpr = 1.0 if config.NATURAL else LN2
     T = args.sizes.T
-    own = _split(program_id_again(), splits, args.sizes, config.M)
+    own = _split(program_id_again(config.AMD), splits, args.sizes, config.M)
     tl.debug_barrier()  # what the program's other threads stored is read
     for part in range(own.first, tl.minimum(own.first + config.M, args.sizes.group * T), ROWS):
         rows = _packed(own, part, args, ROWS)
@@ -260,7 +266,8 @@ def launch_decode(
     _, scale, dropout_p, seed, _, _, softcap = options
     rows = size.group * size.T
     table = FEW if rows <= 16 else MANY
-    blocks = blocks_for(table, architecture(q.device), q.dtype, max(size.head[2:]), False)
+    arch = architecture(q.device)
+    blocks = blocks_for(table, arch, q.dtype, max(size.head[2:]), False)
     split_keys = max(SPLIT_KEYS, triton.next_power_of_2(triton.cdiv(size.S, MOST_SPLITS)))
     splits, row_tiles = triton.cdiv(size.S, split_keys), triton.cdiv(rows, blocks.M)
     partial = q.new_empty(q.shape[0], size.H, size.T, splits, size.head[1], dtype=torch.float32)
@@ -270,7 +277,8 @@ def launch_decode(
             q, k, v, mask, partial, row_max, row_sum, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *mask_strides(mask), *size[1:5], splits, row_tiles, split_keys, float(scale), softcap,
             size.window_left, size.window_right, *dropout_arguments(dropout_p, seed),
-            compiled_for(size, blocks, mask, softcap, dropout_p), num_warps=blocks.warps, num_stages=blocks.stages,
+            compiled_for(size, blocks, mask, softcap, dropout_p, arch),
+            num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         _attention_combine_kernel[(q.shape[0] * size.H * size.T,)](
             partial, row_max, row_sum, out, lse, rest, size.H, size.T, splits, size.head[1], size.head[3],

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm._core.architecture import GFX942, SM80, SM90, SM100
+
 from .._common import Dropout, architecture, dropout_arguments, on_device_of
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .decode import launch_decode, splits_keys
@@ -52,20 +54,25 @@ from .tiles import (
 # the largest tiles that do not, with two warp groups for wgmma from sm_90 on. Nothing here has been measured yet.
 FORWARD = Blockings(
     {
-        80: Blocking(
+        SM80: Blocking(
             {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
             {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
             {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
         ),
-        90: Blocking(
+        SM90: Blocking(
             {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
             {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
             {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
         ),
-        100: Blocking(
+        SM100: Blocking(
             {64: Blocks(128, 128, 8, 3), 128: Blocks(128, 32, 8, 3), 256: Blocks(64, 64, 8, 2)},
             {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)},
             {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        ),
+        GFX942: Blocking(
+            {256: Blocks(128, 64, 4, 1)},
+            {128: Blocks(64, 32, 4, 1), 256: Blocks(64, 32, 4, 1)},
+            {128: Blocks(64, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
         ),
     }
 )
@@ -110,8 +117,10 @@ def _tile(program, args, schedule, out_ptr, config: tl.constexpr):
 @triton.jit
 def _recompute(args, schedule, out_ptr, lse_ptr, rest_ptr, config: tl.constexpr):
     """Compute those of a program's rows again that it stored as not finite."""
-    ROWS: tl.constexpr = RECOMPUTE_SINGLE_ROWS if args.q.ptr.dtype.element_ty == tl.float32 else RECOMPUTE_ROWS
-    tile = _tile(program_id_again(), args, schedule, out_ptr, config)
+    ROWS: tl.constexpr = (
+        RECOMPUTE_SINGLE_ROWS if args.q.ptr.dtype.element_ty == tl.float32 and not config.SINGLE else RECOMPUTE_ROWS
+    )
+    tile = _tile(program_id_again(config.AMD), args, schedule, out_ptr, config)
     blocks = n_block_range(tile.first, tile.seqlen, args.scoring.window, config)
     tl.debug_barrier()  # what the program's other threads stored is read
     for part in range(tile.first, tl.minimum(tile.first + config.M, tile.seqlen.seqlen_q), ROWS):
@@ -212,7 +221,8 @@ def launch_forward(q, k, v, mask, cu_q, cu_k, B, options, lse, rest=None):
         launch_decode(q, k, v, mask, out, sums, rest, size, options)
         return out, sums
     masked = mask is not None or dropout_p > 0
-    blocks = blocks_for(FORWARD, architecture(q.device), q.dtype, max(size.head[2:]), masked)
+    arch = architecture(q.device)
+    blocks = blocks_for(FORWARD, arch, q.dtype, max(size.head[2:]), masked)
     tiles = triton.cdiv(size.T, blocks.M) + (0 if cu_q is None else B)
     heads = batch * size.H
     swizzle = swizzle_heads(size.S, (size.head[0] + size.head[1]) * q.element_size(), size.group)
@@ -221,6 +231,7 @@ def launch_forward(q, k, v, mask, cu_q, cu_k, B, options, lse, rest=None):
             q, k, v, mask, cu_q, cu_k, out, sums, rest, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *mask_strides(mask), *size[:5], tiles, heads, min(swizzle, heads), float(scale), softcap,
             size.window_left, size.window_right, *dropout_arguments(dropout_p, seed),
-            compiled_for(size, blocks, mask, softcap, dropout_p), num_warps=blocks.warps, num_stages=blocks.stages,
+            compiled_for(size, blocks, mask, softcap, dropout_p, arch),
+            num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out, sums

@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlm._core.architecture import Architecture, newest
+
 from .._common import INTERPRETING
 from .arguments import Config
 
@@ -36,18 +38,20 @@ class Blocking(NamedTuple):
     half_busy: dict[int, Blocks] | None = None
 
 
-class Blockings(dict[int, Blocking]):
+class Blockings(dict[Architecture, Blocking]):
     """Rows by the oldest architecture that they are for; hashed as an object, so that what is chosen can be kept."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 @functools.lru_cache(4096)
-def blocks_for(table: Blockings, arch: int, dtype: torch.dtype, head: int, masked: bool, busy: bool = False) -> Blocks:
-    """The row for the newest architecture no newer than `arch` and the least head size that holds `head`."""
+def blocks_for(
+    table: Blockings, arch: Architecture, dtype: torch.dtype, head: int, masked: bool, busy: bool = False
+) -> Blocks:
+    """The row of the least head size that holds `head`, of the newest of arch's family that is no newer than it."""
     if INTERPRETING:  # which spends its time on programs, not on elements
         return Blocks(64, 128, 4, 1)
-    rows = table[max(key for key in table if key <= arch)]
+    rows = table[newest(table, arch)]
     if dtype == torch.float32:
         sizes = rows.single
     elif masked:
@@ -110,7 +114,10 @@ def mask_strides(mask: Tensor | None) -> Sequence[int]:
     return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
 
 
-def compiled_for(size: Geometry, blocks: Blocks, mask: Tensor | None, softcap: float, dropout_p: float) -> Config:
+def compiled_for(
+    size: Geometry, blocks: Blocks, mask: Tensor | None, softcap: float, dropout_p: float, arch: Architecture
+) -> Config:
     """What a call's kernel is compiled for."""
     natural = mask is not None and mask.dtype != torch.bool
-    return Config(*size.head, blocks.M, blocks.N, *size.features, softcap > 0, dropout_p > 0, natural)
+    gpu = arch.vendor == "amd", arch.family == "cdna"
+    return Config(*size.head, blocks.M, blocks.N, *size.features, softcap > 0, dropout_p > 0, natural, *gpu)

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from .._common import INTERPRETING
 
-# A tile of rows that are computed again, fewer of float32: little for registers, nothing for tensor memory.
+# A tile of rows that are computed again, fewer of float32 where no matrix instruction takes these: little for
+# registers, nothing for tensor memory.
 RECOMPUTE_ROWS, RECOMPUTE_SINGLE_ROWS = tl.constexpr(16), tl.constexpr(4)
 RECOMPUTE_KEYS = tl.constexpr(64 if INTERPRETING else 16)
 INTERPRETED = tl.constexpr(INTERPRETING)
@@ -76,9 +77,13 @@ def finite(x):
 
 
 @triton.jit
-def program_id_again():
-    """The program's id, read anew: what follows from it takes no registers in the loops before."""
+def program_id_again(AMD: tl.constexpr):
+    """The program's id, made anew: what follows from it takes no registers in the loops before."""
     if INTERPRETED:
         return tl.program_id(0)
+    elif AMD:  # where the id lies depends on the GPU; a copy that the compiler does not see through costs a scalar one
+        return tl.inline_asm_elementwise(
+            "s_mov_b32 $0, $1", "=s,s", [tl.program_id(0)], tl.int32, is_pure=False, pack=1
+        )
     else:
         return tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], tl.int32, is_pure=False, pack=1)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from emulation import build
+from fastlm._core import architecture
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 kernels = pytest.importorskip("fastlm.kernels")
@@ -24,8 +25,18 @@ forward = pytest.importorskip("fastlm.kernels.attention.forward")
 backward = pytest.importorskip("fastlm.kernels.attention.backward")
 decoding = pytest.importorskip("fastlm.kernels.attention.decode")
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-REGISTERS = 64 * 1024  # in a multiprocessor: what a block of a launch may take at most
+# Kilobytes of shared memory that a block may have: "Technical Specifications per Compute Capability" of the CUDA C++
+# Programming Guide; of local data share that a workgroup may have: "LDS" of AMD's ISA guides of CDNA3, CDNA4, RDNA3 and
+# RDNA4.
+SHARED_KB = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99,
+    "gfx942": 64, "gfx950": 160, "gfx1100": 64, "gfx1201": 64,
+}  # fmt: skip
+REGISTERS = 64 * 1024  # of NVIDIA's multiprocessor: what a block of a launch may take at most
+# Vector registers of a lane that an AMD wavefront may name, and that its SIMD has (the same guides: 512 in CDNA3's
+# unified file, 192 KB for 32 lanes of 4 bytes in RDNA3 and RDNA4). A workgroup runs on four SIMDs.
+VGPRS = {"gfx942": (512, 512), "gfx950": (512, 512), "gfx1100": (256, 1536), "gfx1201": (256, 1536)}
+SIMDS = 4
 AOT = Path(__file__).resolve().parents[2] / "tools" / "aot.py"
 
 
@@ -50,7 +61,7 @@ ALL = pytest.param("all", marks=pytest.mark.gpu_code)
 def compiled(request, tmp_path_factory):
     """Resources of what was compiled, kept by the hash of the kernels and of the compiler."""
     folders = Path(kernels.__file__).parent, AOT.parent / "launches"
-    sources = [AOT, *(path for folder in folders for path in sorted(folder.rglob("*.py")))]
+    sources = [AOT, Path(architecture.__file__), *(p for folder in folders for p in sorted(folder.rglob("*.py")))]
     versions = (sys.version, triton.__version__, torch.__version__)
     with build.locked(folder := build.cache_folder(), "triton"):
         kept = folder / f"triton-{request.param}-{build.digest(*versions, *(p.read_bytes() for p in sources))}.json"
@@ -66,9 +77,9 @@ def compiled(request, tmp_path_factory):
 
 @pytest.mark.parametrize("compiled", [ALL], indirect=True)
 def test_every_architecture_got_the_same_kernels(compiled):
-    kernels = {arch: {line["name"].split()[1] for line in compiled if line["arch"] == arch} for arch in SHARED_LIMIT}
-    assert kernels[80] == kernels[90] == kernels[100]
-    assert len(kernels[80]) > 5
+    kernels = {arch: {line["name"].split()[1] for line in compiled if line["arch"] == arch} for arch in SHARED_KB}
+    assert all(found == kernels["sm_80"] for found in kernels.values())
+    assert len(kernels["sm_80"]) > 5
 
 
 @pytest.mark.parametrize("compiled", [ALL], indirect=True)
@@ -81,11 +92,24 @@ def test_every_row_of_attentions_tables_was_compiled(compiled):
         "_attention_decode_kernel": [decoding.FEW, decoding.MANY],
     }
     names = [line["name"] for line in compiled]
-    for kernel, arch, table in ((k, a, t) for k, both in tables.items() for a in SHARED_LIMIT for t in both):
-        by_size = table[max(key for key in table if key <= arch)]
-        for M, N, warps, stages in chain(*(sizes.values() for sizes in by_size if sizes)):
-            wanted = re.compile(rf"sm_{arch} {kernel} .*\bM={M}, N={N}, .* warps={warps} stages={stages} ")
-            assert any(map(wanted.search, names)), wanted.pattern
+    for kernel, table in ((kernel, table) for kernel, both in tables.items() for table in both):
+        for arch, by_size in table.items():
+            for M, N, warps, stages in chain(*(sizes.values() for sizes in by_size if sizes)):
+                wanted = re.compile(rf"{arch} {kernel} .*\bM={M}, N={N}, .* warps={warps} stages={stages} ")
+                assert any(map(wanted.search, names)), wanted.pattern
+
+
+def test_the_limits_that_tiles_are_chosen_by_are_the_vendors():
+    assert {name: architecture.parse(name).shared_memory for name in SHARED_KB} == {
+        name: kilobytes * 1024 for name, kilobytes in SHARED_KB.items()
+    }
+
+
+HALF = re.compile(r"\*(bf|fp)16'")
+
+
+def _nvidia(line):
+    return line["arch"].startswith("sm_")
 
 
 def _is_exempt(line):
@@ -94,22 +118,38 @@ def _is_exempt(line):
     Products in full precision run on the FMA units, not on the tensor cores.
     """
     name = line["name"]
-    single = "attention_bwd_keys_kernel" in name and not re.search(r"\*(bf|fp)16'", name)
+    single = "attention_bwd_keys_kernel" in name and not HALF.search(name) and _nvidia(line)
     return single and int(re.search(r"\bBLOCK_D=(\d+)", name)[1]) >= 128
 
 
 def test_no_spills_in_loops_and_little_stack(compiled):
-    """What a program puts aside once, before its loops, and takes back once, after them, costs it nothing."""
+    """What a program puts aside once, before its loops, and takes back once, after them, costs it nothing.
+
+    AMD's take no memory for it at all: what does not fit into scalar registers goes to lanes of vector registers.
+    """
     spilled = [line for line in compiled if (line["spills"] and not _is_exempt(line)) or line["LOCAL"]]
     assert not spilled, "\n".join(map(str, spilled))
-    large = [line for line in compiled if line["STACK"] > (512 if _is_exempt(line) else 128)]
+    allowed = {True: 512, False: 128}
+    large = [line for line in compiled if line["STACK"] > (allowed[_is_exempt(line)] if _nvidia(line) else 0)]
     assert not large, "\n".join(map(str, large))
 
 
 def test_shared_memory_and_registers_within_the_limits(compiled):
     for line in compiled:
-        assert line["SHARED"] + line["dynamic"] <= SHARED_LIMIT[line["arch"]], line
-        assert line["REG"] * 32 * line["warps"] <= REGISTERS, line
+        arch = "sm_86" if line["arch"] == "sm_80" else line["arch"]  # which, like sm_89 and sm_120, takes its rows
+        assert line["SHARED"] + line["dynamic"] <= SHARED_KB[arch] * 1024, line
+        if _nvidia(line):
+            assert line["REG"] * 32 * line["warps"] <= REGISTERS, line
+        else:
+            wavefront, simd = VGPRS[line["arch"]]
+            assert line["wavefront"] == (64 if line["arch"].startswith("gfx9") else 32), line
+            assert line["wavefront"] * line["warps"] <= 1024, line  # a workgroup's threads
+            assert line["REG"] <= wavefront, line
+            assert line["REG"] * -(-line["warps"] // SIMDS) <= simd, line
+
+
+def _products(line):
+    return {name for name in ("wgmma", "tcgen05", "mma", "mfma", "wmma") if line.get(name)}
 
 
 def test_attention_multiplies_on_hoppers_tensor_cores(compiled):
@@ -118,12 +158,25 @@ def test_attention_multiplies_on_hoppers_tensor_cores(compiled):
     seen = set()
     for line in compiled:
         kernel = re.search(r"attention_(\w+)_kernel", line["name"])
-        if line["arch"] != 90 or not kernel or kernel[1] not in rows or not re.search(r"\*(bf|fp)16'", line["name"]):
+        if line["arch"] != "sm_90" or not kernel or kernel[1] not in rows or not HALF.search(line["name"]):
             continue
         if int(re.search(rf"\b{rows[kernel[1]]}=(\d+)", line["name"])[1]) >= 64:
             assert line["wgmma"] > 0, line
             seen.add(kernel[1])
     assert seen == set(rows)
+
+
+def test_attention_multiplies_in_matrix_instructions(compiled):
+    """Of 2-byte values everywhere; of 4-byte ones, in full precision, on AMD's CDNA alone."""
+    seen = set()
+    for line in compiled:
+        if re.search(r"attention_(fwd|bwd_queries|bwd_keys|bwd_mask|decode)_kernel", line["name"]):
+            cdna = line["arch"].startswith("gfx9")
+            if HALF.search(line["name"]) or cdna:
+                own = {"mfma"} if cdna else {"wgmma", "tcgen05", "mma"} if _nvidia(line) else {"wmma"}
+                assert _products(line) & own, line
+                seen.add(line["arch"])
+    assert seen >= {"sm_90", "gfx942"}
 
 
 def test_no_recompilation_for_another_row_count(tmp_path):

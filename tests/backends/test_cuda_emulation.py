@@ -11,6 +11,7 @@ import fastlm
 from conftest import CUDA
 from fastlm._core import dispatch as _dispatch
 from fastlm._core import dropout as _dropout
+from fastlm._core.architecture import SM90, parse
 from fastlm.backends import cuda as _native_cuda
 from fastlm.backends.cuda.gelu import gelu_fwd
 from fastlm.ops.layer_norm import add_layer_norm_ref
@@ -190,7 +191,7 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def _one_gpu(self, monkeypatch):
         """A GPU of sm_90 and a module with code for it."""
-        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: 90)
+        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: SM90)
         monkeypatch.setattr(_native_cuda, "emulated", False)
         monkeypatch.setattr(_native_cuda, "unusable", lambda: None)
         monkeypatch.setattr(_native_cuda, "architectures", lambda: ("80", "90a"))
@@ -207,7 +208,7 @@ class TestChoice:
 
     @pytest.mark.parametrize(("arch", "served"), [(80, True), (86, True), (90, True), (75, False), (100, False)])
     def test_code_runs_on_its_own_generation(self, monkeypatch, arch, served):
-        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: arch)
+        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: parse(f"sm_{arch}"))
         request = _dispatch.Request("cuda", torch.float32)
         if served:
             assert _dispatch._choose("gelu", request, "cuda") == "cuda"

@@ -14,6 +14,7 @@ import fastlm
 from conftest import TRITON
 from fastlm._core import dispatch as _dispatch
 from fastlm._core import dropout as _dropout
+from fastlm._core.architecture import SM90, SM100, parse
 from fastlm.ops.layer_norm import add_layer_norm_ref
 from tolerances import assert_as_close_as_torch
 
@@ -140,7 +141,7 @@ class TestChoice:
 
     @pytest.fixture(autouse=True)
     def _one_gpu(self, monkeypatch):
-        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: 90)
+        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: SM90)
         _dispatch.clear_cache()
         yield
         _dispatch.clear_cache()
@@ -161,11 +162,11 @@ class TestChoice:
                 for row in _dispatch.backends("layer_norm")]  # fmt: skip
         monkeypatch.setitem(_dispatch._TABLE, "layer_norm", rows)
         assert self._choose("layer_norm") == "triton"
-        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: 100)
+        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: SM100)
         assert self._choose("layer_norm") == "torch"
 
     def test_older_than_sm_80(self, monkeypatch):
-        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: 75)
+        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: parse("sm_75"))
         assert self._choose("add_layer_norm") == "reference"
         with pytest.raises(fastlm.BackendError, match="need sm_80 or newer, this GPU is sm_75"):
             _dispatch._choose("gelu", _dispatch.Request("cuda", torch.float32), "triton")

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 
 BF16, FP32 = torch.bfloat16, torch.float32
+# A batch whose tensors exceed 2 GiB: for AMD Triton makes other code of those, without buffer instructions. For NVIDIA
+# it is the same, and compiled once.
+MANY = 2**20
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from fastlm.kernels import attention
 
-from . import BF16, FP32, empty
+from . import BF16, FP32, MANY, empty
 
 
 class Attention(NamedTuple):
@@ -78,6 +78,9 @@ CASES = (
 def cases() -> Iterator[Callable[[], None]]:
     for features in CASES:
         yield partial(pair, 8, features)
+    yield partial(pair, MANY // 256, Attention(64, right=0))
+    yield partial(pair, MANY // 256, Attention(128, mask="bias", right=0, p=0.1))
+    yield partial(pair, MANY, Attention(128, T=1))
 
 
 def calls(M: int, p: float, seed: int) -> dict[str, Callable[[], None]]:

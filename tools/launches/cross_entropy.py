@@ -9,7 +9,7 @@ import torch
 
 from fastlm.kernels import cross_entropy
 
-from . import BF16, FP32, empty
+from . import BF16, FP32, MANY, empty
 
 
 def pair(M: int, N: int, full: bool, dtype: torch.dtype = BF16, ignore_index: int = -100) -> None:
@@ -31,6 +31,7 @@ def cases() -> Iterator[Callable[[], None]]:
     for full in (False, True):
         for N in (1024, 50304):
             yield partial(pair, 4096, N, full)
+        yield partial(pair, MANY, 50304, full)
     yield partial(pair, 4096, 50257, False)
     yield partial(pair, 4096, 50257, True, FP32)
 

@@ -9,7 +9,7 @@ import torch
 
 from fastlm.kernels import gelu
 
-from . import BF16, FP32, empty
+from . import BF16, FP32, MANY, empty
 
 
 def pair(M: int, N: int, full: bool, tanh: bool, dtype: torch.dtype = BF16, p: float = 0.1, seed: int = 5) -> None:
@@ -23,6 +23,7 @@ def cases() -> Iterator[Callable[[], None]]:
     for full in (False, True):
         for tanh in (False, True):
             yield partial(pair, 4096, 3072, full, tanh)
+        yield partial(pair, MANY, 3072, full, True)
     yield partial(pair, 4096, 3071, True, False, FP32)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastlm.kernels import rms_norm
 
-from . import BF16, FP32, empty
+from . import BF16, FP32, MANY, empty
 from ._norms import sizes
 
 
@@ -26,6 +26,7 @@ def pair(M: int, N: int, full: bool, dtype: torch.dtype = BF16) -> None:
 def cases() -> Iterator[Callable[[], None]]:
     for N, full in sizes():
         yield partial(pair, 4096, N, full)
+    yield partial(pair, MANY, 4096, True)
     # without 16-byte loads, and with the most bytes a row
     yield partial(pair, 4096, 4095, True)
     yield partial(pair, 4096, 8191, False)

@@ -9,7 +9,7 @@ import torch
 
 from fastlm.kernels import rotary
 
-from . import BF16, FP32, empty
+from . import BF16, FP32, MANY, empty
 
 
 def both(L: int, D: int, R: int, dtype: torch.dtype = BF16) -> None:
@@ -21,6 +21,7 @@ def both(L: int, D: int, R: int, dtype: torch.dtype = BF16) -> None:
 def cases() -> Iterator[Callable[[], None]]:
     yield partial(both, 1024, 128, 64)
     yield partial(both, 1024, 80, 16, FP32)
+    yield partial(both, MANY, 128, 64)
 
 
 def calls(M: int, p: float, seed: int) -> dict[str, Callable[[], None]]:

@@ -9,7 +9,7 @@ import torch
 
 from fastlm.kernels import swiglu
 
-from . import BF16, FP32, empty
+from . import BF16, FP32, MANY, empty
 
 
 def pair(M: int, N: int, dtype: torch.dtype = BF16) -> None:
@@ -21,6 +21,7 @@ def pair(M: int, N: int, dtype: torch.dtype = BF16) -> None:
 def cases() -> Iterator[Callable[[], None]]:
     yield partial(pair, 4096, 11008)
     yield partial(pair, 4096, 2731, FP32)
+    yield partial(pair, MANY, 11008)
 
 
 def calls(M: int, p: float, seed: int) -> dict[str, Callable[[], None]]:

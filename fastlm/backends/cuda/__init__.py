@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._core.architecture import Architecture
 from ..._core.dropout import DeviceSeed
 from ..._core.torch_private import current_device, current_raw_stream
 from .. import cpu
@@ -47,14 +48,16 @@ def architectures() -> tuple[str, ...]:
     return tuple(filter(None, _cuda.architectures.split(";"))) if _cuda is not None else ()
 
 
-def unserved(arch: int) -> str | None:
-    """Why this build has no code for a GPU of architecture `arch` (90 for sm_90), or None where it has."""
+def unserved(arch: Architecture) -> str | None:
+    """Why this build has no code for a GPU of an architecture, or None where it has."""
+    if arch.vendor != "nvidia":
+        return f"its kernels are for NVIDIA's GPUs, this one is {arch}"
     built = architectures()
     for name in built:
         number = int(name.rstrip("af"))
-        if number == arch or (name.isdigit() and number // 10 == arch // 10 and number <= arch):
+        if number == arch.number or (name.isdigit() and number // 10 == arch.number // 10 and number <= arch.number):
             return None
-    return f"its kernels were built for {', '.join(f'sm_{name}' for name in built)}, this GPU is sm_{arch}"
+    return f"its kernels were built for {', '.join(f'sm_{name}' for name in built)}, this GPU is {arch}"
 
 
 def unusable() -> str | None:
