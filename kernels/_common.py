@@ -3,14 +3,17 @@
 Kernels follow these rules. Program ids and row numbers are int64 before they multiply a stride; every dimension is
 masked; loads widen to fp32 and stores narrow once. A reduction that reaches a result is two-stage and ordered, never
 atomic. Optional pointers are None, which Triton compiles away. Row counts are never specialized on, so that one
-compiled kernel serves every batch; row lengths are, on divisibility by 16, which is what vector loads need.
+compiled kernel serves every batch; row lengths are, on divisibility by 16, which is what vector loads need. A mask is
+made of comparisons of blocks: where a comparison of scalars is spread to a block, Triton's interpreter gives it their
+type, which that of triton 3.9 takes for no mask. What is launched is marked `kernel`, what it calls `triton.jit`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,6 +43,25 @@ def _multiprocessors(index: int) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(device.index) if device.type == "cuda" else ASSUMED_MULTIPROCESSORS
+
+
+class _Kernel:
+    """A compiled function that is launched: `kernel[grid](...)`."""
+
+    def __init__(self, function: Any):
+        self._function = function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        # Results depend on it to the bit, and Triton 3.9 says that 3.10 leaves it out unless asked.
+        return functools.partial(self._function[grid], enable_fp_fusion=True)
+
+
+def kernel(do_not_specialize: list[str]) -> Callable[[Callable[..., Any]], _Kernel]:
+    """triton.jit for a function that is launched, with every option that results depend on and Triton may change.
+
+    do_not_specialize: arguments of whose values no more than the type is compiled in.
+    """
+    return lambda function: _Kernel(triton.jit(do_not_specialize=do_not_specialize)(function))
 
 
 class Tile(NamedTuple):
@@ -117,7 +139,7 @@ def dropout_factors(row, first_column, seed, threshold, scale, BLOCK_N: tl.const
     return tl.where(word >= threshold.to(tl.uint32), scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["P"])
+@kernel(do_not_specialize=["P"])
 def _sum_partials_kernel(
     partial_ptr,  # (P, K) fp32
     out_ptr,  # (K) fp32

@@ -29,6 +29,7 @@ from ._common import (
     block_of,
     dropout_arguments,
     dropout_factors,
+    kernel,
     multiprocessors,
     on_device_of,
     persistent,
@@ -101,7 +102,7 @@ def _scaled(xhat, w_ptr, b_ptr, col, in_row):
     return xhat
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@kernel(do_not_specialize=["M", "seed", "threshold"])
 def _norm_fwd_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N) or None
@@ -162,7 +163,7 @@ def _store_gradients(
         tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["M", "rows_each", "seed", "threshold"])
+@kernel(do_not_specialize=["M", "rows_each", "seed", "threshold"])
 def _norm_bwd_kernel(
     dy_ptr,  # (M, N)
     z_ptr,  # (M, N), what was normalized
@@ -220,7 +221,7 @@ def _norm_bwd_kernel(
             tl.store(partial_ptr + program * PARTS * N + N + col, tl.sum(db, 0), in_row)
 
 
-@triton.jit(do_not_specialize=["S", "seed", "threshold"])
+@kernel(do_not_specialize=["S", "seed", "threshold"])
 def _norm_fwd_split_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N) or None
@@ -253,7 +254,7 @@ def _norm_fwd_split_kernel(
         tl.store(partial_ptr + program, tl.sum(z * z))
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def _norm_fwd_join_kernel(
     z_ptr,  # (M, N)
     w_ptr,  # (N) or None
@@ -296,7 +297,7 @@ def _norm_fwd_join_kernel(
         tl.store(rstd_ptr + row, rstd, program % S == 0)
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def _norm_bwd_split_kernel(
     dy_ptr,  # (M, N)
     z_ptr,  # (M, N)
@@ -325,7 +326,7 @@ def _norm_bwd_split_kernel(
         tl.store(sums_ptr + program, tl.sum(g * z))
 
 
-@triton.jit(do_not_specialize=["M", "rows_each", "S", "seed", "threshold"])
+@kernel(do_not_specialize=["M", "rows_each", "S", "seed", "threshold"])
 def _norm_bwd_join_kernel(
     dy_ptr,  # (M, N)
     z_ptr,  # (M, N)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastlm._core.architecture import SM80, Architecture
 
-from ._common import Table, Tile, architecture, on_device_of, tile_for
+from ._common import Table, Tile, architecture, kernel, on_device_of, tile_for
 
 # Not measured on any GPU yet: 16 elements a thread.
 FORWARD: Table = {SM80: (Tile(1024, 2048, 4), Tile(4096, 4096, 8))}
@@ -125,7 +125,7 @@ def _factors(scale_ptr, scale_stride, scale, row, in_rows):
     return g
 
 
-@triton.jit(do_not_specialize=["M", "first", "ignore_index", "scale_stride"])
+@kernel(do_not_specialize=["M", "first", "ignore_index", "scale_stride"])
 def _cross_entropy_fwd_kernel(
     x_ptr,  # (M, n): columns first .. first + n of N
     target_ptr,  # (M) int64
@@ -158,7 +158,7 @@ def _cross_entropy_fwd_kernel(
     weight = tl.zeros((ROWS,), tl.float32)
     x_y = tl.zeros((ROWS,), tl.float32)
     if states_ptr is not None:
-        later = in_rows & (first > 0)
+        later = row < tl.where(first > 0, M, 0)  # no row in the first window
         m = tl.load(states_ptr + row * 5, later, float("-inf"))
         others = tl.load(states_ptr + row * 5 + 1, later, 0.0)
         smooth = tl.load(states_ptr + row * 5 + 2, later, 0.0)
@@ -194,7 +194,7 @@ def _cross_entropy_fwd_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "ignore_index"])
+@kernel(do_not_specialize=["M", "ignore_index"])
 def _cross_entropy_finish_kernel(
     states_ptr,  # (M, 5) fp32
     target_ptr,  # (M) int64
@@ -224,7 +224,7 @@ def _cross_entropy_finish_kernel(
     tl.store(stats_ptr + row * 3 + 2, q, in_rows)
 
 
-@triton.jit(do_not_specialize=["M", "first", "ignore_index", "scale_stride"])
+@kernel(do_not_specialize=["M", "first", "ignore_index", "scale_stride"])
 def _cross_entropy_bwd_kernel(
     x_ptr,  # (M, n): columns first .. first + n of N
     target_ptr,  # (M) int64

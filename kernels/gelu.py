@@ -25,6 +25,7 @@ from ._common import (
     architecture,
     dropout_arguments,
     dropout_factors,
+    kernel,
     multiprocessors,
     on_device_of,
     persistent,
@@ -101,7 +102,7 @@ def _gelu_derivative(x, TANH: tl.constexpr):
         return phi + _between(x, -40.0, 40.0) * density
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@kernel(do_not_specialize=["M", "seed", "threshold"])
 def _gelu_fwd_kernel(
     x_ptr,  # (M, N)
     bias_ptr,  # (N) or None
@@ -132,7 +133,7 @@ def _gelu_fwd_kernel(
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["M", "rows_each", "seed", "threshold"])
+@kernel(do_not_specialize=["M", "rows_each", "seed", "threshold"])
 def _gelu_bwd_kernel(
     dy_ptr,  # (M, N)
     x_ptr,  # (M, N)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastlm.backends.cpu import heads_like
 
-from ._common import on_device_of
+from ._common import kernel, on_device_of
 
 ELEMENTS, WARPS = 2048, 4  # pairs a program; not measured on any GPU yet
 
 
-@triton.jit(do_not_specialize=["rows", "H", "L"])
+@kernel(do_not_specialize=["rows", "H", "L"])
 def _rotary_kernel(
     x_ptr,  # (B, H, L, D) with strides
     cos_ptr,  # (L, R), or (B, L, R)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm._core.architecture import SM80, Architecture
 
-from ._common import Table, Tile, architecture, on_device_of, tile_for
+from ._common import Table, Tile, architecture, kernel, on_device_of, tile_for
 
 # Not measured on any GPU yet: 16 elements a thread forward, 8 backward.
 FORWARD: Table = {SM80: (Tile(1024, 2048, 4),)}
@@ -31,7 +31,7 @@ def _tile(M, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     return row[:, None], col[None, :], (row < M)[:, None] & (col < N)[None, :]
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _swiglu_fwd_kernel(
     gate_ptr,  # M rows of N, a stride apart
     up_ptr,  # M rows of N, a stride apart
@@ -50,7 +50,7 @@ def _swiglu_fwd_kernel(
     tl.store(y_ptr + row * N + col, y.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _swiglu_bwd_kernel(
     dy_ptr,  # (M, N)
     gate_ptr,  # M rows of N, a stride apart

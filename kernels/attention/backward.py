@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import architecture, dropout_arguments, on_device_of
+from .._common import architecture, dropout_arguments, kernel, on_device_of
 from .arguments import View, at
 from .backward_keys import KEYS, attention_bwd_keys_kernel
 from .backward_mask import MASK, mask_gradient
@@ -27,7 +27,7 @@ from .tiles import load_rows
 DELTA_ROWS = 64
 
 
-@triton.jit(do_not_specialize=["H", "T", "tiles"])
+@kernel(do_not_specialize=["H", "T", "tiles"])
 def _attention_bwd_delta_kernel(
     out_ptr,  # (B, H, T, DV)
     dout_ptr,  # (B, H, T, DV)

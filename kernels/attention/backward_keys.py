@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastlm._core.architecture import GFX942, SM80, SM90, SM100
 
-from .._common import Dropout, dropout_factors
+from .._common import Dropout, dropout_factors, kernel
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .mask import MaskRows, scores
 from .seqlen import (
@@ -191,7 +191,7 @@ def _key_gradients(
         return False
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "B", "H", "T", "S", "group", "tiles", "heads", "swizzle", "scale", "softcap", "window_left", "window_right",
         "seed", "threshold", "dropout_scale",

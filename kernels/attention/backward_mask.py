@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlm._core.architecture import GFX942, SM80
 
-from .._common import Dropout, dropout_factors, sum_partials
+from .._common import Dropout, dropout_factors, kernel, sum_partials
 from .arguments import Config, Mask, Scoring, View, Window, at
 from .mask import MaskRows, scores
 from .seqlen import SeqlenInfo
@@ -35,7 +35,7 @@ MASK = Blockings(
 )
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "H", "T", "S", "group", "batches", "heads", "tiles_t", "tiles_s", "mask_heads", "scale", "softcap",
         "window_left", "window_right", "seed", "threshold", "dropout_scale",

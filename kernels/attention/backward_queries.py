@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastlm._core.architecture import GFX942, SM80, SM90
 
-from .._common import Dropout, dropout_factors
+from .._common import Dropout, dropout_factors, kernel
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .mask import MaskRows, scores
 from .seqlen import (
@@ -156,7 +156,7 @@ def _query_gradients(
     return has_non_finite(dq) if args.mask.ptr is not None or config.LEFT or config.RIGHT else False
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "B", "H", "T", "S", "group", "tiles", "heads", "swizzle", "scale", "softcap", "window_left", "window_right",
         "seed", "threshold", "dropout_scale",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlm._core.architecture import GFX942, SM80
 
-from .._common import Dropout, architecture, dropout_arguments, on_device_of
+from .._common import Dropout, architecture, dropout_arguments, kernel, on_device_of
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .mask import LN2, LOG2E, MaskRows
 from .seqlen import SeqlenInfo
@@ -132,7 +132,7 @@ def _recompute(args, splits, partial_ptr, row_max_ptr, row_sum_ptr, config: tl.c
         tl.store(row_sum_ptr + place, row_sum, again)
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "H", "T", "S", "group", "splits", "row_tiles", "split_keys", "scale", "softcap", "window_left", "window_right",
         "seed", "threshold", "dropout_scale",
@@ -206,7 +206,7 @@ def _attention_decode_kernel(
         _recompute(args, grid, partial_ptr, row_max_ptr, row_sum_ptr, config)
 
 
-@triton.jit(do_not_specialize=["H", "T", "splits"])
+@kernel(do_not_specialize=["H", "T", "splits"])
 def _attention_combine_kernel(
     partial_ptr,  # (B, H, T, splits, DV) fp32
     row_max_ptr,  # (B, H, T, splits) fp32

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastlm._core.architecture import GFX942, SM80, SM90, SM100
 
-from .._common import Dropout, architecture, dropout_arguments, on_device_of
+from .._common import Dropout, architecture, dropout_arguments, kernel, on_device_of
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
 from .decode import launch_decode, splits_keys
 from .mask import MaskRows
@@ -133,7 +133,7 @@ def _recompute(args, schedule, out_ptr, lse_ptr, rest_ptr, config: tl.constexpr)
         store_lse(lse_ptr, rest_ptr, row_sum, row_max, tile.index + row, again, config.NATURAL)
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "B", "H", "T", "S", "group", "tiles", "heads", "swizzle", "scale", "softcap", "window_left", "window_right",
         "seed", "threshold", "dropout_scale",

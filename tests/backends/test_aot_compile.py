@@ -40,13 +40,14 @@ SIMDS = 4
 AOT = Path(__file__).resolve().parents[2] / "tools" / "aot.py"
 
 
-def _aot(cache, *arguments):
+def _aot(cache, *arguments, **settings):
     """The lines that tools/aot.py prints, compiling from scratch into the folder `cache`."""
     done = subprocess.run(
         [sys.executable, AOT, *map(str, arguments)],
         env={
             **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1",
             "TRITON_DISABLE_LINE_INFO": "1",  # nobody reads it, and it takes time
+            **settings,
         },
         capture_output=True, text=True,
     )  # fmt: skip
@@ -179,11 +180,22 @@ def test_attention_multiplies_in_matrix_instructions(compiled):
     assert seen >= {"sm_90", "gfx942"}
 
 
-def test_no_recompilation_for_another_row_count(tmp_path):
+@pytest.fixture(scope="module")
+def compile_keys(tmp_path_factory):
+    """What compiled kernels are kept by, where Triton fuses floating-point operations by default."""
+    return _aot(tmp_path_factory.mktemp("triton"), "keys", TRITON_DEFAULT_FP_FUSION="1")
+
+
+def test_no_recompilation_for_another_row_count(compile_keys):
     """One compiled kernel serves every number of rows, seed and probability, or training would stall on batches."""
     keys = {}
-    for line in map(json.loads, _aot(tmp_path, "keys").splitlines()):
+    for line in map(json.loads, compile_keys.splitlines()):
         keys.setdefault(line["op"], {})[line["M"]] = line["keys"]
     for op, by_rows in keys.items():
         assert len(by_rows) == 5
         assert len({json.dumps(k) for k in by_rows.values()}) == 1, op
+
+
+def test_what_triton_fuses_by_default_changes_no_kernel(compile_keys, tmp_path):
+    """Results depend on it to the bit, and the default is another from one version of Triton to the next."""
+    assert _aot(tmp_path, "keys", TRITON_DEFAULT_FP_FUSION="0") == compile_keys
