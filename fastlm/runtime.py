@@ -38,6 +38,8 @@ SETTINGS = (
     "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
 )  # fmt: skip
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "rich", "matplotlib", "tyro", "psutil")
+TRIED = {"torch": ("2.10.0", "2.13.0", "2.15.0"), "triton": ("3.6.0", "3.7.1", "3.9.0")}
+"""Versions that every test passes with: each of torch with the one of triton below it (tools/versions.py)."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -193,6 +195,17 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def minor(version: str) -> str:
+    """2.13 of 2.13.0+cpu."""
+    return ".".join(version.split(".")[:2])
+
+
+def untried(versions: dict[str, str | None]) -> dict[str, str]:
+    """Those of the installed `versions` of `TRIED`'s packages of whose minor version none was tried."""
+    known = {name: {minor(version) for version in tried} for name, tried in TRIED.items()}
+    return {name: v for name in TRIED if (v := versions.get(name)) and minor(v) not in known[name]}
 
 
 def cpu_model() -> str:

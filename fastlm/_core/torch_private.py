@@ -1,8 +1,8 @@
 """Everything of torch that fastlm uses and torch does not document, in one place: each name, and what it is for.
 
-Tried with the versions in `TRIED`. Where a name changes, `tests/_core/test_torch_private.py` says which; what to do
-about it is decided here. No other file may name what torch keeps private, but for the attributes of
-`MODULE_ATTRIBUTES`, which are read where they are needed since a function to do so would cost more than the reading.
+Tried with the versions of torch in `fastlm.runtime.TRIED`. Where a name changes, `tests/_core/test_torch_private.py`
+says which; what to do about it is decided here. No other file may name what torch keeps private, but for the attributes
+of `MODULE_ATTRIBUTES`, which are read where they are needed since a function to do so would cost more than the reading.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-TRIED = ("2.13.0",)
 
 transforms_active = torch._C._are_functorch_transforms_active
 """() -> whether a torch.func transform (vmap, grad, jvp) is under way: its tensors have no memory for a kernel."""

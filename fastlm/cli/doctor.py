@@ -17,7 +17,7 @@ from fastlm._core import architecture, registry
 from fastlm.backends import cpu as _native
 from fastlm.backends import cuda as _native_cuda
 from fastlm.ops._gemm import leads
-from fastlm.runtime import PACKAGES, PEERS, cpu_model, driver_version, settings, version
+from fastlm.runtime import PACKAGES, PEERS, TRIED, cpu_model, driver_version, minor, settings, untried, version
 
 
 def _allocator() -> dict[str, str | None]:
@@ -70,6 +70,12 @@ def _advice(report: dict) -> list[str]:
         advice.append("two OpenMP runtimes are loaded; set the threads of both:  export OMP_NUM_THREADS=$(nproc)")
     if missing := [name for name in ("tokenizers", "safetensors", "rich", "tyro") if not report["packages"][name]]:
         advice.append(f"for training ({', '.join(missing)} missing):  pip install {' '.join(missing)}")
+    if found := untried(report["packages"]):
+        torch_version = str(report["packages"]["torch"]).partition("+")[0]
+        advice.append(
+            f"never tried with {' and '.join(f'{name} {v}' for name, v in found.items())}; in a checkout the tests run "
+            f"with it by  python tools/versions.py {torch_version}"
+        )
     cuda = report["cuda"]
     if cuda["available"] and not cuda["built_for"]:
         needs = "" if cuda["nvcc"] else "install a CUDA toolkit, then  "
@@ -92,6 +98,7 @@ def collect() -> dict:
         "python": platform.python_version(),
         "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "packages": {name: version(name) for name in PACKAGES},
+        "tried": {name: list(versions) for name, versions in TRIED.items()},
         "peers": {name: version(name) for name in PEERS},
         "cpu": {
             "model": cpu_model(),
@@ -119,10 +126,16 @@ def collect() -> dict:
     return report
 
 
+def _package(report: dict, name: str) -> str:
+    """Its version, and those that were tried."""
+    tried = ", ".join(map(minor, report["tried"].get(name, ())))
+    return f"{name} {report['packages'][name] or 'missing'}" + (f" (tried: {tried})" if tried else "")
+
+
 def _print(report: dict) -> None:
     cpu, cuda = report["cpu"], report["cuda"]
     print(f"fastlm {report['fastlm']}   Python {report['python']}   {report['platform']}")
-    print("packages   " + "  ".join(f"{name} {version or 'missing'}" for name, version in report["packages"].items()))
+    print("packages   " + "  ".join(_package(report, name) for name in report["packages"]))
     print("peers      " + ("  ".join(f"{n} {v}" for n, v in report["peers"].items() if v) or "none installed"))
     print(f"cpu        {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
     if cpu["isa"]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm
+from fastlm import runtime
 from fastlm._core import torch_private
 
 ROOTS = [Path(importlib.import_module(name).__file__ or "").parent for name in ("fastlm.kernels", "fastlm.benchmarks")]
@@ -60,9 +61,10 @@ def test_no_other_file_names_what_torch_keeps_private():
     assert not {file: names for file, names in found.items() if names}
 
 
-def test_the_version_that_is_pinned_was_tried():
+@pytest.mark.parametrize("package", runtime.TRIED)
+def test_the_version_that_is_pinned_was_tried(package):
     pins = (Path(__file__).parents[1] / "constraints.txt").read_text().split()
-    assert next(pin.removeprefix("torch==") for pin in pins if pin.startswith("torch==")) in torch_private.TRIED
+    assert next(pin.partition("==")[2] for pin in pins if pin.startswith(f"{package}==")) in runtime.TRIED[package]
 
 
 def test_transforms_are_seen_while_they_last():

@@ -4,6 +4,7 @@ import json
 import re
 import types
 
+import pytest
 import torch
 
 import fastlm
@@ -20,6 +21,7 @@ def test_json_agrees_with_the_package(capsys, monkeypatch):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["packages"]["torch"] == torch.__version__
+    assert report["tried"] == {name: list(versions) for name, versions in runtime.TRIED.items()}
     assert report["cpu"]["isas"] == list(fastlm.cpu_isas())
     products = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     assert report["cpu"]["large_products"] == {
@@ -32,6 +34,38 @@ def test_json_agrees_with_the_package(capsys, monkeypatch):
     for rows in report["backends"].values():
         for states in rows.values():
             assert list(states.values()).count("selected") == 1
+
+
+def with_versions(monkeypatch, **versions):
+    """Let these packages be installed in these versions, None for not at all, and the others as they are."""
+    real = runtime.version
+    monkeypatch.setattr(doctor, "version", lambda name: versions[name] if name in versions else real(name))
+
+
+def test_the_versions_that_were_tried_stand_beside_the_installed_ones(monkeypatch, capsys):
+    with_versions(monkeypatch, torch="2.13.7+cpu", triton=None)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    shown = {name: ", ".join(v.rpartition(".")[0] for v in versions) for name, versions in runtime.TRIED.items()}
+    assert f"torch 2.13.7+cpu (tried: {shown['torch']})  triton missing (tried: {shown['triton']})  numpy" in out
+    assert "never tried" not in out, "another patch of a minor version that was tried"
+
+
+@pytest.mark.parametrize(
+    ("versions", "named"),
+    [
+        ({"torch": "2.14.1", "triton": "3.9.0"}, "with torch 2.14.1;"),
+        ({"torch": "2.14.1+cu132", "triton": "3.8.0"}, "with torch 2.14.1+cu132 and triton 3.8.0;"),
+        ({"torch": "3.0.0a0", "triton": None}, "with torch 3.0.0a0;"),
+        ({"torch": "2.1.0", "triton": "3.60.0"}, "with torch 2.1.0 and triton 3.60.0;"),
+    ],
+)
+def test_another_minor_version_is_said_in_a_line(versions, named, monkeypatch, capsys):
+    with_versions(monkeypatch, **versions)
+    assert main(["doctor"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "never tried" in line]
+    assert named in line
+    assert line.endswith(f"python tools/versions.py {versions['torch'].partition('+')[0]}")
 
 
 def test_text_names_every_op_and_every_missing_peer_is_left_out(capsys):
