@@ -2,17 +2,19 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# The versions that are installed.
+CONSTRAINTS ?= tests/constraints.txt
 
 # The tests compile the CUDA kernels themselves; FASTLM_CUDA=1 installs them too, which takes longer.
 export FASTLM_CUDA ?= 0
 
-.PHONY: demo test test-gpu-code test-slow test-no-compiler sanitize lint bench bench-cpu gpu-check environment clean
+.PHONY: demo test test-gpu-code test-slow test-no-compiler test-versions sanitize lint bench bench-cpu gpu-check environment clean
 
 # The stamp of an installed extra, remade when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	@$(MAKE) --no-print-directory environment
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c tests/constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
 demo: $(VENV)/.train
@@ -37,6 +39,10 @@ test-slow: $(VENV)/.test
 # Every verb where fastlm was installed without a compiler, and without Python's headers.
 test-no-compiler: $(VENV)/.test
 	$(BIN)/python tools/no_compiler.py
+
+# All of `make test` with each version of torch that was tried, or with those of VERSIONS="2.10.0 2.15.0".
+test-versions: $(VENV)/.test
+	$(BIN)/python tools/versions.py $(VERSIONS)
 
 # The CPU kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests of the ops.
 sanitize: $(VENV)/.test
