@@ -96,13 +96,26 @@ def _indexable(patch):
     return patched
 
 
+def _by_boolean_masks(access, place):
+    """The interpreter's load or store, `access`, which takes its mask at `place`, as strict as that of triton 3.9."""
+
+    def checked(self, *args, **kwargs):
+        assert args[place].data.dtype == np.bool_, "a mask is not boolean: see kernels/_common.py"
+        return access(self, *args, **kwargs)
+
+    return checked
+
+
 @pytest.fixture(scope="session")
 def interpreter():
-    """Triton's interpreter, its conversion to bf16 and its loop bounds corrected."""
+    """Triton's interpreter, its conversion to bf16 and its loop bounds corrected, its masks boolean."""
     from triton.runtime import interpreter
 
     interpreter._convert_float = _bfloat16_rounded(interpreter._convert_float)
     interpreter._patch_lang_tensor = _indexable(interpreter._patch_lang_tensor)
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = _by_boolean_masks(builder.create_masked_load, 1)
+    builder.create_masked_store = _by_boolean_masks(builder.create_masked_store, 2)
     return interpreter
 
 
