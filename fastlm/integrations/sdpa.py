@@ -5,7 +5,7 @@
     torch.nn.attention.restore_flash_attention_impl()
 
 It serves CPU tensors, where PyTorch would use its flash attention: no dropout, and a mask without gradient. On a GPU
-PyTorch's implementations stay.
+PyTorch's implementations stay. torch 2.10 has no function that restores them: what is activated there stays so.
 """
 
 from __future__ import annotations

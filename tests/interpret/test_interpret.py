@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastlm
-from fastlm.integrations import register_sdpa
+import sdpa
 from fastlm.interpret.maps import ROWS
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.ops.attention import OBSERVERS
@@ -197,9 +196,6 @@ def test_repeated_calls_and_pictures(tmp_path):
         fastlm.attention_maps(nn.Linear(3, 3), torch.randn(2, 3)).plot()
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this torch has no such register"
-)
 @pytest.mark.parametrize("kind", ["full", "causal", "mask"])
 def test_pytorchs_sdpa_through_its_register(kind):
     q, k, v = (torch.randn(B, H, T, D, requires_grad=True) for _ in range(3))
@@ -211,18 +207,14 @@ def test_pytorchs_sdpa_through_its_register(kind):
         return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
 
     expected = call()
-    register_sdpa()
-    assert "fastlm" in torch.nn.attention.list_flash_attention_impls()
     seen = []
     OBSERVERS.append(lambda *args, **kwargs: seen.append(args))
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Warning only once for all operators")
-            torch.nn.attention.activate_flash_attention_impl("fastlm")
-        actual = call()
-        assert len(seen) == 1  # it was ours
+        with sdpa.activated():
+            assert "fastlm" in torch.nn.attention.list_flash_attention_impls()
+            actual = call()
+            assert len(seen) == 1  # it was ours
     finally:
         OBSERVERS.clear()
-        torch.nn.attention.restore_flash_attention_impl()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(call(), expected)

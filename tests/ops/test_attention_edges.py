@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
+import sdpa
 from conftest import CUDA, DTYPES, ON_GPU, TRITON
 from fastlm.verify.attention import visible
 from tolerances import assert_as_close_as_torch
@@ -201,12 +202,8 @@ def test_gradients_behind_torchs_operator_under_the_lowest_number():
     q, k, v = _tensors(1, 2, 2, 8, 70, 16, 16)
     mask = _extreme_rows(70, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max).float()[None, None]
     truth = _stock(*(doubles := _doubles(q, k, v, mask)))
-    fastlm.integrations.register_sdpa()
-    torch.nn.attention.activate_flash_attention_impl("fastlm")
-    try:
+    with sdpa.activated():
         grads = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, mask).sum(), (q, k, v))
-    finally:
-        torch.nn.attention.restore_flash_attention_impl()
     for g, e in zip(grads, torch.autograd.grad(truth.sum(), doubles[:3]), strict=True):
         assert_as_close_as_torch(g, e, e.float(), 8 * 70)
 
