@@ -30,11 +30,11 @@ MASKS = ["none", "padding", "float padding", "2d", "float 2d", "3d", "float 3d",
 MASKS += ["float padding float 3d", "float padding 2d", "padding float 2d"]
 
 
-def twins(dtype=torch.float32, embed_dim=E, num_heads=H, **options):
+def twins(dtype=torch.float32, embed_dim=E, num_heads=H, std=0.3, **options):
     """(ours, torch's, torch's in fp64) with one random state; torch starts its biases at 0."""
     theirs = torch.nn.MultiheadAttention(embed_dim, num_heads, dtype=dtype, **options)
     for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=std)
     ours = fastlm.nn.MultiheadAttention(embed_dim, num_heads, dtype=dtype, **options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs, copy.deepcopy(theirs).double()
@@ -134,7 +134,9 @@ def test_every_mask(mask, weights):
 @pytest.mark.parametrize("mask", ["none", "padding", "float 3d", "padding 2d"])
 def test_other_dtypes(dtype, weights, mask):
     for kind in ("self", "separate"):
-        layers = twins(dtype, batch_first=True)
+        # Scores of 3 are rounded in bf16 before the exponential, on either side: of 1,200 pairs of gradients 9 came out
+        # further apart than the tolerance by chance. With these, which are near 1, none did.
+        layers = twins(dtype, batch_first=True, std=0.15)
         inputs = inputs_of(layers[0], kind)
         assert_parity(layers, inputs, weights | masks_of(mask, T, T if kind == "self" else S, dtype=dtype))
 
