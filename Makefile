@@ -26,8 +26,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loa
 test: $(VENV)/.test
 	FASTLM_FUZZ_INPUTS=200 $(PYTEST) -m "not gpu_code and not slow"
 
-# Every Triton and CUDA kernel in every configuration for every architecture, of which `make test` compiles one each,
-# and every case of those that run on the CPU, of which it runs a few a test.
+# Every Triton and CUDA kernel for every architecture (those of Triton in every configuration for five of them, in the
+# largest for the others), of which `make test` compiles one each, and every case of those that run on the CPU, of which
+# it runs a few a test.
 test-gpu-code: $(VENV)/.test
 	$(PYTEST) -m gpu_code
 

@@ -4,28 +4,31 @@ The launchers run on meta tensors with the launch itself recorded, so types, ali
 real launch's own; with what arguments, tools/launches says. Run as a script by tests/backends/test_aot_compile.py,
 outside the interpreter, once per share of the work:
     python tools/aot.py one SHARE SHARES | all SHARE SHARES | keys
+FASTLM_AOT_RESULTS names a folder that keeps results, so that only what has changed is compiled again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
-import re
-import subprocess
+import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+import aot_resources
 from fastlm._core.architecture import GFX942, SM90, Architecture, parse
 from fastlm._core.registry import ops
 from fastlm.kernels import _common
@@ -35,7 +38,6 @@ from fastlm.kernels import _common
 EVERY = tuple(map(parse, ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")))
 LARGEST = tuple(map(parse, ("sm_86", "sm_89", "sm_103", "sm_120", "gfx950", "gfx1201")))
 SAMPLE = "_attention_fwd_kernel", "_norm_fwd_split_kernel"
-NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def gpu_target(arch: Architecture) -> GPUTarget:
@@ -89,89 +91,6 @@ def distinct(arch: Architecture) -> dict[str, tuple]:
     return found
 
 
-def accesses_in_loops(code: str) -> int:
-    """How often a disassembled kernel reads or writes its stack between a jump back and what it jumps to.
-
-    Up to where it reads its program's id anew: what attention makes again, where a result is not finite, runs rarely.
-    """
-    labels: dict[str, int] = {}
-    accesses, loops = [], []
-    for place, line in enumerate(code.splitlines()):
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = place
-        elif re.search(r"\b(LDL|STL)\b", line):
-            accesses.append(place)
-        elif (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and jump[1] in labels:
-            loops.append((labels[jump[1]], place))
-        elif loops and "SR_CTAID.X" in line:
-            break
-    return sum(any(first < place < last for first, last in loops) for place in accesses)
-
-
-def nvidia_resources(cubin: bytes) -> dict[str, int]:
-    """Registers, bytes of stack, shared and local memory, and how often the stack is used inside loops."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def output(tool: str, *options: str) -> str:
-            command = [str(NVIDIA / tool), *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        sizes = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output("cuobjdump", "--dump-resource-usage"))
-        used = {key: int(value) for key, value in sizes}
-        return used | {"spills": accesses_in_loops(output("nvdisasm", "-c")) if used["STACK"] else 0}
-
-
-# Of what a code object says of its kernel ("Code Object V5 Metadata" of LLVM's user guide for AMDGPU), by NVIDIA's
-# names where they have the same. Vector registers count those of matrix products too.
-AMD_METADATA = {
-    "vgpr_count": "REG",
-    "agpr_count": "AGPR",
-    "sgpr_count": "SGPR",
-    "vgpr_spill_count": "spills",
-    "sgpr_spill_count": "SGPR spills",
-    "private_segment_fixed_size": "STACK",
-    "group_segment_fixed_size": "SHARED",
-    "wavefront_size": "wavefront",
-}
-
-
-def amd_resources(assembly: str) -> dict[str, int]:
-    """What the metadata at the end of the assembler's text says."""
-    metadata = assembly.partition(".amdgpu_metadata")[2]
-    found = re.findall(rf"^ *(?:- )?\.({'|'.join(AMD_METADATA)}): +(\d+)$", metadata, re.MULTILINE)
-    waves = re.findall(r"^; Occupancy: (\d+)$", assembly, re.MULTILINE)
-    return {AMD_METADATA[key]: int(value) for key, value in found} | {"LOCAL": 0, "waves": int(waves[0])}
-
-
-# Products of matrices, and loads from global memory, in PTX and in AMD's assembly.
-INSTRUCTIONS = {
-    "nvidia": {
-        "wgmma": r"wgmma\.mma_async",
-        "tcgen05": r"tcgen05\.mma",
-        "mma": r"\bmma\.sync",
-        "loads": r"\bld\.global|\bcp\.async\.c[ag]\.shared",
-        "16-byte loads": r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.cg\.shared",
-    },
-    "amd": {
-        "mfma": r"\bv_s?mfmac?_",
-        "wmma": r"\bv_s?wmmac?_",
-        "loads": r"\b(?:global|buffer)_load_",
-        "16-byte loads": r"\b(?:global|buffer)_load_(?:dwordx4|b128)",
-    },
-}
-
-
-def measured(arch: Architecture, compiled: Any) -> dict[str, int]:
-    """Resources of a compiled kernel, and how many of the instructions above it has."""
-    nvidia = arch.vendor == "nvidia"
-    code = compiled.asm["ptx" if nvidia else "amdgcn"]
-    used = nvidia_resources(compiled.asm["cubin"]) if nvidia else amd_resources(code)
-    counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS[arch.vendor].items()}
-    return used | {"dynamic": compiled.metadata.shared} | counts
-
-
 def kind_of(compilation: tuple) -> tuple[str, bool]:
     """Which kernel; LayerNorm and RMSNorm share theirs."""
     kernel, _, signature, constants, _ = compilation
@@ -208,14 +127,39 @@ def chosen(every: bool) -> Iterator[tuple[Architecture, str, tuple]]:
         yield from ((arch, name, found[name]) for name in names)
 
 
+def intermediate(source: ASTSource, target: GPUTarget, options: Any) -> str:
+    """What Triton makes of a kernel's source first, without names of files and numbers of lines."""
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    makers = backend.get_codegen_implementation(options), backend.get_module_map()
+    return source.make_ir(target, options, *makers, context).str_nodebug()
+
+
+def result_of(arch: Architecture, compilation: tuple) -> dict[str, Any]:
+    """What aot_resources.measured says of a compilation; kept, where a folder is named, by all that it depends on."""
+    kernel, options, signature, constants, attributes = compilation
+    _common.ASSUMED_ARCHITECTURE = arch
+    source, target = ASTSource(kernel, signature, constants, attributes), gpu_target(arch)
+    kept = None
+    if folder := os.environ.get("FASTLM_AOT_RESULTS"):
+        parts = intermediate(source, target, options), options, triton.__version__, inspect.getsource(aot_resources)
+        kept = Path(folder) / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+    result = aot_resources.measured(arch, triton.compile(source, target=target, options=options.__dict__))
+    if kept is not None:
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(result))
+        partial.replace(kept)
+    return result
+
+
 def compile_share(every: bool, share: int, shares: int) -> None:
     """Compile this share of the chosen kernels; a JSON line each."""
-    for i, (arch, name, (kernel, options, signature, constants, attributes)) in enumerate(chosen(every)):
+    for i, (arch, name, compilation) in enumerate(chosen(every)):
         if i % shares == share:
-            _common.ASSUMED_ARCHITECTURE = arch
-            source = ASTSource(kernel, signature, constants, attributes)
-            compiled = triton.compile(source, target=gpu_target(arch), options=options.__dict__)
-            line = {"name": name, "arch": str(arch), "warps": options.num_warps, **measured(arch, compiled)}
+            line = {"name": name, "arch": str(arch), "warps": compilation[1].num_warps, **result_of(arch, compilation)}
             print(json.dumps(line), flush=True)
 
 

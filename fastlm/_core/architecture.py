@@ -13,7 +13,6 @@ import torch
 # Programming Guide; of local data share that a workgroup may have, AMD's ISA guides of CDNA3, CDNA4, RDNA3 and RDNA4.
 _NVIDIA_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 _AMD_KB = {0x950: 160}
-SMALL = 99 * 1024
 
 
 class Architecture(NamedTuple):
@@ -36,14 +35,14 @@ class Architecture(NamedTuple):
 
     @property
     def family(self) -> str:
-        """ "nvidia", "nvidia, 99 KB", "cdna" or "rdna": what was chosen for one suits newer ones of its family.
+        """What was chosen for one suits newer ones of its family: nvidia or "nvidia, 99 KB", cdna or rdna.
 
         NVIDIA's with 99 KB of shared memory have neither the warp-group products of sm_90 nor the tensor memory of
         sm_100 either, whatever their number. AMD's two differ in the size of a wavefront and in matrix instructions.
         """
         if self.vendor == "amd":
             return "cdna" if self.number < 0x1000 else "rdna"
-        return "nvidia, 99 KB" if self.shared_memory <= SMALL else "nvidia"
+        return "nvidia, 99 KB" if self.shared_memory <= 99 * 1024 else "nvidia"
 
     @property
     def wavefront(self) -> int:

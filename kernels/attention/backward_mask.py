@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm._core.architecture import GFX942, SM80
+from fastlm._core.architecture import GFX942, GFX1100, SM80
 
 from .._common import Dropout, dropout_factors, kernel, sum_partials
 from .arguments import Config, Mask, Scoring, View, Window, at
@@ -31,6 +31,10 @@ MASK = Blockings(
             {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
         ),
         GFX942: Blocking({256: Blocks(64, 32, 4, 1)}, {256: Blocks(64, 32, 4, 1)}),
+        GFX1100: Blocking(
+            {64: Blocks(32, 32, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
+            {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+        ),
     }
 )
 

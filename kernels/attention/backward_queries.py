@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastlm._core.architecture import GFX942, SM80, SM90
+from fastlm._core.architecture import GFX942, GFX1100, SM80, SM90
 
 from .._common import Dropout, dropout_factors, kernel
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
@@ -50,6 +50,12 @@ QUERIES = Blockings(
             {64: Blocks(64, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
             {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 16, 4, 1)},
             {128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
+        ),
+        GFX1100: Blocking(
+            {64: Blocks(64, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+            {256: Blocks(16, 16, 8, 1)},
+            {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+            {128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
         ),
     }
 )

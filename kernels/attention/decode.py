@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm._core.architecture import GFX942, SM80
+from fastlm._core.architecture import GFX942, GFX1100, SM80
 
 from .._common import Dropout, architecture, dropout_arguments, kernel, on_device_of
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
@@ -50,12 +50,14 @@ FEW = Blockings(
     {
         SM80: Blocking({128: Blocks(16, 64, 4, 3), 256: Blocks(16, 32, 4, 3)}, {256: Blocks(16, 16, 4, 2)}),
         GFX942: Blocking({256: Blocks(16, 64, 4, 1)}, {256: Blocks(16, 32, 4, 1)}),
+        GFX1100: Blocking({128: Blocks(16, 32, 4, 1), 256: Blocks(16, 16, 8, 1)}, {256: Blocks(16, 16, 8, 1)}),
     }
 )
 MANY = Blockings(
     {
         SM80: Blocking({256: Blocks(64, 32, 8, 2)}, {256: Blocks(16, 16, 4, 1)}),
         GFX942: Blocking({256: Blocks(64, 32, 4, 1)}, {256: Blocks(64, 32, 4, 1)}),
+        GFX1100: Blocking({256: Blocks(16, 16, 8, 1)}, {256: Blocks(16, 16, 8, 1)}),
     }
 )
 

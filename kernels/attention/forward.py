@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm._core.architecture import GFX942, SM80, SM90, SM100
+from fastlm._core.architecture import GFX942, GFX1100, SM80, SM90, SM100
 
 from .._common import Dropout, architecture, dropout_arguments, kernel, on_device_of
 from .arguments import Args, Mask, Packing, Scoring, Sizes, View, Window, at
@@ -51,7 +51,9 @@ from .tiles import (
 
 # 2-byte inputs begin with the tables of PyTorch's FlexAttention templates, which were tuned for Triton kernels of this
 # shape (torch/_inductor/template_heuristics/triton.py); where those spill in this kernel, and for float32 and masks,
-# the largest tiles that do not, with two warp groups for wgmma from sm_90 on. Nothing here has been measured yet.
+# the largest tiles that do not, with two warp groups for wgmma from sm_90 on. GPUs with 99 KB of shared memory take
+# sm_80's. AMD's are the largest tiles tried that spill nothing, or on RDNA spill the least: its matrix instructions
+# hold an operand's rows twice, and none takes float32. Nothing here has been measured yet.
 FORWARD = Blockings(
     {
         SM80: Blocking(
@@ -73,6 +75,11 @@ FORWARD = Blockings(
             {256: Blocks(128, 64, 4, 1)},
             {128: Blocks(64, 32, 4, 1), 256: Blocks(64, 32, 4, 1)},
             {128: Blocks(64, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
+        ),
+        GFX1100: Blocking(
+            {64: Blocks(128, 64, 8, 1), 128: Blocks(64, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+            {256: Blocks(16, 16, 8, 1)},
+            {64: Blocks(32, 32, 8, 1), 256: Blocks(32, 16, 8, 1)},
         ),
     }
 )

@@ -119,5 +119,6 @@ def compiled_for(
 ) -> Config:
     """What a call's kernel is compiled for."""
     natural = mask is not None and mask.dtype != torch.bool
-    gpu = arch.vendor == "amd", arch.family == "cdna"
-    return Config(*size.head, blocks.M, blocks.N, *size.features, softcap > 0, dropout_p > 0, natural, *gpu)
+    amd = arch.vendor == "amd"
+    single = amd and arch.family == "cdna"
+    return Config(*size.head, blocks.M, blocks.N, *size.features, softcap > 0, dropout_p > 0, natural, amd, single)

@@ -91,3 +91,13 @@ def test_rows_of_the_same_family(name, rows):
 
 def test_a_table_of_one_serves_all():
     assert all(newest([SM80], parse(name)) == SM80 for name in NAMES)
+
+
+def test_the_tables_of_attention_have_rows_for_every_kind_of_compiler():
+    """GPUs with 99 KB of shared memory take those of sm_80, which tests/backends/test_aot_compile.py holds to that."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastlm.kernels.attention import backward, decode, forward
+
+    for table in (forward.FORWARD, backward.KEYS, backward.QUERIES, backward.MASK, decode.FEW, decode.MANY):
+        assert {arch.family for arch in table} == {"nvidia", "cdna", "rdna"}
+        assert newest(table, SM86) == SM80

@@ -107,6 +107,8 @@ def test_the_cuda_kernels_are_explained(monkeypatch):
     assert report["cuda"]["extension"] == "loaded"
     report["cuda"]["devices"] = [{"name": "x", "arch": "sm_120", "memory_gib": 1}]
     assert any('FASTLM_CUDA_ARCHS="120"' in line for line in doctor._advice(report))
+    report["cuda"]["devices"] = [{"name": "x", "arch": "gfx942", "memory_gib": 1}]
+    assert not any("FASTLM_CUDA_ARCHS" in line for line in doctor._advice(report))
 
 
 def test_advice_to_build_the_cuda_kernels():
