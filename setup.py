@@ -41,7 +41,7 @@ CPU_FLAGS = [
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]  # gcc 12 warns inside its own avx512fintrin.h
-CUDA_ARCHS = ("80", "90a", "100")  # Ampere and Ada, Hopper, Blackwell
+CUDA_ARCHS = ("80", "90a", "100", "120")  # Ampere and Ada, Hopper, Blackwell, its consumer GPUs
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Icsrc/cuda", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills"]
 
 
