@@ -10,6 +10,7 @@ to compile it for. FASTLM_JOBS is how many files are compiled at a time.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -93,6 +94,15 @@ def cuda_runtime(nvcc: str) -> str:
     raise CompileError(f"no libcudart_static.a in {home}, the toolkit of {nvcc}")
 
 
+def cuda_sources(nvcc: str) -> str:
+    """A hash of the CUDA kernels' sources and of their compiler, which a proof of them holds for."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
+    found = hashlib.sha256(said.encode())
+    for path in sorted(path for folder in ("csrc/cuda", "csrc/bindings") for path in Path(folder).iterdir()):
+        found.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def cuda_extension() -> Pybind11Extension | None:
     """The CUDA module, or None where it is not asked for or can't be built."""
     wanted = os.environ.get("FASTLM_CUDA", "")
@@ -111,7 +121,10 @@ def cuda_extension() -> Pybind11Extension | None:
         sources=["csrc/bindings/bindings_cuda.cpp"],
         depends=[],
         include_dirs=["csrc"],
-        define_macros=[("FASTLM_CUDA_ARCHS", f'"{";".join(archs)}"')],
+        define_macros=[
+            ("FASTLM_CUDA_ARCHS", f'"{";".join(archs)}"'),
+            ("FASTLM_CUDA_SOURCES", f'"{cuda_sources(nvcc)}"'),
+        ],
         cxx_std=17,
         extra_compile_args=["-O2", "-fvisibility=hidden"],
         extra_link_args=["-lpthread", "-ldl", "-lrt"],

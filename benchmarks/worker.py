@@ -85,7 +85,7 @@ def run_case(case: Case, device: str, against: list[str], roof: Roof, seconds: f
     try:
         session = BENCHMARKS[case.op].session(case, device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         return [_row(case, which, n, "out of memory", _line(error)) for n in names for which in case.passes]
     if "torch" in names:  # it is the yardstick of the others
@@ -118,7 +118,7 @@ def run_case(case: Case, device: str, against: list[str], roof: Roof, seconds: f
         except Unavailable as error:
             rows += [_row(case, w, name, "unsupported", str(error)) for w in case.passes]
         except Exception as error:  # a peer may fail in any way; the others go on
-            status = "out of memory" if _is_memory(error) else "failed"
+            status = "out of memory" if is_memory(error) else "failed"
             rows += [_row(case, w, name, status, _line(error)) for w in case.passes]
         gc.collect()
     for which in case.passes:
@@ -208,9 +208,14 @@ def judge(
     return errors, "; ".join(problems)
 
 
-def _is_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+def is_memory(error: BaseException) -> bool:
+    """Whether a device or the system is out of memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or tells_of_memory(str(error))
+
+
+def tells_of_memory(message: str) -> bool:
+    """Whether an error's message is about memory that there is none of; torch has a type for GPUs' alone."""
+    return any(words in message for words in ("can't allocate memory", "out of memory", "OutOfMemoryError"))
 
 
 def _line(error: BaseException) -> str:

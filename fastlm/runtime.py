@@ -7,6 +7,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,9 @@ import torch
 from .errors import ConfigError
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+# What the drivers of NVIDIA and AMD tell of themselves; "... Kernel Module  570.86.10 ...", and "6.12.12".
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
+DRIVER_VERSION = re.compile(r"\b\d+\.\d+(?:\.\d+)*\b")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 KEEP_ALL = -1  # read as the largest size_t
 TOP_PAD_BYTES = 64 * 1024 * 1024
@@ -220,7 +224,13 @@ def cpu_model() -> str:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, or None where there is no driver."""
+    """The GPU driver's version, or None where there is no driver; AMD's in the kernel is of the kernel's version."""
+    for path in DRIVERS:
+        with contextlib.suppress(OSError):
+            if found := DRIVER_VERSION.search(path.read_text(encoding="utf-8").partition("\n")[0]):
+                return found[0]
+    if DRIVERS[1].parent.is_dir():
+        return platform.release()
     command = shutil.which("nvidia-smi")
     if command is None:
         return None

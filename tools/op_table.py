@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import fastlm
+from fastlm._core import proofs
 from fastlm._core.registry import Op, ops
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -37,10 +38,21 @@ def cell(op: Op, backend: str) -> str:
     row = op.backend(backend)
     if row is None:
         return "-"
-    if row.proved is not None:
-        return ", ".join(f"sm_{arch}" for arch in sorted(row.proved)) or "unproved"
+    if row.needs_proof:
+        return ", ".join(sorted(_proved_on(op, backend))) or "unproved"
     without = unserved(op, backend) if backend == "torch" else []
     return f"without {_names(without)}" if without else "yes"
+
+
+def _proved_on(op: Op, backend: str) -> set[str]:
+    """The architectures of which the package brings a proof of this kernel."""
+    right = [
+        (proof.key.architecture, entry)
+        for proof in proofs.shipped()
+        for entry in proof.entries.values()
+        if entry.verdict == "right"
+    ]
+    return {architecture for architecture, entry in right if (entry.op, entry.backend) == (op.name, backend)}
 
 
 def _names(names: list[str]) -> str:

@@ -26,6 +26,9 @@ using ptr = std::uintptr_t;
 #ifndef FASTLM_CUDA_ARCHS  // "80;90a": what the kernels were compiled for
 #define FASTLM_CUDA_ARCHS ""
 #endif
+#ifndef FASTLM_CUDA_SOURCES  // a hash of what the kernels were compiled from
+#define FASTLM_CUDA_SOURCES ""
+#endif
 
 namespace {
 
@@ -76,6 +79,7 @@ MaskGradient mask_gradient(ptr data, int type, ptr partial, const py::tuple& siz
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("architectures") = FASTLM_CUDA_ARCHS;
+  m.attr("sources") = FASTLM_CUDA_SOURCES;
   m.def("toolkit_version", &toolkit_version);
   m.def("driver_version", &driver_version);
   m.def("norm_partials", [](int device, ptr, int64_t M, int64_t N) { return norm_partials(device, M, N); });

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
+from . import proofs
 from .architecture import Architecture, architecture
 from .torch_private import fake_mode, forward_mode, is_fake, runs_compiled, transforms_active, uncompiled
 
@@ -27,11 +28,37 @@ NAMES = ("cpu", "triton", "cuda", "torch", "reference")
 
 
 class Request(NamedTuple):
-    """What a call asks of a backend: all that the choice may depend on, and hashable."""
+    """What a call asks of a backend: all that the choice may depend on, and hashable.
+
+    Attributes:
+        gpu, size, grad: of calls on GPUs alone, where the choice goes by what was measured: the GPU's number, the
+            bit lengths of the extents that tell how large the call is, and whether gradients are wanted.
+    """
 
     device: str
     dtype: torch.dtype
     features: tuple = ()
+    gpu: int = 0
+    size: tuple[int, ...] = ()
+    grad: bool = False
+
+
+def request_of(x: torch.Tensor, features: tuple = (), extents: tuple[int, ...] = (), grad: bool | None = None) -> tuple:
+    """The request of a call, as a plain tuple, which is cheaper to make.
+
+    Args:
+        x: the tensor that says device and dtype.
+        extents: how large the call is; of rows, as most are, by default: x's elements and its last extent.
+        grad: whether gradients are wanted; by default where x requires one.
+    """
+    if not x.is_cuda:
+        return ("cpu" if x.is_cpu else x.device.type, x.dtype, features)
+    if not extents:
+        shape = x.shape
+        extents = (x.numel(), shape[-1] if shape else 1)
+    if grad is None:
+        grad = x.requires_grad and torch.is_grad_enabled()
+    return ("cuda", x.dtype, features, x.get_device(), tuple([n.bit_length() for n in extents]), grad)
 
 
 class Backend(NamedTuple):
@@ -43,9 +70,8 @@ class Backend(NamedTuple):
         automatic: False for a backend that only an explicit choice may select; the reason is then
             what `explain` shows.
         why_not_automatic: that reason.
-        proved: for GPU kernels, the architectures (90 for sm_90) whose results file shows them right and measured.
-            On any other they are chosen automatically over the reference alone, never over PyTorch's operator.
-            None where that needs no such proof.
+        needs_proof: for GPU kernels: on a GPU where nothing is proved of them (proofs.py) they are chosen automatically
+            over the reference alone, never over PyTorch's operator; where something is, the fastest that is right.
         slower: maps a request that PyTorch's operator serves faster to the reason why automatic choice leaves it that
             request; None where it is never so.
         stands_in: for PyTorch's operator: maps a request to whether it serves where a forced backend of kernels cannot,
@@ -56,7 +82,7 @@ class Backend(NamedTuple):
     unsupported: Callable[[Request], str | None]
     automatic: bool = True
     why_not_automatic: str = ""
-    proved: frozenset[int] | None = None
+    needs_proof: bool = False
     slower: Callable[[Request], str | None] | None = None
     stands_in: Callable[[Request], bool] | None = None
 
@@ -213,13 +239,27 @@ def held_back(op: str, row: Backend, request: Request) -> str | None:
     stock = any(other.name == "torch" and other.unsupported(request) is None for other in _TABLE[op])
     if row.slower is not None and stock:
         return row.slower(request)
-    if row.proved is None:
+    if not row.needs_proof:
         return None
     if request.device != "cuda":
         return "interpreted kernels serve only an explicit choice"
-    arch = oldest_architecture()
-    if stock and arch.number not in row.proved:
-        return f"unproved on this architecture ({arch}): no results file yet"
+    return _held_back_by_proof(op, row, request, stock)
+
+
+def _held_back_by_proof(op: str, row: Backend, request: Request, stock: bool) -> str | None:
+    """Why a kernel for GPUs is passed over; `stock` says whether PyTorch's operator serves the request too."""
+    found = proofs.find(op, row.name, request)
+    if found.verdict != "right":  # the reference is worse than what nobody has tried yet, but not than what is wrong
+        return found.text if stock or found.verdict else None
+    if found.ratio is None:
+        return found.text if stock else None
+    if found.ratio < 1:
+        return f"slower here: {found.ratio:.2f}x {found.other} at {found.shape}"
+    for rival in _TABLE[op]:
+        if rival.needs_proof and rival.name != row.name and rival.unsupported(request) is None:
+            theirs = proofs.find(op, rival.name, request)
+            if theirs.ratio is not None and theirs.ratio > found.ratio:
+                return f"slower here: {found.ratio / theirs.ratio:.2f}x {rival.name} at {theirs.shape}"
     return None
 
 
@@ -288,8 +328,9 @@ def always(request: Request) -> None:
 
 
 def clear_cache() -> None:
-    """Forget remembered choices, after something that a backend's `unsupported` looks at has changed."""
+    """Forget remembered choices, after something that they depend on has changed, and read proofs anew."""
     _CACHE.clear()
+    proofs.forget()
 
 
 class _Explained(BaseException):
@@ -301,19 +342,24 @@ class _Explained(BaseException):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would serve a call, and why each other one would not; `compiled`, by torch.compile."""
+    """Which backend would serve a call, and why each other one would not; `compiled`, by torch.compile.
+
+    `proof` is what was measured of the one that is selected, where it is a GPU kernel.
+    """
 
     op: str
     request: Request
     selected: str | None
     reasons: dict[str, str] = field(default_factory=dict)
     compiled: bool = False
+    proof: str = ""
 
     def __str__(self) -> str:
         features = "".join(f", {name}={value}" for name, value in self.request.features)
         under = ", under torch.compile" if self.compiled else ""
         lines = [f"{self.op} on {self.request.device}, {str(self.request.dtype)[6:]}{features}{under}"]
-        lines += [f"  {name:<10} {reason}" for name, reason in self.reasons.items()]
+        proof = {self.selected: f": {self.proof}" if self.proof else ""}
+        lines += [f"  {name:<10} {reason}{proof.get(name, '')}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
 
@@ -347,7 +393,9 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
         selected, reasons = _reasons(op, request, forced_backend())
     for name in NAMES:
         reasons.setdefault(name, f"{op} has no {name} backend")
-    return Explanation(op, request, selected, reasons, compiled)
+    needs_proof = any(row.needs_proof for row in _TABLE[op] if row.name == selected)
+    proof = proofs.find(op, str(selected), request).text if needs_proof and request.device == "cuda" else ""
+    return Explanation(op, request, selected, reasons, compiled, proof)
 
 
 def _reasons(op: str, request: Request, forced: str | None) -> tuple[str | None, dict[str, str]]:

@@ -8,7 +8,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -18,6 +19,7 @@ except ImportError:  # pragma: no cover - not on Windows
 
 # What `replacing` and `staging` write to until it is complete: .NAME.PROCESS.RANDOM
 TEMPORARY = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}")
+LOCK_POLL_SECONDS = 0.02
 
 
 @contextlib.contextmanager
@@ -114,6 +116,40 @@ def try_lock(descriptor: int) -> bool | None:
     except OSError as error:
         return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) else None
     return True
+
+
+def open_lock(path: Path) -> tuple[int, bool | None]:
+    """A lock file's descriptor, and what `try_lock` says of it; whoever holds it removes the file before closing it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = try_lock(descriptor)
+        if lock is False or still_at(descriptor, path):
+            return descriptor, lock
+        os.close(descriptor)  # the owner before us has just removed it
+
+
+@contextlib.contextmanager
+def held(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock file `path` against every other process, after those that hold it now.
+
+    Where the file system knows no locks there is none. A killed process leaves none.
+
+    Args:
+        waiting: called once if another process has it.
+    """
+    descriptor, lock = open_lock(path)
+    if lock is False:
+        waiting()
+    while lock is False:
+        os.close(descriptor)
+        time.sleep(LOCK_POLL_SECONDS)
+        descriptor, lock = open_lock(path)
+    try:
+        yield
+    finally:
+        if still_at(descriptor, path):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def still_at(descriptor: int, path: Path) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
 
 import torch
 
-from .._core import dispatch
+from .._core import dispatch, proofs
 from .._core.architecture import oldest_served
 from .._core.dispatch import Request
 from . import cpu as _native
@@ -43,6 +44,18 @@ def triton_unsupported(request: Request) -> str | None:
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, not {str(request.dtype)[6:]}"
     return None
+
+
+def _cuda_sources() -> str:
+    """A hash of what the CUDA kernels were compiled from and of what calls them; empty without them."""
+    from . import cuda
+
+    if cuda.missing_reason is not None:
+        return ""
+    return proofs.hash_of("fastlm.backends.cuda", cuda.sources(), *cuda.architectures())
+
+
+proofs.cuda_kernel_sources = functools.cache(_cuda_sources)
 
 
 def cuda_unsupported(request: Request) -> str | None:

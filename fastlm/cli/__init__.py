@@ -19,6 +19,7 @@ VERBS = {
     "generate": "sample text from a trained model",
     "demo": "prepare, train and generate on a small real corpus",
     "bench": "time every op and the engine against PyTorch and its peers",
+    "tune": "prove every GPU kernel on this machine's GPU, so that the right and fast ones serve",
     "verify": "check every op and backend on random inputs against the fp64 reference",
     "doctor": "what is installed, what was built, which backend serves what",
 }

@@ -24,6 +24,7 @@ from .._core.dispatch import (
     choose,
     must_trace,
     needs_grad,
+    request_of,
 )
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
@@ -49,8 +50,6 @@ KERNELS: dict[str, Any] = {
     "triton": LazyModule("fastlm.kernels.attention"),
     "cuda": LazyModule("fastlm.backends.cuda.attention"),
 }
-PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
-PROVED_CUDA: frozenset[int] = frozenset()  # the same of the CUDA kernels
 _NAME = "scaled_dot_product_attention"
 OBSERVERS: list[Callable[..., None]] = []  # called with what decides the weights, while somebody watches
 
@@ -154,7 +153,7 @@ def op_options(
 
 
 def _op_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> str:
-    backend = choose(_NAME, _request(q, k, v, mask, options, lse=True))
+    backend = choose(_NAME, _request(q, k, v, mask, options, lse=True, grad=True))
     return backend if backend in KERNELS else "reference"
 
 
@@ -238,7 +237,9 @@ def _attention_backward_op(
     return dq, dk, dv, q.new_empty(0) if mask is None or dmask is None else dmask.to(mask.dtype)
 
 
-def _request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, lse: bool) -> Request:
+def _request(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, lse: bool, grad: bool | None = None
+) -> tuple:
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     left, right = options.window_left, options.window_right
     features = (
@@ -248,9 +249,10 @@ def _request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Opti
         ("lse", lse),
         ("window", left >= 0 or right > 0 or (right == 0 and mask is not None)),  # more than is_causal alone
         ("softcap", options.softcap > 0),
-        ("short_decode", _is_short_decode(q, k, v, mask, options)),
+        ("short_decode", q.is_cpu and _is_short_decode(q, k, v, mask, options)),
     )
-    return Request(q.device.type, q.dtype, features)
+    extents = (q.shape[0] * q.shape[1], q.shape[2], k.shape[2], q.shape[3]) if q.is_cuda else ()
+    return request_of(q, features, extents, grad)
 
 
 def _draw(draw: Draw) -> list[dict[str, Any]]:
@@ -303,8 +305,8 @@ def scaled_dot_product_attention(
     reference=attention_ref,
     backends=(
         Backend("cpu", cpu_unsupported, slower=_slower),
-        Backend("triton", triton_attention_unsupported, proved=PROVED),
-        Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
+        Backend("triton", triton_attention_unsupported, needs_proof=True),
+        Backend("cuda", cuda_attention_unsupported, needs_proof=True),
         Backend("torch", _torch_unsupported),
         Backend("reference", always),
     ),
@@ -389,7 +391,7 @@ def scaled_dot_product_attention(
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
-_PLAIN_REQUESTS: dict[tuple, Request] = {}
+_PLAIN_REQUESTS: dict[tuple, tuple] = {}
 
 
 def _quick(

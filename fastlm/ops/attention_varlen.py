@@ -13,12 +13,12 @@ from .._core import dropout as _dropout
 from .._core.dispatch import (
     Backend,
     LazyModule,
-    Request,
     always,
     as_operator,
     choose,
     must_trace,
     needs_grad,
+    request_of,
 )
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
@@ -36,8 +36,6 @@ from ._attention_inputs import (
 from ._attention_reference import Options, attention_varlen_backward_ref, attention_varlen_ref
 from ._autograd import by_kernels, operator
 from .attention import (
-    PROVED,
-    PROVED_CUDA,
     cuda_attention_unsupported,
     op_options,
     seed_to_trace,
@@ -74,7 +72,7 @@ class _AttentionVarlen(torch.autograd.Function):
 
 
 def _op_backend(q: Tensor, v: Tensor, options: Options) -> str:
-    backend = choose(_NAME, _request(q, v, options, lse=True))
+    backend = choose(_NAME, _request(q, v, options, lse=True, grad=True))
     return backend if backend in KERNELS else "reference"
 
 
@@ -149,7 +147,7 @@ def _varlen_backward_op(
     return attention_varlen_backward_ref(dout, dlse, q, k, v, cu_q, cu_k, options)
 
 
-def _request(q: Tensor, v: Tensor, options: Options, lse: bool) -> Request:
+def _request(q: Tensor, v: Tensor, options: Options, lse: bool, grad: bool | None = None) -> tuple:
     features = (
         ("head_dim", max(q.shape[-1], v.shape[-1])),
         ("dropout", options.dropout_p > 0),
@@ -157,7 +155,7 @@ def _request(q: Tensor, v: Tensor, options: Options, lse: bool) -> Request:
         ("window", options.window_left >= 0 or options.window_right > 0),  # more than is_causal alone
         ("softcap", options.softcap > 0),
     )
-    return Request(q.device.type, q.dtype, features)
+    return request_of(q, features, (q.shape[1], q.shape[0], q.shape[2]) if q.is_cuda else (), grad)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -240,8 +238,8 @@ def attention_varlen(
     reference=attention_varlen_ref,
     backends=(
         Backend("cpu", cpu_unsupported),
-        Backend("triton", triton_attention_unsupported, proved=PROVED),
-        Backend("cuda", cuda_attention_unsupported, proved=PROVED_CUDA),
+        Backend("triton", triton_attention_unsupported, needs_proof=True),
+        Backend("cuda", cuda_attention_unsupported, needs_proof=True),
         Backend("reference", always),
     ),
     differentiable=("query", "key", "value"),

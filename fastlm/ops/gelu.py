@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, request_of
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
@@ -25,8 +25,6 @@ KERNELS: dict[str, Any] = {
     "triton": LazyModule("fastlm.kernels.gelu"),
     "cuda": LazyModule("fastlm.backends.cuda.gelu"),
 }
-PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
-PROVED_CUDA: frozenset[int] = frozenset()
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None, approximate: str, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
@@ -70,8 +68,8 @@ def _check(op: str, x: Tensor, approximate: str) -> None:
 
 FORMS = ("none", "tanh")
 CPU = Backend("cpu", cpu_unsupported)
-TRITON = Backend("triton", triton_unsupported, proved=PROVED)
-CUDA = Backend("cuda", cuda_unsupported, proved=PROVED_CUDA)
+TRITON = Backend("triton", triton_unsupported, needs_proof=True)
+CUDA = Backend("cuda", cuda_unsupported, needs_proof=True)
 TORCH, REFERENCE = Backend("torch", always), Backend("reference", always)
 
 
@@ -100,7 +98,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     _check("gelu", x, approximate)
     if must_trace(x):
         return F.gelu(x, approximate=approximate)
-    backend = choose("gelu", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
+    backend = choose("gelu", ("cpu", x.dtype, ()) if x.is_cpu else request_of(x))
     if backend == "torch":
         return F.gelu(x, approximate=approximate)
     if backend == "reference":
@@ -152,7 +150,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none", dropout_p: flo
     dropout_p = _dropout.check_probability(op, dropout_p)
     if must_trace(x, bias):
         return F.dropout(F.gelu((x + bias).to(x.dtype), approximate=approximate), dropout_p)
-    backend = choose(op, ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
+    backend = choose(op, ("cpu", x.dtype, ()) if x.is_cpu else request_of(x))
     seed = _dropout.draw_seed(x.device) if dropout_p > 0 else 0
     if backend == "reference":
         return gelu_ref(x, bias, approximate, dropout_p, seed)

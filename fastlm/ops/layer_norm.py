@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import dropout as _dropout
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, request_of
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
@@ -27,8 +27,6 @@ KERNELS: dict[str, Any] = {
     "triton": LazyModule("fastlm.kernels.layer_norm"),
     "cuda": LazyModule("fastlm.backends.cuda.layer_norm"),
 }
-PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
-PROVED_CUDA: frozenset[int] = frozenset()
 
 
 def row_means(rows: Tensor) -> Tensor:
@@ -221,8 +219,8 @@ def _stored_by_kernels(stream: torch.dtype, out: torch.dtype) -> bool:
 
 
 CPU = Backend("cpu", cpu_unsupported)
-TRITON = Backend("triton", triton_unsupported, proved=PROVED)
-CUDA = Backend("cuda", cuda_unsupported, proved=PROVED_CUDA)
+TRITON = Backend("triton", triton_unsupported, needs_proof=True)
+CUDA = Backend("cuda", cuda_unsupported, needs_proof=True)
 TORCH, REFERENCE = Backend("torch", always), Backend("reference", always)
 
 
@@ -278,7 +276,7 @@ def layer_norm(
     if must_trace(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps).to(out_dtype)
     N = math.prod(shape)
-    backend = choose("layer_norm", ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
+    backend = choose("layer_norm", ("cpu", x.dtype, ()) if x.is_cpu else request_of(x))
     if backend == "torch":
         return F.layer_norm(x, shape, weight, bias, eps).to(out_dtype)
     if backend == "reference":
@@ -355,7 +353,7 @@ def add_layer_norm(
     if must_trace(x, residual, weight, bias):
         z = residual + F.dropout(x, dropout_p)
         return F.layer_norm(z, z.shape[-1:], weight, bias, eps).to(out_dtype), z
-    backend = choose(op, ("cpu" if x.is_cpu else x.device.type, x.dtype, ()))
+    backend = choose(op, ("cpu", x.dtype, ()) if x.is_cpu else request_of(x))
     seed = _dropout.draw_seed(x.device) if dropout_p > 0 else 0
     if backend == "reference":
         y, z = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)

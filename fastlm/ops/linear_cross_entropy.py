@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, Request, always, autocast_dtype, choose, must_trace, needs_grad
+from .._core.dispatch import Backend, always, autocast_dtype, choose, must_trace, needs_grad, request_of
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ._autograd import by_kernels, operator
@@ -16,7 +16,6 @@ from ._projection import Grads, Projection
 from .cross_entropy import (
     IGNORE_INDEX,
     KERNELS,
-    PROVED,
     REDUCTIONS,
     Options,
     Scalar,
@@ -143,6 +142,11 @@ def _op_gradients(ctx, grad, *_):
     return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
+def _extents(hidden: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """(N, K, V): how large a call is."""
+    return (*hidden.shape, weight.shape[0])
+
+
 @operator("linear_cross_entropy", _op_fake, _op_gradients, _op_saved)
 def _linear_cross_entropy_op(
     hidden: Tensor,
@@ -159,7 +163,7 @@ def _linear_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (loss, stats, and for a reduced loss the gradients of hidden, weight and bias that are wanted, else empty)."""
     options = Options(ignore_index, reduction, label_smoothing, dtype)
-    backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype))
+    backend = choose("linear_cross_entropy", request_of(hidden, (), _extents(hidden, weight), True))
     if backend not in KERNELS:
         return _op_by_reference(hidden, weight, bias, target, class_weight, options, wanted)
     tensors = _contiguous(hidden, weight, bias, target, class_weight)
@@ -215,7 +219,7 @@ def _linear_cross_entropy_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for reduction "none"; empty where one is not wanted."""
     options = Options(ignore_index, "none", label_smoothing, grad.dtype)
-    backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype))
+    backend = choose("linear_cross_entropy", request_of(hidden, (), _extents(hidden, weight), True))
     if backend in KERNELS:
         tensors = _contiguous(hidden, weight, bias, target, class_weight)
         projection = Projection(KERNELS[backend], tensors, options, memory)
@@ -269,7 +273,7 @@ def _draw(draw: Draw) -> list[dict[str, Any]]:
     reference=linear_cross_entropy_ref,
     backends=(
         Backend("cpu", cpu_conditions),
-        Backend("triton", triton_conditions, proved=PROVED),
+        Backend("triton", triton_conditions, needs_proof=True),
         Backend("torch", always),
         Backend("reference", always),
     ),
@@ -353,7 +357,7 @@ def _by_op(hidden, weight, target, bias, class_weight, options: Options, memory:
 
 def _eager(hidden, weight, target, bias, class_weight, options: Options, memory: float) -> Tensor:
     features = (("target", "probabilities"),) if target.is_floating_point() else ()
-    backend = choose("linear_cross_entropy", Request(hidden.device.type, hidden.dtype, features))
+    backend = choose("linear_cross_entropy", request_of(hidden, features, _extents(hidden, weight)))
     if backend == "torch" or weight.shape[0] == 0:
         return _by_torch(hidden, weight, target, bias, class_weight, options)
     if backend == "reference":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, request_of
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, cuda_unsupported, triton_unsupported
@@ -27,8 +27,6 @@ KERNELS: dict[str, Any] = {
     "triton": LazyModule("fastlm.kernels.rms_norm"),
     "cuda": LazyModule("fastlm.backends.cuda.rms_norm"),
 }
-PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
-PROVED_CUDA: frozenset[int] = frozenset()
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None, N: int, eps: float) -> Tensor:
@@ -148,8 +146,8 @@ def _by_torch(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: flo
 
 
 CPU = Backend("cpu", cpu_unsupported)
-TRITON = Backend("triton", triton_unsupported, proved=PROVED)
-CUDA = Backend("cuda", cuda_unsupported, proved=PROVED_CUDA)
+TRITON = Backend("triton", triton_unsupported, needs_proof=True)
+CUDA = Backend("cuda", cuda_unsupported, needs_proof=True)
 TORCH, REFERENCE = Backend("torch", always), Backend("reference", always)
 
 
@@ -192,7 +190,7 @@ def rms_norm(
     _check("rms_norm", x, shape, weight)
     if must_trace(x, weight):
         return _by_torch(x, shape, weight, eps)
-    backend = choose("rms_norm", (x.device.type, x.dtype, ()))
+    backend = choose("rms_norm", ("cpu", x.dtype, ()) if x.is_cpu else request_of(x))
     if backend == "torch":
         return _by_torch(x, shape, weight, eps)
     eps = default_eps(x.dtype) if eps is None else eps
@@ -245,7 +243,7 @@ def add_rms_norm(
         z = residual + x
         return _by_torch(z, tuple(z.shape[-1:]), weight, eps), z
     eps = default_eps(stream) if eps is None else eps
-    backend = choose(op, (x.device.type, x.dtype, ()))
+    backend = choose(op, ("cpu", x.dtype, ()) if x.is_cpu else request_of(x))
     if backend == "reference":
         return add_rms_norm_ref(x, residual, weight, eps)
     x, residual = x.contiguous(), residual.contiguous()

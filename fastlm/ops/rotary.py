@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, request_of
 from .._core.registry import Draw, register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
@@ -18,7 +18,6 @@ from ..backends.cpu import rotary as _kernels
 from ._autograd import is_batch
 
 KERNELS: dict[str, Any] = {"cpu": _kernels, "triton": LazyModule("fastlm.kernels.rotary")}
-PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 
 
 def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -87,7 +86,7 @@ def _draw(draw: Draw) -> list[dict[str, Any]]:
     reference=rotary_ref,
     backends=(
         Backend("cpu", cpu_unsupported),
-        Backend("triton", triton_unsupported, proved=PROVED),
+        Backend("triton", triton_unsupported, needs_proof=True),
         Backend("reference", always),
     ),
     differentiable=("x",),
@@ -114,7 +113,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     _check(x, cos, sin)
     if must_trace(x, cos, sin):
         return rotary_ref(x, cos, sin, interleaved)
-    backend = choose("rotary", (x.device.type, x.dtype, ()))
+    backend = choose("rotary", ("cpu", x.dtype, ()) if x.is_cpu else request_of(x))
     if backend == "reference":
         return rotary_ref(x, cos, sin, interleaved)
     cos, sin = cos.contiguous(), sin.contiguous()

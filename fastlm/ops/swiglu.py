@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad
+from .._core.dispatch import Backend, LazyModule, always, choose, must_trace, needs_grad, request_of
 from .._core.registry import register
 from ..backends import cpu as _native
 from ..backends.conditions import cpu_unsupported, triton_unsupported
@@ -16,7 +16,6 @@ from ..backends.cpu import swiglu as _kernels
 from ._autograd import by_kernels
 
 KERNELS: dict[str, Any] = {"cpu": _kernels, "triton": LazyModule("fastlm.kernels.swiglu")}
-PROVED: frozenset[int] = frozenset()  # GPU architectures with a results file in benchmarks/results
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def _rows(x: Tensor) -> Tensor:
     reference=swiglu_ref,
     backends=(
         Backend("cpu", cpu_unsupported),
-        Backend("triton", triton_unsupported, proved=PROVED),
+        Backend("triton", triton_unsupported, needs_proof=True),
         Backend("reference", always),
     ),
     differentiable=("gate", "up"),
@@ -83,7 +82,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"swiglu: up is on {up.device}, gate is on {gate.device}")
     if must_trace(gate, up):
         return F.silu(gate) * up
-    backend = choose("swiglu", (gate.device.type, gate.dtype, ()))
+    backend = choose("swiglu", ("cpu", gate.dtype, ()) if gate.is_cpu else request_of(gate))
     if backend == "reference":
         return swiglu_ref(gate, up)
     a, b = _rows(gate), _rows(up)

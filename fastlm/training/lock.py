@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._core.files import naming, still_at, try_lock
+from .._core.files import naming, open_lock, still_at
 from ..errors import ConfigError
 
 LOCK = ".lock"
@@ -28,7 +28,7 @@ def run_lock(folder: Path) -> Iterator[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    descriptor, held = _open(path)
+    descriptor, held = open_lock(path)
     try:
         if held is False:
             raise ConfigError(
@@ -45,16 +45,6 @@ def run_lock(folder: Path) -> Iterator[str]:
                 path.unlink()
     finally:
         os.close(descriptor)
-
-
-def _open(path: Path) -> tuple[int, bool | None]:
-    """The lock file's descriptor, and what `try_lock` says of it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        held = try_lock(descriptor)
-        if held is False or still_at(descriptor, path):
-            return descriptor, held
-        os.close(descriptor)  # the owner before us has just removed it
 
 
 def _owner(path: Path) -> str:

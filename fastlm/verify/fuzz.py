@@ -100,20 +100,40 @@ def unavailable(spec: Spec, backend: str, sample: Sample) -> str | None:
     """Why a backend cannot serve a sample here, or None."""
     if spec.name not in _dispatch.ops():
         return f"{spec.name} has no entry in the table of backends"
-    tensors = {n: None if t is None else t.to(device_of(backend)) for n, t in sample.tensors.items()}
     try:
-        with fastlm.backend(backend):
-            explanation = fastlm.explain(spec.call, tensors, sample)
+        explanation = explained(spec, backend, sample)
     except BackendError as error:
         return str(error)
     return None if explanation.selected == backend else explanation.reasons[backend]
 
 
+def explained(spec: Spec, backend: str, sample: Sample) -> _dispatch.Explanation:
+    """What `explain` says of a sample with this backend forced."""
+    tensors = {n: None if t is None else t.to(device_of(backend)) for n, t in sample.tensors.items()}
+    with fastlm.backend(backend):
+        return fastlm.explain(spec.call, tensors, sample)
+
+
+def _start(spec: Spec, seed: int) -> tuple[random.Random, str]:
+    """What draws the rest of a seed's sample, and its dtype."""
+    generator = random.Random(f"{spec.name} {seed}")
+    return generator, generator.choice(list(FLOATS))
+
+
 def draw(spec: Spec, seed: int) -> tuple[Sample, int]:
     """The sample that a seed stands for, and the seed of its memory layout."""
-    generator = random.Random(f"{spec.name} {seed}")
-    dtype = FLOATS[generator.choice(list(FLOATS))]
-    return spec.draw(generator, dtype, generator.random() < 0.15), generator.getrandbits(31)
+    generator, dtype = _start(spec, seed)
+    return spec.draw(generator, FLOATS[dtype], generator.random() < 0.15), generator.getrandbits(31)
+
+
+def seeds_of(spec: Spec, dtype: str) -> Iterator[int]:
+    """The seeds that stand for samples in this dtype."""
+    return (seed for seed in itertools.count() if _start(spec, seed)[1] == dtype)
+
+
+def command_of(spec: Spec, backend: str, seed: int) -> str:
+    """What repeats the check of a seed's sample."""
+    return f"fastlm verify --op {spec.name} --backend {backend} --seed {seed} --samples 1"
 
 
 def run(
@@ -135,7 +155,7 @@ def run(
         for turn, (spec, backend) in _turns(pairs):
             if (samples is None and time.monotonic() >= end) or turn == samples:
                 break
-            command = f"fastlm verify --op {spec.name} --backend {backend} --seed {seed + turn} --samples 1"
+            command = command_of(spec, backend, seed + turn)
             progress(report, command)
             sample, layout_seed = draw(spec, seed + turn)
             if unavailable(spec, backend, sample) is not None:  # a backend may lack a feature, and say so

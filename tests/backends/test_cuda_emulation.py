@@ -204,7 +204,7 @@ class TestChoice:
         assert _dispatch._choose("layer_norm", request, None) == "torch"
         assert _dispatch._choose("layer_norm", request, "cuda") == "cuda"
         row = next(row for row in _dispatch.backends("gelu") if row.name == "cuda")
-        assert "unproved on this architecture (sm_90)" in _dispatch.held_back("gelu", row, request)
+        assert "unproved: run `fastlm tune`" in _dispatch.held_back("gelu", row, request)
 
     @pytest.mark.parametrize(("arch", "served"), [(80, True), (86, True), (90, True), (75, False), (100, False)])
     def test_code_runs_on_its_own_generation(self, monkeypatch, arch, served):

@@ -137,7 +137,7 @@ def test_gradient_made_in_the_forward_pass_changes_no_bit(incoming):
 
 
 class TestChoice:
-    """An architecture without a results file: over the reference alone, never over PyTorch's operator."""
+    """A GPU without a proof: over the reference alone, never over PyTorch's operator."""
 
     @pytest.fixture(autouse=True)
     def _one_gpu(self, monkeypatch):
@@ -155,15 +155,7 @@ class TestChoice:
         assert self._choose("bias_gelu", torch.float64) == "reference"
         row = next(row for row in _dispatch.backends("layer_norm") if row.name == "triton")
         reason = _dispatch.held_back("layer_norm", row, _dispatch.Request("cuda", torch.bfloat16))
-        assert reason == "unproved on this architecture (sm_90): no results file yet"
-
-    def test_proved(self, monkeypatch):
-        rows = [row._replace(proved=frozenset({90})) if row.proved is not None else row
-                for row in _dispatch.backends("layer_norm")]  # fmt: skip
-        monkeypatch.setitem(_dispatch._TABLE, "layer_norm", rows)
-        assert self._choose("layer_norm") == "triton"
-        monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: SM100)
-        assert self._choose("layer_norm") == "torch"
+        assert reason == "unproved: run `fastlm tune`"
 
     def test_older_than_sm_80(self, monkeypatch):
         monkeypatch.setattr(_dispatch, "oldest_architecture", lambda: parse("sm_75"))

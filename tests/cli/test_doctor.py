@@ -117,6 +117,7 @@ def test_advice_to_build_the_cuda_kernels():
     assert any("install a CUDA toolkit, then  FASTLM_CUDA=1 pip install" in line for line in doctor._advice(report))
 
 
-def test_no_driver_without_its_command(monkeypatch):
+def test_no_driver_without_its_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "DRIVERS", (tmp_path / "nvidia", tmp_path / "amdgpu" / "version"))
     monkeypatch.setenv("PATH", "")
     assert runtime.driver_version() is None

@@ -1,11 +1,9 @@
 """The README's table of ops is what their specifications say."""
 
-import dataclasses
-
 import pytest
 
 import op_table
-from fastlm._core import registry
+from fastlm._core import proofs, registry
 
 
 def test_the_readme_has_the_table():
@@ -29,11 +27,16 @@ def test_what_pytorchs_operator_cannot_do_is_said():
     assert op_table.cell(registry.get("layer_norm"), "torch") == "yes"
 
 
-def test_a_proof_is_named():
+def test_a_shipped_proof_is_named(tmp_path, monkeypatch):
     op = registry.get("swiglu")
-    proved = [row._replace(proved=frozenset({90, 80})) if row.name == "triton" else row for row in op.backends]
+    monkeypatch.setattr(proofs, "SHIPPED", tmp_path)
     assert op_table.cell(op, "triton") == "unproved"
-    assert op_table.cell(dataclasses.replace(op, backends=tuple(proved)), "triton") == "sm_80, sm_90"
+    for architecture, verdict in (("sm_90", "right"), ("gfx942", "right"), ("sm_80", "wrong")):
+        key = proofs.key_of(proofs.Properties("a GPU", architecture, "1", "CUDA 13.0"))
+        entry = proofs.Entry("swiglu", "triton", "float32", "plain", verdict, "2026-11-29", 8)
+        (tmp_path / key.file_name).write_text(proofs.dump(proofs.Proof(key, {entry.name: entry})))
+    assert op_table.cell(op, "triton") == "gfx942, sm_90"
+    assert op_table.cell(registry.get("gelu"), "triton") == "unproved"
 
 
 @pytest.mark.parametrize("text", ["", "<!-- ops -->\n", "<!-- ops -->\n<!-- /ops -->\n" * 2])

@@ -48,6 +48,11 @@ def architectures() -> tuple[str, ...]:
     return tuple(filter(None, _cuda.architectures.split(";"))) if _cuda is not None else ()
 
 
+def sources() -> str:
+    """A hash of what the kernels were compiled from."""
+    return getattr(_cuda, "sources", "")
+
+
 def unserved(arch: Architecture) -> str | None:
     """Why this build has no code for a GPU of an architecture, or None where it has."""
     if arch.vendor != "nvidia":
