@@ -43,7 +43,8 @@ def _table(quick: bool, device: str) -> list[Case]:
         # the longest with fewer heads: their truth takes the square of the length in fp64 several times
         lengths = [(32, 16, 512), (16, 16, 1024), (8, 16, 2048), (4, 16, 4096), (2, 8, 8192), (1, 4, 16384)]
         cases = [case(*length, D) for D in (64, 128) for length in lengths]
-        cases += [case(8, 12, 1024, 64, variant) for variant in ("padding", "bias", "dropout", "gqa")]
+        others = ("padding", "bias", "dropout", "gqa", "window", "softcap", "varlen")
+        cases += [case(8, 12, 1024, 64, variant) for variant in others]
         cases += [
             case(8, 12, 1024, D, variant, ("fwd", "bwd", "full")) for D in (64, 128) for variant in MASKED_DROPOUT
         ]

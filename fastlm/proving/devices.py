@@ -79,7 +79,7 @@ def find(name: str) -> Device | None:
     if name in STAND_INS:
         return STAND_INS[name]()
     kind, _, number = name.partition(":")
-    if kind not in ("auto", "cuda") or (number and not number.isdigit()) or name == "auto:":
+    if name != "auto" and (kind != "cuda" or (name != "cuda" and not number.isdigit())):
         raise ConfigError(f"device is {name!r}, expected auto, cuda, cuda:N or {', '.join(STAND_INS)}")
     if not torch.cuda.is_available():
         return None

@@ -27,6 +27,7 @@ from .devices import Device
 from .jobs import Job
 
 HANG_SECONDS = 180.0  # without a sign of life: the slowest step compiles some ten kernels
+START_SECONDS = 600.0  # to import torch and to begin, on a busy machine too
 JOB_SECONDS = 120.0  # for the checks and timings of a job
 
 
@@ -214,12 +215,17 @@ class Worker:
                     stream.close()
 
     def events(self, hang: float) -> Iterator[tuple[str, Any]]:
-        """The worker's events, and last, where it did not come to its end, ("hung", None) or ("died", status)."""
+        """The worker's events, and last, where it did not come to its end, ("hung", None) or ("died", status).
+
+        Args:
+            hang: seconds without an event that make it hung, once there was a first one.
+        """
+        wait = START_SECONDS
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
         while True:
             try:
-                line = lines.get(timeout=hang)
+                line = lines.get(timeout=wait)
             except queue.Empty:
                 yield "hung", None
                 return
@@ -230,6 +236,7 @@ class Worker:
             if kind == "done":
                 return
             yield kind, payload
+            wait = hang
 
     def _read(self, lines: queue.Queue[str]) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018 (for the type checker)

@@ -22,9 +22,10 @@ import torch
 
 import fastlm
 from fastlm._core import proofs, registry
+from fastlm._core.dispatch import Request
 from fastlm.benchmarks.case import Case, Unavailable
 from fastlm.benchmarks.harness import clock, interleave
-from fastlm.benchmarks.registry import BENCHMARKS
+from fastlm.benchmarks.registry import KERNELS
 from fastlm.benchmarks.worker import is_memory, judge, tells_of_memory
 
 from ..errors import BackendError
@@ -157,10 +158,17 @@ def time_case(job: Job, case: Case, device: str, emit: Emit) -> None:
         torch.cuda.empty_cache()
 
 
-def timings_of(job: Job, case: Case, device: str, command: str) -> list[dict[str, Any]]:
-    session = BENCHMARKS[case.op].session(case, device)
+def _serves_without(job: Job, request: Request) -> str:
+    """The provider of what serves a request where no kernel for GPUs does."""
     row = registry.get(job.op).backend("torch")
-    ours, other = f"fastlm-{job.backend}", "torch" if row is not None else "fastlm-reference"
+    return "torch" if row is not None and row.unsupported(request) is None else "fastlm-reference"
+
+
+def timings_of(job: Job, case: Case, device: str, command: str) -> list[dict[str, Any]]:
+    benchmark = next(b for b in KERNELS if b.name == case.op)
+    session = benchmark.session(case, device)
+    request = fastlm.explain(benchmark.ours(case), *session.tensors).request
+    ours, other = f"fastlm-{job.backend}", _serves_without(job, request)
     yardstick: dict[str, float] = {}
     built = {}
     for name in dict.fromkeys(("torch", other, ours)):
@@ -171,8 +179,6 @@ def timings_of(job: Job, case: Case, device: str, command: str) -> list[dict[str
         made.results.clear()
         built[name] = made
     session.truth.clear()
-    benchmark = BENCHMARKS[case.op]
-    request = fastlm.explain(benchmark.ours(case), *session.tensors).request
     found = []
     timekeeper = clock(device)
     for which in case.passes:
