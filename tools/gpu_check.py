@@ -1,8 +1,8 @@
-"""The proof of the GPU kernels on this machine's GPU, as dated JSON files: `make gpu-check`.
+"""The GPU kernels on this machine's GPU, as dated JSON files: `make gpu-check`.
 
-Runs the tests that need a GPU, the benchmark tables, and compute-sanitizer on small cases where it is installed, each
-part in a process with a time limit of its own: what fails or hangs costs the others nothing. An architecture enters
-an op's PROVED set when such a file, without failures, and the benchmark tables beside it are in benchmarks/results.
+Runs the tests that need a GPU, `fastlm tune`, the benchmark tables, and compute-sanitizer on small cases where it is
+installed, each part in a process with a time limit of its own: what fails or hangs costs the others nothing. The proof
+that tune writes, proof-*.json, goes into fastlm/proofs to serve others with such a machine.
 
 Exit status: 0 if every part passed, 1 if one did not, 2 without a GPU. Files go to $OUT, or to benchmarks/results.
 """
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 import fastlm
-from fastlm._core.architecture import architecture
+from fastlm._core import proofs
 from fastlm._core.registry import ops
 from fastlm.benchmarks.kernel import KernelBenchmark
 from fastlm.benchmarks.registry import KERNELS
@@ -45,6 +45,7 @@ SMALL = (
     "test_triton and not Choice or test_parity and (37 or 133) or test_operator or test_cuda_hopper and of_lse"
     " or test_cuda_attention and everything_else or of_wide_rows"
 )
+TUNE_SECONDS = 150.0  # to begin proofs in; by itself the command proves the rest
 TOOLS = {"memcheck": 150, "synccheck": 60, "racecheck": 60}  # racecheck knows no TMA: judge what it says of *_sm90
 
 
@@ -56,27 +57,15 @@ class Part(NamedTuple):
     seconds: float
 
 
-def _driver() -> str | None:
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split("\n")[0] or None
-
-
 def machine() -> dict:
-    """The GPU and the versions that a result belongs to."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    """The GPU and the versions that a result belongs to: the key of its proof, and more."""
+    index = torch.cuda.current_device()
+    key, properties = proofs.device_key(index), torch.cuda.get_device_properties(index)
+    assert key is not None
     return {
-        "device": properties.name,
-        "architecture": str(architecture(torch.cuda.current_device())),
+        **key._asdict(),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": _driver(),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
         "python": platform.python_version(),
         "fastlm": fastlm.__version__,
     }
@@ -101,6 +90,8 @@ def parts(folder: Path, stamp: str) -> list[Part]:
         Part("parity", [*PYTEST, *spread, f"--ignore={REPEATED}", str(TESTS)], 240),
         Part("repeatability", [*PYTEST, str(REPEATED)], 120),
     ]
+    tune = [sys.executable, "-m", "fastlm.cli", "tune", "--json", str(folder / f"proof-{stamp}.json")]
+    found.append(Part("tune", [*tune, "--minutes", str(TUNE_SECONDS / 60)], TUNE_SECONDS + 30))
     benches = sorted((b for b in KERNELS if has_kernels(b)), key=lambda b: not b.gpu_peers)
     compared = sum(bool(b.gpu_peers) for b in benches)
     found += [_bench(b, folder, stamp) for b in benches[:compared]]

@@ -144,8 +144,12 @@ def properties(index: int) -> Properties | None:
     found = torch.cuda.get_device_properties(index)
     hip = torch.version.hip
     architecture = found.gcnArchName.partition(":")[0] if hip else f"sm_{found.major}{found.minor}"
-    runtime = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}"
-    return Properties(found.name, architecture, driver_version() or "unknown", runtime)
+    return Properties(found.name, architecture, driver_version() or "unknown", runtime())
+
+
+def runtime() -> str:
+    """What torch was built for: "CUDA 12.8", "ROCm 6.4", or "CUDA none"."""
+    return f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none'}"
 
 
 def key_of(device: Properties) -> Key:
@@ -391,6 +395,22 @@ def read_state(key: Key | None) -> State:
     if entries or problems:
         return State(key, entries, f"{'; '.join(problems)}: {TUNE} again" if problems else "")
     return State(key, reason=_why_unproved(key))
+
+
+def first_hint(state: State) -> bool:
+    """Whether nobody has been told yet that nothing is proved of this key; remembered in the folder of the proofs.
+
+    Where that cannot be written, nobody is told: else everyone would be, each time.
+    """
+    if state.key is None:
+        return False
+    try:
+        place = folder()
+        place.mkdir(parents=True, exist_ok=True)
+        with open(place / f"{state.key.file_name}.hinted", "x"):
+            return True
+    except (OSError, ConfigError):
+        return False
 
 
 def shipped() -> list[Proof]:

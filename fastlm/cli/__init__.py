@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._core import proofs
 from ..errors import ConfigFileError, FastlmError
 
 VERBS = {
@@ -80,6 +81,8 @@ def _run(argv: list[str]) -> int:
         print(f"fastlm: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
     _warn_of_missing_kernels(rest)
+    if verb not in ("tune", "doctor"):
+        proofs.on_unproved = _hint_to_tune
     module = None
     try:
         module = importlib.import_module(f".{verb}", __name__)
@@ -128,6 +131,12 @@ def _spelled(error: Exception, module: Any) -> str:
     if options is None or not isinstance(error, FastlmError) or isinstance(error, ConfigFileError):
         return message
     return spelled(message, options)
+
+
+def _hint_to_tune(state: proofs.State) -> None:
+    """One line when a GPU of which nothing is proved is first asked to serve, once for each key ever."""
+    if proofs.first_hint(state):
+        print(f"fastlm: its GPU kernels are left out here, {state.reason}", file=sys.stderr)
 
 
 def _warn_of_missing_kernels(arguments: list[str]) -> None:

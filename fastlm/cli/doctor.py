@@ -8,12 +8,13 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 import fastlm
-from fastlm._core import architecture, registry
+from fastlm._core import architecture, proofs, registry
 from fastlm.backends import cpu as _native
 from fastlm.backends import cuda as _native_cuda
 from fastlm.ops._gemm import leads
@@ -50,10 +51,30 @@ def _cuda() -> dict:
         lines = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout.splitlines()
         found["nvcc"] = next((line.partition("release ")[2] for line in lines if "release" in line), "unknown")
     for index in range(torch.cuda.device_count() if found["available"] else 0):
-        properties = torch.cuda.get_device_properties(index)
-        arch, memory = str(architecture.architecture(index)), round(properties.total_memory / 2**30, 1)
-        found["devices"].append({"name": properties.name, "arch": arch, "memory_gib": memory})
+        device = proofs.properties(index)
+        assert device is not None
+        memory = torch.cuda.get_device_properties(index).total_memory
+        found["devices"].append(
+            {
+                "name": device.device,
+                "arch": device.architecture,
+                "memory_gib": round(memory / 2**30, 1),
+                "proof": _proof(proofs.state(index)),
+            }
+        )
     return found
+
+
+def _proof(state: proofs.State) -> str:
+    """What is proved of a GPU's kernels, in one line."""
+    if not state.entries:
+        return state.reason
+    entries = state.entries.values()
+    counts = Counter(entry.verdict for entry in entries)
+    found = [f"{count} {verdict}" for verdict, count in counts.items()]
+    refused = sorted({f"{e.op} on {e.backend}" for e in entries if e.verdict != "right"})
+    text = f"{', '.join(found)}, by {max(entry.date for entry in entries)}"
+    return "; ".join([text, *([f"refused: {', '.join(refused)}"] if refused else []), *filter(None, [state.reason])])
 
 
 def _served_by(op: registry.Op, device: str, dtype: torch.dtype) -> dict[str, str]:
@@ -153,10 +174,12 @@ def _print(report: dict) -> None:
     devices = ", ".join(f"{d['name']} ({d['arch']}, {d['memory_gib']} GiB)" for d in cuda["devices"]) or "no device"
     print(
         f"cuda       {devices}; driver {cuda['driver'] or 'none'}; "
-        f"torch built for CUDA {cuda['torch_cuda'] or 'none'}; nvcc {cuda['nvcc'] or 'not found'}"
+        f"torch built for {proofs.runtime()}; nvcc {cuda['nvcc'] or 'not found'}"
     )
     built = f" (built for {', '.join(cuda['built_for'])})" if cuda["built_for"] else ""
     print(f"           kernels: {cuda['extension']}{built}")
+    for index, device in enumerate(cuda["devices"]):
+        print(f"           proof of GPU {index}: {device['proof']}")
     if report["settings"]:
         print("settings   " + "  ".join(f"{name}={value}" for name, value in report["settings"].items()))
     print("backends")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gpu_check
+from fastlm.cli import main
 from gpu_check import Part
 
 
@@ -92,6 +93,15 @@ def test_every_benchmark_it_names_exists(tmp_path):
         op, peers = part.command[4], part.command[part.command.index("--against") + 1]
         assert registry.select(op, "cuda", ["bfloat16"], [], [])
         registry.known(peers.split(","), providers.ALL, "provider")
+
+
+def test_the_proof_is_made_by_tune(tmp_path):
+    """The command is one that `fastlm tune` takes, but for the GPU that is not there."""
+    (part,) = (part for part in gpu_check.parts(tmp_path, "x") if part.name == "tune")
+    assert part.command[:5] == [sys.executable, "-m", "fastlm.cli", "tune", "--json"]
+    assert part.command[5] == str(tmp_path / "proof-x.json")
+    if not torch.cuda.is_available():
+        assert main(part.command[3:]) == 2
 
 
 def test_the_sanitizer_sees_every_kernel():
