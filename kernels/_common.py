@@ -25,6 +25,8 @@ from fastlm._core.architecture import SM90, Architecture, newest
 from fastlm._core.dropout import DeviceSeed
 from fastlm.errors import BackendError
 
+from ._tuned import tuned
+
 INTERPRETING = triton.knobs.runtime.interpret
 
 # What stands in for a GPU where there is none: under the interpreter, and to compile ahead of time.
@@ -91,7 +93,7 @@ def tiles(table: Table, arch: Architecture) -> tuple[Tile, ...]:
 def tile_for(table: Table, arch: Architecture, block: int) -> Tile:
     """The first row whose blocks are wide enough, or the last."""
     rows = tiles(table, arch)
-    return next((tile for tile in rows if block <= tile.block), rows[-1])
+    return tuned(table, arch, next((tile for tile in rows if block <= tile.block), rows[-1]))
 
 
 def block_of(N: int) -> int:

@@ -11,6 +11,7 @@ of columns and keep its sum in registers; partial sums of fixed parts of the row
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 import triton
@@ -31,7 +32,6 @@ from ._common import (
     persistent,
     sum_partials,
     tile_for,
-    tiles,
 )
 
 # Not measured on any GPU yet: 16 elements a thread forward, 8 backward, where 16 spilled without 16-byte loads.
@@ -192,7 +192,7 @@ def _plan(N: int, flat: bool, backward: bool, arch: Architecture) -> tuple[Tile,
     """(configuration, rows and columns of a tile); a flat call has no rows to share a tile."""
     table = BACKWARD if backward else FORWARD
     if flat:
-        tile = tiles(table, arch)[-1]
+        tile = tile_for(table, arch, sys.maxsize)  # the last row
         return tile, 1, tile.elements
     tile = tile_for(table, arch, N)
     block = min(tile.block, max(16, triton.next_power_of_2(N)))

@@ -35,6 +35,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "proofs"
 TUNE = "run `fastlm tune`"
 TRITON_PACKAGES = ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton")
 # Features of a request that change no kernel: every training step writes the log-sum-exp.
+TILES = "tiles"  # in place of a class: the entry of a search for tiles, which is no verdict on a kernel
 NO_CLASS = ("lse", "short_decode")
 
 T = TypeVar("T")
@@ -123,6 +124,11 @@ class Entry:
     @property
     def name(self) -> tuple[str, str, str, str]:
         return self.op, self.backend, self.dtype, self.features
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it is a verdict against a kernel."""
+        return self.verdict != "right" and self.features != TILES
 
 
 Entries = dict[tuple[str, str, str, str], Entry]
@@ -272,8 +278,16 @@ def _entry(raw: Any) -> Entry:
     _typed(raw["samples"], int, "samples")
     raw["timings"] = tuple(_timing(each, raw["backend"]) for each in _typed(raw["timings"], list, "timings"))
     raw["skipped"] = tuple(_typed(each, str, "skipped") for each in _typed(raw["skipped"], list, "skipped"))
-    raw["tiles"] = {name: _integers(tile, "tiles") for name, tile in _typed(raw["tiles"], dict, "tiles").items()}
+    raw["tiles"] = {row: _tile(row, tile) for row, tile in _typed(raw["tiles"], dict, "tiles").items()}
     return Entry(**raw)
+
+
+def _tile(row: str, tile: Any) -> tuple[int, ...]:
+    """The numbers in place of those of a row, as in "gelu.FORWARD 1024,2048,4,1,1"."""
+    found = _integers(tile, "tiles")
+    if not re.fullmatch(r"[\w.]+ \d+(,\d+)*", row) or row.count(",") + 1 != len(found) or min(found) < 1:
+        raise ValueError(f"a tile of {row!r:.60} is {found}, expected as many numbers above 0")
+    return found
 
 
 def _timing(raw: Any, backend: str) -> Timing:

@@ -69,7 +69,7 @@ def _proof(state: proofs.State) -> str:
     """What is proved of a GPU's kernels, in one line."""
     if not state.entries:
         return state.reason
-    entries = state.entries.values()
+    entries = [entry for entry in state.entries.values() if entry.features != proofs.TILES]
     counts = Counter(entry.verdict for entry in entries)
     found = [f"{count} {verdict}" for verdict, count in counts.items()]
     refused = sorted({f"{e.op} on {e.backend}" for e in entries if e.verdict != "right"})

@@ -135,7 +135,7 @@ def _also(what: str) -> str:
 
 
 def _print(result: Result, device: Device) -> None:
-    entries = [entry for _, entry in sorted(result.proof.entries.items())]
+    entries = [entry for _, entry in sorted(result.proof.entries.items()) if entry.features != proofs.TILES]
     key = device.key
     if entries:
         headers = ("op", "backend", "dtype", "features", "verdict", "calls", "fastest", "slowest", "against")
@@ -144,6 +144,9 @@ def _print(result: Result, device: Device) -> None:
     for entry in result.wrong:
         what = f"{entry.op} on {entry.backend}, {entry.dtype}, {entry.features}"
         print(f"{entry.verdict.upper()} {what}: {entry.reason}" + (f"\n  {entry.command}" if entry.command else ""))
+    for entry in result.proof.entries.values():
+        for row, tile in entry.tiles.items():
+            print(f"tile       {row} -> {','.join(map(str, tile))}")
     for line in result.skipped:
         print(f"skipped    {line}")
     if result.left:

@@ -48,7 +48,7 @@ class Device:
 
     def to_dict(self) -> dict[str, Any]:
         """What a worker has to know."""
-        names = ("torch_device", "index", "prepare", "path", "samples", "check_seconds")
+        names = ("torch_device", "index", "dtypes", "prepare", "path", "samples", "check_seconds")
         return {name: getattr(self, name) for name in names}
 
 

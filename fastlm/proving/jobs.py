@@ -20,6 +20,8 @@ from ..errors import BackendError, ConfigError
 from ..verify.fuzz import SPECS
 from .devices import Device
 
+TILES = proofs.TILES
+ANY = "any"  # in place of a class of features: calls of all
 SEEDS = 120  # random calls that show which classes of features an op has
 
 
@@ -80,8 +82,22 @@ def plan(names: list[str], device: Device) -> list[Job]:
             for features in classes[op]:
                 cases = tuple(dataclasses.replace(case, dtype=dtype) for case in timed.get((op, features), ()))
                 found.append(Job(op, backend, dtype, features, cases))
+    found += [_search(op, device, timed) for op, backend in kernels(names, device.backends) if backend == "triton"]
     order = {dtype: number for number, dtype in enumerate(device.dtypes)}
-    return sorted(found, key=lambda job: (job.features != "plain", order[job.dtype], job.features == "several"))
+    found = [job for job in found if job.features != TILES or job.cases]
+    return sorted(found, key=lambda job: (_turn(job.features), order[job.dtype], job.features == "several"))
+
+
+def _turn(features: str) -> int:
+    return {"plain": 0, TILES: 2}.get(features, 1)
+
+
+def _search(op: str, device: Device, timed: dict[tuple[str, str], list[Case]]) -> Job:
+    """The search for an op's tiles, at one case of each form and width."""
+    cases: dict[tuple, Case] = {}
+    for case in timed.get((op, "plain"), []):
+        cases.setdefault((case.variant, case.shape[-1]), dataclasses.replace(case, dtype=device.dtypes[0]))
+    return Job(op, "triton", device.dtypes[0], TILES, tuple(cases.values()))
 
 
 def feature_classes(op: str) -> tuple[str, ...]:

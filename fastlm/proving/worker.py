@@ -8,6 +8,7 @@ whoever reads knows in which one this process ended.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -31,7 +32,7 @@ from fastlm.benchmarks.worker import is_memory, judge, tells_of_memory
 from ..errors import BackendError
 from ..verify import fuzz
 from ..verify.checks import Failure, check, threads
-from .jobs import Job
+from .jobs import ANY, TILES, Job
 
 ROUND_SECONDS = 0.1  # to spend on the rounds of one pass
 SEEDS = 4000  # that a search for calls of one dtype and class goes through at most
@@ -82,6 +83,9 @@ def run(job: Job, device: dict[str, Any], seconds: float, emit: Emit) -> None:
         seconds: for all of it; the checks come first, and cases that there is no time for are skipped.
     """
     end = time.monotonic() + seconds
+    if job.features == TILES:
+        search_tiles(job, device, seconds, emit)
+        return
     try:
         emit("checked", check_calls(job, device, emit))
         for case in job.cases:
@@ -111,7 +115,7 @@ def check_calls(job: Job, device: dict[str, Any], emit: Emit) -> int:
                 continue
             if told.selected != job.backend:
                 continue
-            if proofs.feature_class(told.request.features) != job.features:
+            if job.features not in (ANY, proofs.feature_class(told.request.features)):
                 continue
             command = fuzz.command_of(spec, job.backend, seed)
             emit("step", command)
@@ -123,6 +127,50 @@ def check_calls(job: Job, device: dict[str, Any], emit: Emit) -> int:
             else:
                 count += 1
     return count
+
+
+def search_tiles(job: Job, device: dict[str, Any], seconds: float, emit: Emit) -> None:
+    """Emit ("tile", [row, better one]) for each row of the kernels' tables for which there is one."""
+    from fastlm.kernels._tuned import Row
+
+    from . import tiles  # imports Triton's kernels
+
+    few = device | {"samples": (device["samples"][1],) * 2}
+
+    def right(row: Row) -> bool:
+        try:
+            for op in users_of(row.table, device):
+                for dtype in device["dtypes"]:
+                    check_calls(Job(op, job.backend, dtype, ANY), few, emit)
+        except Wrong:
+            return False
+        return True
+
+    def step(what: str) -> None:
+        emit("step", what)
+
+    for found in tiles.search(list(job.cases), device["torch_device"], right, seconds, step):
+        emit("tile", found)
+
+
+def users_of(table: str, device: dict[str, Any]) -> list[str]:
+    """The ops whose kernels look rows up in a table: LayerNorm and RMSNorm share theirs, both cross-entropies too."""
+    return [op for op, found in _tables(tuple(device["dtypes"])).items() if table in found]
+
+
+@functools.cache
+def _tables(dtypes: tuple[str, ...]) -> dict[str, set[str]]:
+    """The tables of each op, by a few calls of it."""
+    from fastlm.kernels import _tuned
+
+    found = {}
+    for op in registry.ops():
+        if op.backend("triton"):
+            with _tuned.seen() as rows, contextlib.suppress(Wrong):
+                few = {"samples": (4, 4), "check_seconds": 0.0}
+                check_calls(Job(op.name, "triton", dtypes[0], ANY), few, lambda kind, payload: None)
+            found[op.name] = {row.table for row in rows}
+    return found
 
 
 def _problem(checked: Callable[[], list[Failure]]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlm._core.architecture import Architecture, newest
 
 from .._common import INTERPRETING
+from .._tuned import tuned
 from .arguments import Config
 
 
@@ -58,7 +59,7 @@ def blocks_for(
         sizes = (busy and rows.half_busy) or rows.half_masked or rows.half
     else:
         sizes = rows.half
-    return sizes[min(size for size in sizes if size >= head)]
+    return tuned(table, arch, sizes[min(size for size in sizes if size >= head)])
 
 
 def padded_head(D: int) -> int:

@@ -307,7 +307,13 @@ def test_a_shipped_proof_serves_and_the_users_own_comes_first(gpu, tmp_path, mon
 
 def test_what_is_written_is_read_back(gpu):
     given = [
-        entry("layer_norm", "triton", timing("triton", 1.31), skipped=("a case: out of memory",), tiles={"x": (1, 2)}),
+        entry(
+            "layer_norm",
+            "triton",
+            timing("triton", 1.31),
+            skipped=("a case: out of memory",),
+            tiles={"gelu.FORWARD 1024,2048": (1, 2)},
+        ),
         entry("gelu", "cuda", verdict="hung", reason="no sign of life", command="fastlm verify"),
     ]
     path = write(gpu, *given)
