@@ -87,6 +87,8 @@ def _tune(options: Options, names: list[str], device: Device) -> int:
         print("interrupted: what was proved before that is kept; the same command continues", file=sys.stderr)
         status = 130
     _print(result, device)
+    for reason, ops in _absent(names, device).items():
+        print(f"not there   {', '.join(ops)}: {reason}")
     if options.json:
         replace_text(options.json, proofs.dump(result.proof))
     return status or (1 if result.wrong else 0)
@@ -128,6 +130,15 @@ def _progress(total: int) -> Iterator[tuple[Callable[[Job, str], None], Callable
             lambda job, what: bar.update(task, description=job.describe() + _also(what)),
             lambda job: bar.update(task, advance=1),
         )
+
+
+def _absent(names: list[str], device: Device) -> dict[str, list[str]]:
+    """Why kernels cannot run here, and which."""
+    found: dict[str, list[str]] = {}
+    for op, kernel in jobs.kernels(names, device.backends):
+        if reason := jobs.absent(op, kernel, device):
+            found.setdefault(reason, []).append(f"{op} on {kernel}")
+    return found
 
 
 def _also(what: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,11 +82,9 @@ def find(name: str) -> Device | None:
         raise ConfigError(f"device is {name!r}, expected auto, cuda, cuda:N or {', '.join(STAND_INS)}")
     if not torch.cuda.is_available():
         return None
-    index = int(number) if number else torch.cuda.current_device() if kind == "cuda" else 0
+    index = int(number or 0)
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     key = proofs.device_key(index)
     assert key is not None
-    # a worker sees all GPUs, so that their numbers mean the same to it
-    environment = {name: value for name, value in os.environ.items() if name == "CUDA_VISIBLE_DEVICES"}
-    return Device(f"cuda:{index}", key, index=index, environment=environment)
+    return Device(f"cuda:{index}", key, index=index)

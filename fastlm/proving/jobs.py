@@ -22,6 +22,7 @@ from .devices import Device
 
 TILES = proofs.TILES
 ANY = "any"  # in place of a class of features: calls of all
+FEW = 3  # a group of heads that share a key
 SEEDS = 120  # random calls that show which classes of features an op has
 
 
@@ -75,17 +76,29 @@ def plan(names: list[str], device: Device) -> list[Job]:
     found = []
     classes: dict[str, tuple[str, ...]] = {}
     timed = timed_cases(device)
-    for op, backend in kernels(names, device.backends):
+    pairs = [pair for pair in kernels(names, device.backends) if absent(*pair, device) is None]
+    for op, backend in pairs:
         if op not in classes:
             classes[op] = feature_classes(op)
         for dtype in device.dtypes:
             for features in classes[op]:
                 cases = tuple(dataclasses.replace(case, dtype=dtype) for case in timed.get((op, features), ()))
                 found.append(Job(op, backend, dtype, features, cases))
-    found += [_search(op, device, timed) for op, backend in kernels(names, device.backends) if backend == "triton"]
+    found += [_search(op, device, timed) for op, backend in pairs if backend == "triton"]
     order = {dtype: number for number, dtype in enumerate(device.dtypes)}
     found = [job for job in found if job.features != TILES or job.cases]
     return sorted(found, key=lambda job: (_turn(job.features), order[job.dtype], job.features == "several"))
+
+
+def absent(op: str, backend: str, device: Device) -> str | None:
+    """Why a kernel cannot run on a device at all, such as an extension that is not built; None where it can."""
+    if device.torch_device != "cuda":
+        return None
+    known = registry.get(op)
+    row = known.backend(backend)
+    assert row is not None
+    request = fastlm.explain(known.function, **known.samples("meta", torch.float16)[0]).request
+    return row.unsupported(request._replace(device="cuda", gpu=device.index))
 
 
 def _turn(features: str) -> int:
@@ -126,12 +139,18 @@ def timed_cases(device: Device) -> dict[tuple[str, str], list[Case]]:
 def distinct(cases: list[Case], largest: int | None) -> list[Case]:
     """The cases without dtypes and headlines, their extents cut, each once."""
     plain = [
-        dataclasses.replace(
-            case, shape=tuple(min(n, largest or n) for n in case.shape), dtype="float32", headline=False, slow=False
-        )
+        dataclasses.replace(case, shape=_cut(case.shape, largest), dtype="float32", headline=False, slow=False)
         for case in cases
     ]
     return list(dict.fromkeys(plain))
+
+
+def _cut(shape: tuple[int, ...], largest: int | None) -> tuple[int, ...]:
+    """A shape with extents up to `largest`; of sequences and heads, which come first of four, a few."""
+    if largest is None:
+        return shape
+    first, rest = (shape[:2], shape[2:]) if len(shape) == 4 else ((), shape)
+    return (*(min(n, FEW) for n in first), *(min(n, largest) for n in rest))
 
 
 def reached_by(benchmark: KernelBenchmark, case: Case) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -24,8 +25,9 @@ import torch
 import fastlm
 from fastlm._core import proofs, registry
 from fastlm._core.dispatch import Request
-from fastlm.benchmarks.case import Case, Unavailable
+from fastlm.benchmarks.case import Built, Case, Unavailable
 from fastlm.benchmarks.harness import clock, interleave
+from fastlm.benchmarks.kernel import KernelSession
 from fastlm.benchmarks.registry import KERNELS
 from fastlm.benchmarks.worker import is_memory, judge, tells_of_memory
 
@@ -192,18 +194,34 @@ def _line(error: BaseException) -> str:
 def time_case(job: Job, case: Case, device: str, emit: Emit) -> None:
     """Compare a case's results with fp64, and time its passes beside what serves without the kernel."""
     command = f"fastlm bench {case.op} --dtype {case.dtype} --shape {'x'.join(map(str, case.shape))}"
-    emit("step", f"{command} ({case.variant or 'plain'})")
     try:
-        for timing in timings_of(job, case, device, command):
+        for timing in timings_of(job, case, device, command, emit):
             emit("timing", timing)
     except Unavailable as error:
         emit("skipped", f"{case.describe()}: {error}")
-    except (MemoryError, RuntimeError) as error:
+    except Wrong:
+        raise
+    except Exception as error:
         if not is_memory(error):
             raise Wrong(_line(error), command) from error
         emit("skipped", f"{case.describe()}: {OUT_OF_MEMORY}")
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
+
+
+def _of_others(session: KernelSession, name: str) -> Built:
+    """What somebody else's operator makes of a case.
+
+    Raises:
+        Unavailable: if it fails, which is no fault of the kernel.
+    """
+    try:
+        return session.build(name)
+    except Exception as error:
+        if is_memory(error):
+            raise
+        raise Unavailable(f"{name} fails: {_line(error)}") from error
 
 
 def _serves_without(job: Job, request: Request) -> str:
@@ -212,7 +230,7 @@ def _serves_without(job: Job, request: Request) -> str:
     return "torch" if row is not None and row.unsupported(request) is None else "fastlm-reference"
 
 
-def timings_of(job: Job, case: Case, device: str, command: str) -> list[dict[str, Any]]:
+def timings_of(job: Job, case: Case, device: str, command: str, emit: Emit) -> list[dict[str, Any]]:
     benchmark = next(b for b in KERNELS if b.name == case.op)
     session = benchmark.session(case, device)
     request = fastlm.explain(benchmark.ours(case), *session.tensors).request
@@ -220,7 +238,8 @@ def timings_of(job: Job, case: Case, device: str, command: str) -> list[dict[str
     yardstick: dict[str, float] = {}
     built = {}
     for name in dict.fromkeys(("torch", other, ours)):
-        made = session.build(name)
+        emit("step", f"{command} --against {name}")
+        made = session.build(name) if name == ours else _of_others(session, name)
         _, wrong = judge(session, name, made, yardstick, {})
         if wrong and name == ours:
             raise Wrong(f"value: {wrong} ({case.describe()})", command)
@@ -230,6 +249,7 @@ def timings_of(job: Job, case: Case, device: str, command: str) -> list[dict[str
     found = []
     timekeeper = clock(device)
     for which in case.passes:
+        emit("step", f"{command} --pass {which}")
         pair = {name: built[name].run.get(which) for name in (ours, other)}
         if all(pair.values()):
             timed = interleave({name: timekeeper.prepare(call) for name, call in pair.items()}, ROUND_SECONDS)

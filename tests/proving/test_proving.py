@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastlm._core import dispatch, proofs, registry
+from fastlm.backends import cuda as _native_cuda
 from fastlm.errors import ConfigError
 from fastlm.proving import devices, jobs, tuner, worker
 from fastlm.proving.jobs import Job
@@ -82,8 +83,19 @@ def test_every_kernel_has_a_job():
     assert plain == sorted(plain, reverse=True)
     assert len({job.name for job in planned}) == len(planned)
     attention = {job.features for job in planned if job.op == "scaled_dot_product_attention"}
-    assert attention == {"plain", "mask=bool", "mask=additive", "dropout", "window", "softcap", "several"}
-    assert {job.features for job in planned if job.op == "layer_norm"} == {"plain"}
+    assert attention == {"plain", "mask=bool", "mask=additive", "dropout", "window", "softcap", "several", "tiles"}
+    assert {job.features for job in planned if job.op == "layer_norm"} == {"plain", "tiles"}
+
+
+@pytest.mark.parametrize("op", [op.name for op in registry.ops() if op.backend("cuda")])
+def test_kernels_that_are_not_built_are_no_jobs(op, monkeypatch):
+    """Of a GPU that is pretended; each op's own conditions say so."""
+    monkeypatch.setattr(dispatch, "oldest_architecture", lambda: 90)
+    monkeypatch.setattr(_native_cuda, "unusable", lambda: "it was not built")
+    on = devices.Device("cuda:0", proofs.key_of(proofs.Properties("NVIDIA H200", "sm_90", "1", "CUDA 13.0")))
+    assert jobs.absent(op, "cuda", on) == "it was not built"
+    assert jobs.absent(op, "triton", on) is None
+    assert {job.backend for job in jobs.plan([op], on)} == {"triton"}
 
 
 def test_a_job_survives_its_way_to_a_worker(gelu):
