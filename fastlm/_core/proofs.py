@@ -27,6 +27,7 @@ import torch
 
 from ..errors import ConfigError, DataError
 from ..runtime import driver_version
+from .architecture import architecture
 from .files import held, replace_text
 
 FORMAT, VERSION = "fastlm-proof", 1
@@ -148,9 +149,7 @@ def properties(index: int) -> Properties | None:
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return None
     found = torch.cuda.get_device_properties(index)
-    hip = torch.version.hip
-    architecture = found.gcnArchName.partition(":")[0] if hip else f"sm_{found.major}{found.minor}"
-    return Properties(found.name, architecture, driver_version() or "unknown", runtime())
+    return Properties(found.name, str(architecture(index)), driver_version() or "unknown", runtime())
 
 
 def runtime() -> str:

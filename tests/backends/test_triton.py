@@ -14,7 +14,7 @@ import fastlm
 from conftest import TRITON
 from fastlm._core import dispatch as _dispatch
 from fastlm._core import dropout as _dropout
-from fastlm._core.architecture import SM90, SM100, parse
+from fastlm._core.architecture import SM90, parse
 from fastlm.ops.layer_norm import add_layer_norm_ref
 from tolerances import assert_as_close_as_torch
 

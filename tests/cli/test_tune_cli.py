@@ -10,6 +10,7 @@ import torch
 
 import fastlm.cli
 from fastlm._core import dispatch, proofs
+from fastlm._core.architecture import SM90
 from fastlm._core.proofs import Entry, Properties
 from fastlm.cli import doctor, main
 from fastlm.proving import devices, tuner
@@ -136,7 +137,7 @@ def verb(monkeypatch):
     module = type(sys)("fastlm.cli.bench")
     module.main = lambda argv: dispatch.choose("layer_norm", asked) == "no backend"
     monkeypatch.setitem(sys.modules, "fastlm.cli.bench", module)
-    monkeypatch.setattr(dispatch, "oldest_architecture", lambda: 90)
+    monkeypatch.setattr(dispatch, "oldest_architecture", lambda: SM90)
     return "bench"
 
 
@@ -178,7 +179,8 @@ def test_no_hint_of_an_import(folder):
     code = f"""
 import torch, fastlm
 from fastlm._core import dispatch, proofs
-dispatch.oldest_architecture = lambda: 90
+from fastlm._core.architecture import SM90
+dispatch.oldest_architecture = lambda: SM90
 with proofs.pretend(proofs.key_of(proofs.Properties(*{tuple(H200)!r}))):
     print(dispatch.choose("layer_norm", dispatch.Request("cuda", torch.bfloat16)))
 """

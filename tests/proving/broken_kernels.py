@@ -43,10 +43,6 @@ def _after(change: Callable[[torch.Tensor], Any]) -> contextlib.AbstractContextM
     return in_place(forward)
 
 
-def right():
-    return _after(lambda y: y)
-
-
 def wrong():
     return _after(lambda y: y * 1.02)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastlm._core import dispatch, proofs, registry
+from fastlm._core.architecture import SM90
 from fastlm.backends import cuda as _native_cuda
 from fastlm.errors import ConfigError
 from fastlm.proving import devices, jobs, tuner, worker
@@ -90,7 +91,7 @@ def test_every_kernel_has_a_job():
 @pytest.mark.parametrize("op", [op.name for op in registry.ops() if op.backend("cuda")])
 def test_kernels_that_are_not_built_are_no_jobs(op, monkeypatch):
     """Of a GPU that is pretended; each op's own conditions say so."""
-    monkeypatch.setattr(dispatch, "oldest_architecture", lambda: 90)
+    monkeypatch.setattr(dispatch, "oldest_architecture", lambda: SM90)
     monkeypatch.setattr(_native_cuda, "unusable", lambda: "it was not built")
     on = devices.Device("cuda:0", proofs.key_of(proofs.Properties("NVIDIA H200", "sm_90", "1", "CUDA 13.0")))
     assert jobs.absent(op, "cuda", on) == "it was not built"
@@ -104,8 +105,9 @@ def test_a_job_survives_its_way_to_a_worker(gelu):
     assert Job.from_dict(json.loads(json.dumps(dataclasses.asdict(gelu)))) == gelu
 
 
-def test_a_right_kernel_is_proved_and_timed(gelu, folder):
-    result = prove(gelu, device("right"))
+def test_a_right_kernel_is_proved_and_timed(gelu, folder, monkeypatch):
+    monkeypatch.setattr(tuner, "Worker", lambda order, environment: InProcess(order))
+    result = prove(gelu, device())
     (entry,) = result.fresh
     assert (entry.verdict, entry.samples, result.wrong, result.unwritten) == ("right", 2, [], "")
     assert {t.which for t in entry.timings} == {"fwd", "bwd"}
@@ -212,7 +214,7 @@ def test_a_process_that_dies_or_hangs_is_a_verdict(gelu, name, verdict, reason):
     where = "fastlm bench gelu --dtype float32 --shape 24x24" if "timed" in name else "fastlm verify --op gelu"
     assert entry.command.startswith(where)
     with proofs.pretend(on.key), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "oldest_architecture", lambda: 90)
+        patch.setattr(dispatch, "oldest_architecture", lambda: SM90)
         dispatch.clear_cache()
         asked = dispatch.Request("cuda", torch.float32)
         row = next(row for row in dispatch.backends("gelu") if row.name == "triton")
@@ -226,7 +228,7 @@ def test_a_slow_kernel_is_right_but_not_chosen(gelu, monkeypatch):
     assert not of_kind(found, "wrong")
     key = devices.interpreter().key
     proofs.add(key, [proofs.Entry("gelu", "triton", "float32", "plain", "right", "2026-11-29", 2, timings=timings)])
-    monkeypatch.setattr(dispatch, "oldest_architecture", lambda: 90)
+    monkeypatch.setattr(dispatch, "oldest_architecture", lambda: SM90)
     with proofs.pretend(key):
         dispatch.clear_cache()
         assert dispatch.choose("gelu", dispatch.Request("cuda", torch.float32)) == "torch"
