@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..runtime import driver_version
 from .architecture import architecture
 from .files import held, replace_text
@@ -213,18 +213,15 @@ def _is_number(value: Any) -> bool:
 
 
 def folder() -> Path:
-    """Where the user's own proofs lie.
-
-    Raises:
-        ConfigError: where nobody says; only without the package platformdirs.
-    """
+    """Where the user's own proofs lie."""
     given = os.environ.get("FASTLM_PROOFS")
     if given:
         return Path(given)
     try:
         import platformdirs
-    except ImportError:
-        raise ConfigError("no folder for proofs: pip install platformdirs, or set FASTLM_PROOFS") from None
+    except ImportError:  # installed without what it depends on; the same on Linux
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(cache) / "fastlm" / "proofs"
     return Path(platformdirs.user_cache_dir("fastlm", appauthor=False)) / "proofs"
 
 
@@ -403,7 +400,7 @@ def read_state(key: Key | None) -> State:
             entries |= proof.entries
     except DataError as error:
         problems.append(f"the proof is damaged ({error})")
-    except (OSError, ConfigError) as error:
+    except OSError as error:
         problems.append(f"the proof cannot be read ({error})")
     if entries or problems:
         return State(key, entries, f"{'; '.join(problems)}: {TUNE} again" if problems else "")
@@ -422,7 +419,7 @@ def first_hint(state: State) -> bool:
         place.mkdir(parents=True, exist_ok=True)
         with open(place / f"{state.key.file_name}.hinted", "x"):
             return True
-    except (OSError, ConfigError):
+    except OSError:
         return False
 
 
@@ -445,12 +442,11 @@ def _files(of: Path) -> list[Path]:
 
 def _why_unproved(key: Key) -> str:
     """Where there is a proof of this GPU with something else than now: what."""
-    with contextlib.suppress(ConfigError):
-        for path in _files(folder()):
-            with contextlib.suppress(DataError, OSError):
-                theirs = load(path).key
-                if theirs[:2] == key[:2] and (what := differences(theirs, key)):
-                    return f"{what}: {TUNE} again"
+    for path in _files(folder()):
+        with contextlib.suppress(DataError, OSError):
+            theirs = load(path).key
+            if theirs[:2] == key[:2] and (what := differences(theirs, key)):
+                return f"{what}: {TUNE} again"
     return f"unproved: {TUNE}"
 
 

@@ -7,6 +7,7 @@ import torch
 
 from fastlm._core import architecture as _architecture
 from fastlm._core import dispatch as _dispatch
+from fastlm._core import proofs
 from fastlm._core.architecture import GFX942, GFX1100, SM80, SM90, SM100, newest, parse
 from fastlm.backends import conditions
 from fastlm.backends import cuda as _native_cuda
@@ -46,9 +47,10 @@ def test_other_names_are_refused(name):
         parse(name)
 
 
-def test_rocms_device_is_no_nvidia_gpu(gpu):
+def test_rocms_device_is_no_nvidia_gpu(gpu, monkeypatch):
     """MI300X calls itself (9, 4): not sm_94, which would have Hopper's tiles and CUDA's kernels."""
-    gpu({"major": 9, "minor": 4, "gcnArchName": "gfx942:sramecc+:xnack-"}, hip="6.4.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu({"name": "MI300X", "major": 9, "minor": 4, "gcnArchName": "gfx942:sramecc+:xnack-"}, hip="6.4.2")
     assert _architecture.architecture(0) == GFX942
     request = _dispatch.Request("cuda", torch.bfloat16)
     assert conditions.triton_unsupported(request) is None
@@ -57,7 +59,11 @@ def test_rocms_device_is_no_nvidia_gpu(gpu):
         == "its kernels are for NVIDIA's GPUs, this one is gfx942"
     )
     row = next(row for row in _dispatch.backends("layer_norm") if row.name == "triton")
-    assert "gfx942" in str(_dispatch.held_back("layer_norm", row, request))
+    assert _dispatch.held_back("layer_norm", row, request) == "unproved: run `fastlm tune`"
+    key = proofs.state(0).key  # what a proof would have to be of
+    assert key is not None
+    assert key[:2] == ("MI300X", "gfx942")
+    assert key.runtime == "ROCm 6.4.2"
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ import sys
 sys.path[:0] = [{str(TESTS)!r}]
 from fastlm.proving import devices, jobs, tuner
 on = devices.interpreter()
-planned = [job for job in jobs.plan(["gelu", "swiglu"], on) if job.dtype == "float32"]
+planned = [job for job in jobs.plan(["gelu", "swiglu"], on) if job.dtype == "float32" and job.features == "plain"]
 planned = planned if sys.argv[1] == "a" else planned[::-1]
 result = tuner.begin(on, False)
 tuner.tune(planned, on, tuner.Limits(), result)
@@ -349,7 +349,7 @@ def test_an_interrupt_leaves_a_usable_proof(folder):
                                env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)  # fmt: skip
     with process:
         for line in process.stderr:
-            if line.startswith("2/4"):
+            if line.startswith("2/"):
                 break
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
