@@ -1,0 +1,280 @@
+"""Gopher's rules on quality and repetition (Rae et al. 2021, arXiv:2112.11446, appendix A1.1 and table A1).
+
+The thresholds are the paper's. It leaves open what a word and a character are, so it is said here: words are split as
+`Words` does, with their punctuation; characters are those of words, for n-grams, and of lines without blanks around
+them. What repeats is what occurs again after its first time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import filterfalse, pairwise
+from operator import mul
+
+import numpy as np
+
+from ..document import Document, Dropped
+from .registry import Count, Share, step
+from .words import SEGMENTERS, Segmenter, Words, lines_of, words_of
+
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+_BULLETS = (
+    "\u2022",
+    "\u2023",
+    "\u25b6",
+    "\u25c0",
+    "\u25e6",
+    "\u25a0",
+    "\u25a1",
+    "\u25aa",
+    "\u25ab",
+    "-",
+    "*",
+    "\u00b7",
+)
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, as is any of a polynomial over 64 bits
+_ELLIPSES = ("...", "\u2026")
+_PUNCTUATION = "\"'.,;:!?()[]{}*_-\u2018\u2019\u201c\u201d"
+
+
+def _check_quality(*, min_words: int, max_words: int, min_word_length: float, max_word_length: float, **_: object):
+    if min_words > max_words:
+        raise ValueError(f"min_words is {min_words}, expected at most max_words, {max_words}")
+    if min_word_length > max_word_length:
+        raise ValueError(f"min_word_length is {min_word_length}, expected at most max_word_length, {max_word_length}")
+
+
+@step(
+    "few_words", "many_words", "short_words", "long_words", "symbols", "bullets", "ellipses", "no_letters",
+    "stop_words", needs=SEGMENTERS, check=_check_quality,
+)  # fmt: skip
+def gopher_quality(
+    document: Document,
+    *,
+    min_words: Count = 50,
+    max_words: Count = 100_000,
+    min_word_length: float = 3.0,
+    max_word_length: float = 10.0,
+    max_symbols: float = 0.1,
+    max_bullets: Share = 0.9,
+    max_ellipses: Share = 0.3,
+    min_letters: Share = 0.8,
+    min_stop_words: Count = 2,
+    stop_words: tuple[str, ...] = STOP_WORDS,
+    chinese: Segmenter = "characters",
+) -> Document | Dropped:
+    """Drop what Gopher's rules on quality call no prose.
+
+    50 to 100,000 words; a mean of 3 to 10 characters a word; at most 0.1 of "#" and of ellipses a word; at most 90 % of
+    lines that begin with a bullet and 30 % that end with an ellipsis; 80 % of words with a letter; two of eight English
+    stop words. Of text in a script without blanks between words the length of words and the stop words say nothing, and
+    are left out.
+    """
+    text = document.text
+    words = words_of(text, chinese)
+    if words.count < min_words:
+        return Dropped("few_words")
+    if words.count > max_words:
+        return Dropped("many_words")
+    if not words.unspaced and words.count:
+        mean = len("".join(words.words)) / len(words.words)
+        if mean < min_word_length:
+            return Dropped("short_words")
+        if mean > max_word_length:
+            return Dropped("long_words")
+    most = max_symbols * words.count
+    if text.count("#") > most or sum(map(text.count, _ELLIPSES)) > most:
+        return Dropped("symbols")
+    lines = lines_of(text)
+    if sum(line.startswith(_BULLETS) for line in lines) > max_bullets * len(lines):
+        return Dropped("bullets")
+    if sum(line.endswith(_ELLIPSES) for line in lines) > max_ellipses * len(lines):
+        return Dropped("ellipses")
+    if not _have_letters(words.words, min_letters):
+        return Dropped("no_letters")
+    if not words.unspaced and not _have_stop_words(words.words, stop_words, min_stop_words):
+        return Dropped("stop_words")
+    return document
+
+
+def _have_letters(words: list[str], share: float) -> bool:
+    """Whether that share of words holds a letter."""
+    least = share * len(words)
+    others = list(filterfalse(str.isalpha, words))  # with punctuation, most of them
+    with_letters = len(words) - len(others)
+    return with_letters >= least or with_letters + sum(any(map(str.isalpha, word)) for word in others) >= least
+
+
+def _have_stop_words(words: list[str], stop_words: tuple[str, ...], least: int) -> bool:
+    found = set(stop_words).intersection(words)
+    if len(found) >= least:
+        return True
+    return len(set(stop_words).intersection(word.strip(_PUNCTUATION).lower() for word in words)) >= least
+
+
+@step(
+    "duplicate_lines", "duplicate_paragraphs", "duplicate_line_characters", "duplicate_paragraph_characters",
+    *(f"top_{n}_gram" for n in (2, 3, 4)), *(f"duplicate_{n}_grams" for n in range(5, 11)),
+    needs=SEGMENTERS,
+)  # fmt: skip
+def gopher_repetition(
+    document: Document,
+    *,
+    max_duplicate_lines: Share = 0.30,
+    max_duplicate_paragraphs: Share = 0.30,
+    max_duplicate_line_characters: Share = 0.20,
+    max_duplicate_paragraph_characters: Share = 0.20,
+    max_top_2_gram: Share = 0.20,
+    max_top_3_gram: Share = 0.18,
+    max_top_4_gram: Share = 0.16,
+    max_duplicate_5_grams: Share = 0.15,
+    max_duplicate_6_grams: Share = 0.14,
+    max_duplicate_7_grams: Share = 0.13,
+    max_duplicate_8_grams: Share = 0.12,
+    max_duplicate_9_grams: Share = 0.11,
+    max_duplicate_10_grams: Share = 0.10,
+    chinese: Segmenter = "characters",
+) -> Document | Dropped:
+    """Drop what repeats itself beyond the thresholds of Gopher's table A1.
+
+    Shares of lines and paragraphs that occurred before, and of their characters; the share of characters in the most
+    frequent n-gram of 2 to 4 words; the share of characters in n-grams of 5 to 10 words that occurred before, each
+    character once. Where most of the text is in a script without blanks between words and `chinese` is "characters",
+    an n-gram is 1.5 n characters, rounded up, for n characters of Chinese say less than n words do.
+    """
+    text = document.text
+    lines = lines_of(text)
+    count, characters = duplicate_shares(lines)
+    if count > max_duplicate_lines:
+        return Dropped("duplicate_lines")
+    if characters > max_duplicate_line_characters:
+        return Dropped("duplicate_line_characters")
+    count, characters = duplicate_shares(paragraphs_of(text))
+    if count > max_duplicate_paragraphs:
+        return Dropped("duplicate_paragraphs")
+    if characters > max_duplicate_paragraph_characters:
+        return Dropped("duplicate_paragraph_characters")
+    words = words_of(text, chinese)
+    most = {2: max_top_2_gram, 3: max_top_3_gram, 4: max_top_4_gram}
+    if (n := _first_top(words, most)) is not None:
+        return Dropped(f"top_{n}_gram")
+    most = {
+        5: max_duplicate_5_grams, 6: max_duplicate_6_grams, 7: max_duplicate_7_grams,
+        8: max_duplicate_8_grams, 9: max_duplicate_9_grams, 10: max_duplicate_10_grams,
+    }  # fmt: skip
+    if (n := _first_duplicate(words, most)) is not None:
+        return Dropped(f"duplicate_{n}_grams")
+    return document
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """What lies between blank lines, without blanks around it."""
+    return [part for part in map(str.strip, _BLANK_LINES.split(text)) if part] if "\n" in text else [text]
+
+
+def duplicate_shares(parts: Sequence[str]) -> tuple[float, float]:
+    """(share of parts that occurred before, share of characters in them)."""
+    seen = Counter(parts)
+    if len(seen) == len(parts):
+        return 0.0, 0.0
+    characters = sum(map(len, parts))
+    return 1 - len(seen) / len(parts), 1 - sum(map(len, seen)) / characters
+
+
+def top_gram_share(words: Sequence[str], size: int) -> float:
+    """Share of the words' characters in the n-gram of `size` words that occurs most often, if it occurs twice."""
+    counts = Counter(zip(*(words[i:] for i in range(size)), strict=False))
+    most = max(counts.values(), default=0)
+    if most < 2:
+        return 0.0
+    longest = max(sum(map(len, gram)) for gram, count in counts.items() if count == most)
+    return most * longest / sum(map(len, words))
+
+
+def duplicate_gram_shares(words: Sequence[str], sizes: Sequence[int]) -> list[float]:
+    """For each size, in rising order, the share of characters in n-grams that occurred before, each character once."""
+    starts = _repeated(words, sizes[0])
+    lengths = np.fromiter(map(len, words if starts else ()), np.int64)
+    shares = []
+    for size in sizes:
+        seen: Counter[tuple[str, ...]] = Counter()
+        again, repeated = [], []
+        grams = [tuple(words[start : start + size]) for start in starts if start + size <= len(words)]
+        for start, gram in zip(starts, grams, strict=False):
+            if gram in seen:
+                again.append(start)
+            seen[gram] += 1
+        # Only where this one is repeated can a longer one be.
+        repeated = [start for start, gram in zip(starts, grams, strict=False) if seen[gram] > 1]
+        shares.append(_covered(lengths, again, size) if again else 0.0)
+        starts = repeated
+    return shares
+
+
+def _repeated(words: Sequence[str], size: int) -> list[int]:
+    """Where n-grams begin that may occur more than once: those whose hash does."""
+    if len(words) <= size:
+        return []
+    word_hashes = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
+    hashes = word_hashes[: len(words) - size + 1].copy()
+    for i in range(1, size):
+        hashes *= _MULTIPLIER
+        hashes += word_hashes[i : len(words) - size + 1 + i]
+    ordered = np.sort(hashes)
+    if not np.any(ordered[1:] == ordered[:-1]):  # most texts
+        return []
+    order = np.argsort(hashes)
+    ordered = hashes[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1])
+    return np.union1d(order[again], order[again + 1]).tolist()
+
+
+def _covered(lengths: np.ndarray, starts: Sequence[int], size: int) -> float:
+    change = np.zeros(len(lengths) + 1, np.int64)
+    np.add.at(change, starts, 1)
+    np.add.at(change, np.add(starts, size), -1)
+    return float(lengths[np.cumsum(change[:-1]) > 0].sum() / lengths.sum())
+
+
+def _size(words: Words, n: int) -> int:
+    return math.ceil(n * words.scale)
+
+
+def _first_top(words: Words, most: Mapping[int, float]) -> int | None:
+    """The first n whose most frequent n-gram takes more than its share; counted only where a bound leaves it open.
+
+    No n-gram occurs more often than a word, or a pair of words, in it: its characters are at most n times those of all
+    occurrences of the word that takes most, and at most those of half of n pairs, the most frequent and the longest.
+    """
+    total = len("".join(words.words))
+    word = _heaviest_word(words.words)
+    pair = None
+    for n, share in most.items():
+        size = _size(words, n)
+        if size * word <= share * total:
+            continue
+        pair = _heaviest_pair(words.words) if pair is None else pair
+        if -(-size // 2) * pair > share * total and top_gram_share(words.words, size) > share:
+            return n
+    return None
+
+
+def _first_duplicate(words: Words, most: Mapping[int, float]) -> int | None:
+    """The first n whose n-grams that occurred before take more than their share."""
+    shares = duplicate_gram_shares(words.words, [_size(words, n) for n in most])
+    return next((n for n, share in zip(most, shares, strict=True) if share > most[n]), None)
+
+
+def _heaviest_word(words: Sequence[str]) -> int:
+    """Characters in all occurrences of the word that takes most."""
+    counts = Counter(words)
+    return max(map(mul, counts.values(), map(len, counts)), default=0)
+
+
+def _heaviest_pair(words: Sequence[str]) -> int:
+    """No fewer characters than in all occurrences of the two neighbours that take most."""
+    return 2 * max(map(len, words), default=0) * max(Counter(pairwise(words)).values(), default=0)
