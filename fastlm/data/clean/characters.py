@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 import unicodedata
 from typing import Any, Literal
@@ -122,7 +123,8 @@ def whitespace(
     if not text.isascii():
         text = _ODD_BLANKS.sub(" ", text)
     if any(blank in text for blank in _BEFORE_LINE_END) or text[-1] in _BLANKS:
-        text = "\n".join(map(_trimmed, text.split("\n")))
+        trimmed = _trimmed if "\r" in text else _TRIMMED
+        text = "\n".join(map(trimmed, text.split("\n")))
     if collapse:
         text = _INNER_BLANKS.sub(" ", text)
     if "\n" * (max_blank_lines + 2) in text or "\r\n" in text:
@@ -136,6 +138,9 @@ def whitespace(
 _BLANKS = " \t\u3000"
 _BEFORE_LINE_END = tuple(blank + end for blank in _BLANKS for end in ("\n", "\r"))
 _INNER_BLANKS = re.compile(r"(?<=[^ \t\n])[ \t]{2,}")
+
+
+_TRIMMED = operator.methodcaller("rstrip", _BLANKS)
 
 
 def _trimmed(line: str) -> str:

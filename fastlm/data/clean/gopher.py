@@ -11,8 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import filterfalse, pairwise
-from operator import mul
+from itertools import filterfalse, pairwise, repeat
+from operator import gt
 
 import numpy as np
 
@@ -36,7 +36,6 @@ _BULLETS = (
     "\u00b7",
 )
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, as is any of a polynomial over 64 bits
 _ELLIPSES = ("...", "\u2026")
 _PUNCTUATION = "\"'.,;:!?()[]{}*_-\u2018\u2019\u201c\u201d"
 
@@ -160,13 +159,14 @@ def gopher_repetition(
         return Dropped("duplicate_paragraph_characters")
     words = words_of(text, chinese)
     most = {2: max_top_2_gram, 3: max_top_3_gram, 4: max_top_4_gram}
-    if (n := _first_top(words, most)) is not None:
+    pairs = Counter(pairwise(words.words))
+    if (n := _first_top(words, pairs, most)) is not None:
         return Dropped(f"top_{n}_gram")
     most = {
         5: max_duplicate_5_grams, 6: max_duplicate_6_grams, 7: max_duplicate_7_grams,
         8: max_duplicate_8_grams, 9: max_duplicate_9_grams, 10: max_duplicate_10_grams,
     }  # fmt: skip
-    if (n := _first_duplicate(words, most)) is not None:
+    if (n := _first_duplicate(words, pairs, most)) is not None:
         return Dropped(f"duplicate_{n}_grams")
     return document
 
@@ -195,42 +195,25 @@ def top_gram_share(words: Sequence[str], size: int) -> float:
     return most * longest / sum(map(len, words))
 
 
-def duplicate_gram_shares(words: Sequence[str], sizes: Sequence[int]) -> list[float]:
-    """For each size, in rising order, the share of characters in n-grams that occurred before, each character once."""
-    starts = _repeated(words, sizes[0])
-    lengths = np.fromiter(map(len, words if starts else ()), np.int64)
+def duplicate_gram_shares(words: Sequence[str], sizes: Sequence[int], starts: Sequence[int]) -> list[float]:
+    """For each size, in rising order, the share of characters in n-grams that occurred before, each character once.
+
+    `starts` are where n-grams of the first size begin that may occur more than once.
+    """
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
     shares = []
     for size in sizes:
-        seen: Counter[tuple[str, ...]] = Counter()
-        again, repeated = [], []
         grams = [tuple(words[start : start + size]) for start in starts if start + size <= len(words)]
+        counts: Counter[tuple[str, ...]] = Counter()
+        again = []
         for start, gram in zip(starts, grams, strict=False):
-            if gram in seen:
+            if gram in counts:
                 again.append(start)
-            seen[gram] += 1
-        # Only where this one is repeated can a longer one be.
-        repeated = [start for start, gram in zip(starts, grams, strict=False) if seen[gram] > 1]
+            counts[gram] += 1
         shares.append(_covered(lengths, again, size) if again else 0.0)
-        starts = repeated
+        # Only where this one is repeated can a longer one be.
+        starts = [start for start, gram in zip(starts, grams, strict=False) if counts[gram] > 1]
     return shares
-
-
-def _repeated(words: Sequence[str], size: int) -> list[int]:
-    """Where n-grams begin that may occur more than once: those whose hash does."""
-    if len(words) <= size:
-        return []
-    word_hashes = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
-    hashes = word_hashes[: len(words) - size + 1].copy()
-    for i in range(1, size):
-        hashes *= _MULTIPLIER
-        hashes += word_hashes[i : len(words) - size + 1 + i]
-    ordered = np.sort(hashes)
-    if not np.any(ordered[1:] == ordered[:-1]):  # most texts
-        return []
-    order = np.argsort(hashes)
-    ordered = hashes[order]
-    again = np.flatnonzero(ordered[1:] == ordered[:-1])
-    return np.union1d(order[again], order[again + 1]).tolist()
 
 
 def _covered(lengths: np.ndarray, starts: Sequence[int], size: int) -> float:
@@ -244,37 +227,39 @@ def _size(words: Words, n: int) -> int:
     return math.ceil(n * words.scale)
 
 
-def _first_top(words: Words, most: Mapping[int, float]) -> int | None:
+def _first_top(words: Words, pairs: Counter[tuple[str, str]], most: Mapping[int, float]) -> int | None:
     """The first n whose most frequent n-gram takes more than its share; counted only where a bound leaves it open.
 
-    No n-gram occurs more often than a word, or a pair of words, in it: its characters are at most n times those of all
-    occurrences of the word that takes most, and at most those of half of n pairs, the most frequent and the longest.
+    No n-gram occurs more often than a pair of neighbours in it: its characters are at most those in all occurrences of
+    the pair that takes most, times half of n.
     """
+    often = max(pairs.values(), default=0)
+    if often < 2:
+        return None
     total = len("".join(words.words))
-    word = _heaviest_word(words.words)
-    pair = None
+    # Quick, and high; the exact number is asked for where that is not enough.
+    heaviest = [often * 2 * max(map(len, words.words))]
     for n, share in most.items():
         size = _size(words, n)
-        if size * word <= share * total:
+        if -(-size // 2) * heaviest[-1] <= share * total:
             continue
-        pair = _heaviest_pair(words.words) if pair is None else pair
-        if -(-size // 2) * pair > share * total and top_gram_share(words.words, size) > share:
+        if len(heaviest) == 1:
+            heaviest.append(max(count * (len(a) + len(b)) for (a, b), count in pairs.items() if count > 1))
+        if -(-size // 2) * heaviest[-1] > share * total and top_gram_share(words.words, size) > share:
             return n
     return None
 
 
-def _first_duplicate(words: Words, most: Mapping[int, float]) -> int | None:
-    """The first n whose n-grams that occurred before take more than their share."""
-    shares = duplicate_gram_shares(words.words, [_size(words, n) for n in most])
+def _first_duplicate(words: Words, pairs: Counter[tuple[str, str]], most: Mapping[int, float]) -> int | None:
+    """The first n whose n-grams that occurred before take more than their share.
+
+    An n-gram can occur again only where as many pairs of neighbours in a row do as it has: nowhere in most texts.
+    """
+    sizes = [_size(words, n) for n in most]
+    again = bytes(map(gt, map(pairs.__getitem__, pairwise(words.words)), repeat(1)))
+    in_a_row = bytes([1]) * (sizes[0] - 1)
+    if in_a_row not in again:
+        return None
+    starts = [match.start() for match in re.finditer(b"(?=%b)" % in_a_row, again)]
+    shares = duplicate_gram_shares(words.words, sizes, starts)
     return next((n for n, share in zip(most, shares, strict=True) if share > most[n]), None)
-
-
-def _heaviest_word(words: Sequence[str]) -> int:
-    """Characters in all occurrences of the word that takes most."""
-    counts = Counter(words)
-    return max(map(mul, counts.values(), map(len, counts)), default=0)
-
-
-def _heaviest_pair(words: Sequence[str]) -> int:
-    """No fewer characters than in all occurrences of the two neighbours that take most."""
-    return 2 * max(map(len, words), default=0) * max(Counter(pairwise(words)).values(), default=0)

@@ -8,11 +8,14 @@ import re
 import warnings
 from typing import Any, Literal
 
-# Han, Kana, Thai, Lao, Burmese and Khmer: no blanks between words.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005\u3007\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-)
+import numpy as np
+
+# Thai and Lao, Burmese, Khmer, Han, Kana: no blanks between words.
+_RANGES = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x2FDF), (0x3005, 0x3005), (0x3007, 0x3007),
+    (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF),
+)  # fmt: skip
+_UNSPACED = "".join(f"{chr(first)}-{chr(last)}" for first, last in _RANGES)
 _ONE_UNSPACED = re.compile(f"[{_UNSPACED}]")
 # Punctuation belongs to the character before it, as it belongs to the word before it where there are blanks.
 _WORD = re.compile(rf"[{_UNSPACED}][^\w\s]*|[^\s{_UNSPACED}]+")
@@ -31,7 +34,21 @@ def has_unspaced(text: str) -> bool:
 
 def count_unspaced(text: str) -> int:
     """How many characters are of scripts without blanks between words."""
-    return len(_ONE_UNSPACED.findall(text)) if has_unspaced(text) else 0
+    if not has_unspaced(text):
+        return 0
+    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)
+    return int(_unspaced_units()[units].sum())
+
+
+@functools.cache
+def _unspaced_units() -> np.ndarray:
+    """For each unit of UTF-16 whether it is one of them, or the first of the two of one beyond the first plane."""
+    table = np.zeros(1 << 16, np.bool_)
+    for first, last in _RANGES:
+        if last > 0xFFFF:
+            first, last = (0xD800 + (code - 0x10000 >> 10) for code in (first, last))
+        table[first : last + 1] = True
+    return table
 
 
 class Words:
