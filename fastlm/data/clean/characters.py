@@ -122,12 +122,12 @@ def whitespace(
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():
         text = _ODD_BLANKS.sub(" ", text)
-    if any(blank in text for blank in _BEFORE_LINE_END) or text[-1] in _BLANKS:
-        trimmed = _trimmed if "\r" in text else _TRIMMED
-        text = "\n".join(map(trimmed, text.split("\n")))
+    has_returns = "\r" in text
+    # Quicker than to look for a blank at the end of a line first.
+    text = "\n".join(map(_trimmed if has_returns else _TRIMMED, text.split("\n")))
     if collapse:
         text = _INNER_BLANKS.sub(" ", text)
-    if "\n" * (max_blank_lines + 2) in text or "\r\n" in text:
+    if has_returns or "\n" * (max_blank_lines + 2) in text:
         text = _surplus(max_blank_lines).sub(r"\1", text)
     text = text.lstrip("\r\n")
     if text.endswith(("\n\n", "\n\r\n")):
@@ -136,7 +136,6 @@ def whitespace(
 
 
 _BLANKS = " \t\u3000"
-_BEFORE_LINE_END = tuple(blank + end for blank in _BLANKS for end in ("\n", "\r"))
 _INNER_BLANKS = re.compile(r"(?<=[^ \t\n])[ \t]{2,}")
 
 
