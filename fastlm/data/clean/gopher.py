@@ -199,27 +199,27 @@ def duplicate_gram_shares(words: Sequence[str], sizes: Sequence[int], starts: Se
 
     `starts` are where n-grams of the first size begin that may occur more than once.
     """
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
-    shares = []
-    for size in sizes:
+    shares = [0.0] * len(sizes)
+    for number, size in enumerate(sizes):
         grams = [tuple(words[start : start + size]) for start in starts if start + size <= len(words)]
-        counts: Counter[tuple[str, ...]] = Counter()
+        if len(set(grams)) == len(grams):
+            break
+        counts = Counter(grams)
+        seen: set[tuple[str, ...]] = set()
         again = []
         for start, gram in zip(starts, grams, strict=False):
-            if gram in counts:
+            if gram in seen:
                 again.append(start)
-            counts[gram] += 1
-        shares.append(_covered(lengths, again, size) if again else 0.0)
+            seen.add(gram)
+        shares[number] = _covered(words, again, size)
         # Only where this one is repeated can a longer one be.
         starts = [start for start, gram in zip(starts, grams, strict=False) if counts[gram] > 1]
     return shares
 
 
-def _covered(lengths: np.ndarray, starts: Sequence[int], size: int) -> float:
-    change = np.zeros(len(lengths) + 1, np.int64)
-    np.add.at(change, starts, 1)
-    np.add.at(change, np.add(starts, size), -1)
-    return float(lengths[np.cumsum(change[:-1]) > 0].sum() / lengths.sum())
+def _covered(words: Sequence[str], starts: Sequence[int], size: int) -> float:
+    places = {place for start in starts for place in range(start, start + size)}
+    return sum(len(words[place]) for place in places) / len("".join(words))
 
 
 def _size(words: Words, n: int) -> int:
