@@ -27,8 +27,8 @@ Text of evaluation sets, a `Step` (and `find` for many texts at once):
 
 from .contamination import CONTAMINATED, Contamination, ContaminationOptions, Match
 from .lines import REPEATED_LINES, LineFilter, LineOptions, line_hashes, repeated_lines
-from .resolve import REASONS, Resolution, Shards, resolve
-from .signatures import ExactOptions, NearOptions, Texts, bands, fingerprint, found, signatures
+from .resolving import REASONS, Resolution, Shards, resolve
+from .signing import ExactOptions, NearOptions, Texts, bands, fingerprint, found, signatures
 from .stored import save
 
 __all__ = [

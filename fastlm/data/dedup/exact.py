@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .grouping import Groups, equal_keys
-from .signatures import CHARS, HIGH, LOW, ExactOptions, Signatures, Texts
+from .signing import CHARS, HIGH, LOW, ExactOptions, Signatures, Texts
 
 COMPARED = 1 << 25  # characters held at once: up to 128 MB
 

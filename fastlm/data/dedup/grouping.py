@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .signatures import Signatures
+from .signing import Signatures
 
 PART = 1 << 22  # keys sorted at once: about 130 MB
 

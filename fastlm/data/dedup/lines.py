@@ -19,7 +19,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from .signatures import check_names, library
+from .signing import check_names, library
 from .stored import Stored, save
 
 REPEATED_LINES = "repeated lines"  # the reason of a document of which nothing else is left

@@ -20,7 +20,7 @@ import numpy as np
 from .exact import Pairs
 from .grouping import Groups, equal_keys
 from .shingles import batches, shingles
-from .signatures import CHARS, FIRST_BAND, NearOptions, Signatures, Texts
+from .signing import CHARS, FIRST_BAND, NearOptions, Signatures, Texts
 
 LEADERS = 64  # of one set: where more are unlike each other, documents are compared with the first ones alone
 

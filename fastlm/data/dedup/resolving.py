@@ -13,7 +13,7 @@ import numpy as np
 
 from .exact import Pairs, find_exact
 from .near import find_near
-from .signatures import ExactOptions, NearOptions, Signatures, Texts
+from .signing import ExactOptions, NearOptions, Signatures, Texts
 
 REASONS = ("", "exact duplicate", "near duplicate")
 
