@@ -9,7 +9,7 @@ import numpy as np
 
 from .signing import Signatures
 
-PART = 1 << 22  # keys sorted at once: about 130 MB
+PART = 1 << 21  # keys sorted at once: about 200 MB
 
 
 class Groups(NamedTuple):

@@ -87,6 +87,8 @@ class _Sets:
                 file.write(one.data)
                 done += 1
                 self._ends[done] = self._ends[done - 1] + one.size
+        if done != documents.size:
+            raise ValueError(f"texts: got {done} texts, expected {documents.size}, one for each document asked for")
         file.flush()
 
     def size(self, place: int) -> int:

@@ -4,8 +4,8 @@ A word is a run of letters, marks, digits and underscores; case, full-width form
 Scripts that put no blanks between words (Han, kana, Bopomofo, Thai, Lao, Tibetan, Burmese, Khmer) go by the
 character: each is a word of its own, so that five words are five words of English and five characters of Chinese.
 
-A word's number is a polynomial in random values of its characters, modulo 2^64: computed by array operations over
-many texts at once, at 60 MB/s a core, against 5 MB/s of a hash a word from Python. It depends on the word alone.
+A word's number is a polynomial in random values of its characters, modulo 2^64, and depends on the word alone: array
+operations find those of many texts at once, several times as fast as a call of a hash function for each.
 """
 
 from __future__ import annotations
@@ -68,25 +68,21 @@ def grams(numbers: Grams, n: int, short: bool = True) -> Grams:
         short: a text with fewer words than n has one gram, of all of them; otherwise it has none.
     """
     found, offsets = numbers
-    counts = np.diff(offsets)
-    starts, ends = offsets[:-1], offsets[1:]
-    padded = np.concatenate([found, np.zeros(n, np.uint64)])
+    counts, starts, ends = np.diff(offsets), offsets[:-1], offsets[1:]
     hashes = np.zeros(found.size, np.uint64)
-    for place in range(n):
-        hashes += padded[place : place + found.size] * _weights(n)[place]
-    whole = np.arange(found.size) + n <= np.repeat(ends, counts)
-    if short:
-        few = np.flatnonzero((counts > 0) & (counts < n))
-        total = np.zeros(few.size, np.uint64)
-        for place in range(n):
-            inside = place < counts[few]
-            total += np.where(
-                inside, padded[np.where(inside, starts[few] + place, 0)] * _weights(n)[place], np.uint64(0)
-            )
-        hashes[starts[few]] = total
-        whole[starts[few]] = True
-    kept = np.concatenate([[0], np.cumsum(whole)])
-    return Grams(mixed(hashes[whole]), kept[offsets])
+    for start in range(0, found.size, BLOCK):
+        for place, weight in enumerate(_weights(n)):
+            part = found[start + place : min(start + BLOCK, found.size) + place] * weight
+            hashes[start : start + part.size] += part
+    whole = np.ones(found.size, bool)
+    for place in range(1, n):
+        whole[np.maximum(ends - place, starts)[counts > 0]] = False
+    few = np.flatnonzero((counts > 0) & (counts < n) & short)
+    for start, end in zip(starts[few].tolist(), ends[few].tolist(), strict=True):
+        hashes[start] = (found[start:end] * _weights(n)[: end - start]).sum(dtype=np.uint64)
+    whole[starts[few]] = True
+    sizes = np.where(counts >= n, counts - n + 1, (counts > 0) & short)
+    return Grams(mixed(hashes[whole]), _offsets(sizes))
 
 
 def shingles(texts: list[str], n: int) -> Grams:
@@ -153,7 +149,7 @@ def _ends(texts: list[str]) -> list[int]:
     return (np.cumsum([len(text) + 1 for text in texts]) - 1).tolist()
 
 
-def _offsets(counts: list[int]) -> np.ndarray:
+def _offsets(counts: list[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
 

@@ -1,0 +1,279 @@
+"""Cleaning, exact and near deduplication beside datatrove's local pipeline, on a corpus whose duplicates are known.
+
+    python -m fastlm.benchmarks.deduplicate --text a.txt b.tsv --megabytes 100 --datatrove-python PYTHON --out FILE
+
+Documents are drawn from the sentences of real English text; copies of some, and copies with a known share of words
+replaced, are put among them. Both read JSONL, filter, drop equal documents, then nearly equal ones at 0.8, and write
+JSONL, in two processes. datatrove runs under an interpreter of its own; rounds take turns.
+
+Seconds are from the first file read to the last one written, without imports; CPU seconds are of the whole processes,
+imports included, and say more on a busy machine; memory is the peak of all processes' proportional set sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from fastlm.data.dedup import ExactOptions, NearOptions, Shards, resolve, save, signatures
+from fastlm.data.document import Document
+
+THRESHOLD, NGRAM = 0.8, 5
+SHARD_BYTES = 16 << 20
+EQUAL, NEAR = 0.1, 0.1  # shares of the documents that are copies, and copies with words replaced
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_WORD = re.compile(r"\w+")
+
+
+def write_corpus(files: Sequence[Path], folder: Path, megabytes: int, seed: int = 0) -> dict[str, Any]:
+    """Write shards of JSONL, and say which of their documents are copies.
+
+    Returns:
+        {"documents", "equal": [id, ...], "near": [[id, id of the original, Jaccard similarity], ...]}
+    """
+    rng = random.Random(seed)
+    sentences = [s for file in files for s in _SENTENCE_END.split(file.read_text("utf-8")) if 40 < len(s) < 400]
+    vocabulary = sorted({word for sentence in sentences[::50] for word in _WORD.findall(sentence)})
+    truth: dict[str, Any] = {"documents": 0, "equal": [], "near": []}
+    recent: list[tuple[int, str]] = []  # a sample of those before, to copy
+    folder.mkdir(parents=True)
+    written = 0
+    for shard in range(-(-megabytes * 10**6 // SHARD_BYTES)):
+        with open(folder / f"{shard:05d}.jsonl", "w", encoding="utf-8") as out:
+            while written < min(megabytes * 10**6, (shard + 1) * SHARD_BYTES):
+                number, draw = truth["documents"], rng.random()
+                if recent and draw < EQUAL + NEAR:
+                    original, text = rng.choice(recent)
+                    if draw < EQUAL:
+                        truth["equal"].append(number)
+                    else:
+                        copy = _edited(rng, text, vocabulary)
+                        truth["near"].append([number, original, _similarity(text, copy)])
+                        text = copy
+                else:
+                    text = " ".join(rng.choices(sentences, k=rng.randrange(5, 40)))
+                    recent.append((number, text))
+                    if len(recent) > 2000:
+                        recent[rng.randrange(2000)] = recent.pop()
+                written += out.write(json.dumps({"text": text, "id": str(number)}) + "\n")
+                truth["documents"] += 1
+    return truth
+
+
+def _edited(rng: random.Random, text: str, vocabulary: Sequence[str]) -> str:
+    """A text with some words replaced: about half of the results are above the threshold."""
+    share = rng.uniform(0.001, 0.035)
+    return _WORD.sub(lambda word: rng.choice(vocabulary) if rng.random() < share else word[0], text)
+
+
+def _similarity(one: str, other: str) -> float:
+    sets = []
+    for text in (one, other):
+        words = _WORD.findall(text.lower())
+        sets.append({tuple(words[at : at + NGRAM]) for at in range(len(words) - NGRAM + 1)})
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+class Pipeline:
+    """fastlm's side: what `fastlm prepare` does with documents, without tokens."""
+
+    def __init__(self, source: Path, work: Path, step: str) -> None:
+        self.files, self.work = sorted(source.glob("*.jsonl")), work
+        self.step = None if step == "none" else importlib.import_module("fastlm.data.clean").make_step(step)
+        self.exact, self.near = ExactOptions(), NearOptions(THRESHOLD, ngram=NGRAM)
+
+    def run(self, workers: int) -> dict[str, int]:
+        """Write what stays to `work`/out."""
+        for name in ("clean", "signatures", "out"):
+            (self.work / name).mkdir(parents=True)
+        shards = range(len(self.files))
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            counts = pool.map(self.clean, shards, chunksize=1)
+            kept = [self.work / "signatures" / f"{shard}.npy" for shard in shards]
+            with open(self.work / "pairs.jsonl", "w") as pairs:
+                texts = Shards(self.texts, counts)
+                found = resolve(kept, texts, self.exact, self.near, folder=self.work, pairs=pairs)
+            firsts = accumulate(counts, initial=0)
+            cut = [(n, found.reasons[first : first + count]) for n, first, count in zip(shards, firsts, counts)]  # noqa: B905
+            pool.starmap(self.write, cut, chunksize=1)
+        return found.counts
+
+    def clean(self, shard: int) -> int:
+        """Filter a shard, and make its signatures."""
+        texts: list[str] = []
+        with open(self.work / "clean" / self.files[shard].name, "wb") as out:
+            for row, line in enumerate(_lines(self.files[shard]), 1):
+                document = Document(json.loads(line)["text"], self.files[shard].name, row)
+                if self.step is None or isinstance(self.step(document), Document):
+                    out.write(line)
+                    texts.append(document.text)
+        save(self.work / "signatures" / f"{shard}.npy", signatures(texts, self.exact, self.near))
+        return len(texts)
+
+    def texts(self, shard: int) -> Iterator[str]:
+        """The texts of a cleaned shard."""
+        for line in _lines(self.work / "clean" / self.files[shard].name):
+            yield json.loads(line)["text"]
+
+    def write(self, shard: int, reasons: Any) -> None:
+        """Write what stays of a shard."""
+        with open(self.work / "out" / self.files[shard].name, "wb") as out:
+            lines = _lines(self.work / "clean" / self.files[shard].name)
+            out.writelines(line for line, reason in zip(lines, reasons, strict=True) if not reason)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    with open(file, "rb") as opened:
+        yield from opened
+
+
+def score(out: Path, truth: dict[str, Any], before: Path | None = None) -> dict[str, float]:
+    """How well the documents that stay agree with what is known.
+
+    Args:
+        before: the documents that the filter left; None if it left all.
+    """
+    kept = _ids(out)
+    there = _ids(before) if before else set(range(truth["documents"]))
+    near = [(a, b, s) for a, b, s in truth["near"] if a in there and b in there]
+    alike = [(a, b) for a, b, s in near if s >= THRESHOLD]
+    apart = [a for a, b, s in near if s < THRESHOLD - 0.02]  # the two count words in ways that differ a little
+    fine = {number for pair in truth["near"] for number in pair[:2]} | set(truth["equal"])
+    fresh = there - fine
+    return {
+        "near pairs": len(alike),
+        "recall of near pairs": sum(not (a in kept and b in kept) for a, b in alike) / max(1, len(alike)),
+        "recall of equal ones": sum(a not in kept for a in truth["equal"] if a in there) / max(1, len(truth["equal"])),
+        "dropped though below the threshold": sum(a not in kept for a in apart) / max(1, len(apart)),
+        "others dropped": len(fresh - kept),
+    }
+
+
+def _ids(folder: Path) -> set[int]:
+    return {int(json.loads(line)["id"]) for file in sorted(folder.glob("*.jsonl")) for line in _lines(file)}
+
+
+def measured(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command whose last line is a JSON object, and add CPU seconds and the peak of memory to that."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
+        watch = Watch(process.pid)
+        watch.start()
+        status = process.wait()
+        watch.ended.set()
+        watch.join()
+        if status:
+            raise SystemExit(f"{command[0]} ended with {status}")
+        out.seek(0)
+        found = json.loads(out.read().splitlines()[-1])
+    return found | {"cpu_seconds": sum(watch.cpu_seconds.values()), "peak_mb": watch.peak / 1e6}
+
+
+class Watch(threading.Thread):
+    """Samples a process and all below it, since a parent is not told of what its grandchildren used."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__()
+        self.pid, self.peak, self.ended = pid, 0, threading.Event()
+        self.cpu_seconds: dict[int, float] = {}
+
+    def run(self) -> None:
+        while not self.ended.wait(0.05):
+            total = 0
+            for process in self._processes():
+                with contextlib.suppress(psutil.Error):  # ended meanwhile
+                    times = process.cpu_times()
+                    self.cpu_seconds[process.pid] = times.user + times.system
+                    total += process.memory_full_info().pss
+            self.peak = max(self.peak, total)
+
+    def _processes(self) -> list[psutil.Process]:
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", help="files of real English text")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100], help="sizes of corpora for fastlm")
+    parser.add_argument("--datatrove-python", help="an interpreter that has datatrove, for the first size")
+    parser.add_argument("--filter", default="gopher_quality", help='a step of cleaning, or "none"')
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="a folder with room for five times the largest corpus")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--run", type=Path, nargs=2, metavar=("SOURCE", "WORK"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _arguments()
+    if options.run:
+        source, work = options.run
+        pipeline = Pipeline(source, work, options.filter)
+        start = time.perf_counter()
+        counts = pipeline.run(options.workers)
+        print(json.dumps({"seconds": time.perf_counter() - start, "dropped": counts}))
+        return 0
+    settings = ["--filter", options.filter, "--workers", str(options.workers)]
+    ours = [sys.executable, "-m", "fastlm.benchmarks.deduplicate", *settings]
+    theirs = [options.datatrove_python, str(Path(__file__).with_name("datatrove_pipeline.py")), *settings]
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        for number, megabytes in enumerate(options.megabytes):
+            source, work = Path(folder, "source"), Path(folder, "work")
+            truth = write_corpus(options.text, source, megabytes)
+            compared = {"fastlm": ours} | ({"datatrove": theirs} if options.datatrove_python and not number else {})
+            rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
+            scores = {}
+            for _ in range(options.rounds if len(compared) > 1 else 1):
+                for name, command in compared.items():
+                    rounds[name].append(measured([*command, "--run", str(source), str(work)]))
+                    scores[name] = score(work / "out", truth, work / "clean")
+                    shutil.rmtree(work)
+            for name in compared:
+                row = {
+                    "provider": name,
+                    "megabytes": megabytes,
+                    "documents": truth["documents"],
+                    "rounds": rounds[name],
+                }
+                row |= {key: median(one[key] for one in rounds[name]) for key in ("seconds", "cpu_seconds", "peak_mb")}
+                rows.append(row | scores[name])
+                print(json.dumps(rows[-1] | {"rounds": len(rounds[name])}), flush=True)
+            shutil.rmtree(source)
+    if options.out:
+        results = {
+            "format": "fastlm-deduplicate", "version": 1, "date": datetime.now(timezone.utc).date().isoformat(),
+            "cores": os.cpu_count(), "load": os.getloadavg()[0], "workers": options.workers, "filter": options.filter,
+            "threshold": THRESHOLD, "ngram": NGRAM, "rows": rows,
+        }  # fmt: skip
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
