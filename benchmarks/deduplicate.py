@@ -161,6 +161,7 @@ def score(out: Path, truth: dict[str, Any], before: Path | None = None) -> dict[
     fine = {number for pair in truth["near"] for number in pair[:2]} | set(truth["equal"])
     fresh = there - fine
     return {
+        "filtered": truth["documents"] - len(there),
         "near pairs": len(alike),
         "recall of near pairs": sum(not (a in kept and b in kept) for a, b in alike) / max(1, len(alike)),
         "recall of equal ones": sum(a not in kept for a in truth["equal"] if a in there) / max(1, len(truth["equal"])),

@@ -8,7 +8,6 @@ are one group, whatever the number of links between them, of which one stays.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -91,14 +90,11 @@ class _Sets:
             raise ValueError(f"texts: got {done} texts, expected {documents.size}, one for each document asked for")
         file.flush()
 
-    def size(self, place: int) -> int:
-        """How many n-grams the document at a place has."""
-        return int(self._ends[place + 1] - self._ends[place])
-
     def read(self, place: int) -> np.ndarray:
         """The n-grams of the document at a place."""
         # Read, not mapped: mapped pages would count as the process's memory.
-        return np.frombuffer(os.pread(self._file.fileno(), 8 * self.size(place), 8 * int(self._ends[place])), np.uint64)
+        self._file.seek(8 * int(self._ends[place]))
+        return np.frombuffer(self._file.read(8 * int(self._ends[place + 1] - self._ends[place])), np.uint64)
 
 
 class _Alike:

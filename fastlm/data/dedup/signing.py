@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -144,10 +145,13 @@ def minhash(hashes: np.ndarray, offsets: np.ndarray, count: int, seed: int) -> n
 
 
 def fingerprint(exact: ExactOptions | None, near: NearOptions | None) -> str:
-    """Tells signatures that cannot be compared apart: of other options, or of libraries that hash otherwise."""
+    """Tells signatures that cannot be compared apart: of other options, or of a Python or libraries that differ.
+
+    rensa's hashes have changed between versions, and each Python knows letters that the one before did not.
+    """
     probe = "One text in 2 scripts, 两种文字, ΣΊΣΥΦΟΣ and नमस्ते."
     digest = library("xxhash").xxh3_64_hexdigest(signatures([probe], exact, near).tobytes())
-    return f"{exact} {near} {digest}"
+    return f"{exact} {near} {digest} {unicodedata.unidata_version}"
 
 
 class Signatures:
