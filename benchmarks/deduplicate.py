@@ -158,13 +158,14 @@ def score(out: Path, truth: dict[str, Any], before: Path | None = None) -> dict[
     near = [(a, b, s) for a, b, s in truth["near"] if a in there and b in there]
     alike = [(a, b) for a, b, s in near if s >= THRESHOLD]
     apart = [a for a, b, s in near if s < THRESHOLD - 0.02]  # the two count words in ways that differ a little
+    equal = [a for a in truth["equal"] if a in there]
     fine = {number for pair in truth["near"] for number in pair[:2]} | set(truth["equal"])
     fresh = there - fine
     return {
         "filtered": truth["documents"] - len(there),
         "near pairs": len(alike),
         "recall of near pairs": sum(not (a in kept and b in kept) for a, b in alike) / max(1, len(alike)),
-        "recall of equal ones": sum(a not in kept for a in truth["equal"] if a in there) / max(1, len(truth["equal"])),
+        "recall of equal ones": sum(a not in kept for a in equal) / max(1, len(equal)),
         "dropped though below the threshold": sum(a not in kept for a in apart) / max(1, len(apart)),
         "others dropped": len(fresh - kept),
     }

@@ -28,7 +28,7 @@ Text of evaluation sets, a `Step` (and `find` for many texts at once):
 from .contamination import CONTAMINATED, Contamination, ContaminationOptions, Match
 from .lines import REPEATED_LINES, LineFilter, LineOptions, line_hashes, repeated_lines
 from .resolving import REASONS, Resolution, Shards, resolve
-from .signing import ExactOptions, NearOptions, Texts, bands, fingerprint, found, signatures
+from .signing import ExactOptions, NearOptions, Texts, bands, collision_probability, fingerprint, signatures
 from .stored import save
 
 __all__ = [
@@ -46,8 +46,8 @@ __all__ = [
     "Shards",
     "Texts",
     "bands",
+    "collision_probability",
     "fingerprint",
-    "found",
     "line_hashes",
     "repeated_lines",
     "resolve",

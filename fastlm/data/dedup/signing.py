@@ -83,16 +83,16 @@ class NearOptions:
 
 
 def bands(threshold: float, recall: float) -> tuple[int, int]:
-    """Bands and rows of a MinHash that finds this share of the pairs at the threshold: `found` is the formula.
+    """Bands and rows of a MinHash that finds this share of the pairs at the threshold, by `collision_probability`.
 
-    Of all that do, the one of the most rows, which offers the fewest pairs below the threshold for comparison,
+    Of all that do, those of the most rows, which offers the fewest pairs below the threshold for comparison,
     within `HASHES` hashes; where that takes more, one row a band.
     """
     choices = [(_bands_for(threshold**rows, recall), rows) for rows in range(1, 65)]
     return max((choice for choice in choices if math.prod(choice) <= HASHES), key=lambda c: c[1], default=choices[0])
 
 
-def found(similarity: float, bands: int, rows: int) -> float:
+def collision_probability(similarity: float, bands: int, rows: int) -> float:
     """The chance that two documents agree in all rows of at least one band."""
     return 1 - (1 - similarity**rows) ** bands
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from data.dedup.corpus import Run, english, n_grams, pair_of_similarity, similarity
-from fastlm.data.dedup import ExactOptions, NearOptions, bands, fingerprint, found, grouping, resolve, save, signatures
+from fastlm.data.dedup import (
+    ExactOptions,
+    NearOptions,
+    bands,
+    collision_probability,
+    fingerprint,
+    grouping,
+    resolve,
+    save,
+    signatures,
+)
 from fastlm.data.dedup import near as near_module
 from fastlm.data.dedup.signing import library, minhash
 from fastlm.errors import DataError
@@ -52,7 +62,7 @@ def test_bands_offer_pairs_as_the_formula_says(tmp_path):
         save(tmp_path / "0.npy", signatures(texts, None, options))
         loaded = near_module.Signatures([tmp_path / "0.npy"], options)
         offered = near_module._candidates(loaded, np.ones(len(texts), bool)).size / 2 / PAIRS
-        expected = found(share, *shape)
+        expected = collision_probability(share, *shape)
         assert abs(offered - expected) < 4.5 * sqrt(expected * (1 - expected) / PAIRS), share
 
 
@@ -60,8 +70,8 @@ def test_bands_offer_pairs_as_the_formula_says(tmp_path):
 @pytest.mark.parametrize("recall", [0.9, 0.98, 0.999])
 def test_bands_have_the_recall_at_the_threshold(threshold, recall):
     count, rows = bands(threshold, recall)
-    assert found(threshold, count, rows) >= recall
-    assert found(threshold, count - 1, rows) < recall
+    assert collision_probability(threshold, count, rows) >= recall
+    assert collision_probability(threshold, count - 1, rows) < recall
     assert count * rows <= 128 or rows == 1
 
 
