@@ -62,7 +62,7 @@ def test_a_question_is_found_within_a_long_document_whatever_its_case_and_punctu
 
 def test_chinese_goes_by_the_character():
     step = Contamination([("poem", "床前明月光疑是地上霜举头望明月")])
-    found = list(step.find(["他念道：「床前明月光，疑是地上霜。举头望明月。」", "床前明月光，疑是地上"]))  # noqa: RUF001
+    found = list(step.find(["他念道\uff1a「床前明月光\uff0c疑是地上霜。举头望明月。」", "床前明月光\uff0c疑是地上"]))
     assert found[0] == ("poem", 3, 3)
     assert found[1] is None
 
