@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..errors import DataError
 from .scan import Source
 from .tokenizer import Tokenizer, describe, same_form
@@ -39,20 +41,21 @@ class Losses:
         self._known: dict[str, bool] = {}
         self._single = config.document_separator == "none"
 
-    def encode(self, pieces: Sequence[Piece]) -> list[list[int]]:
-        """Token ids of the pieces.
+    def encode(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        """Token ids of the pieces, of the tokenizer's dtype.
 
         Raises:
             DataError: the first character lost and its place, unless it is allowed or there is an unknown token.
         """
         texts = [piece.text for piece in pieces]
         try:
-            encoded = self.tokenizer.encode_lossy(texts)
+            encoded = self.tokenizer.encode_arrays(texts)
         except DataError as error:
-            encoded = [self._encode_known(piece, error) for piece in pieces]
+            encoded = [np.array(self._encode_known(piece, error), self.tokenizer.dtype) for piece in pieces]
         changed = self.tokenizer.decode_changed(texts, encoded)
+        unknown_id = self.tokenizer.unknown_id
         for piece, ids, other in zip(pieces, encoded, changed, strict=True):
-            unknown = 0 if self.tokenizer.unknown_id is None else ids.count(self.tokenizer.unknown_id)
+            unknown = 0 if unknown_id is None else int(np.count_nonzero(ids == unknown_id))
             if other is not None or unknown:
                 self._note(piece, unknown, piece.text if other is None else other)
         return encoded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from .._core.files import naming, staging, sync
 from ..errors import ConfigError, DataError, shown
 from . import reading
 from .losses import Losses, Piece
-from .manifest import DTYPES, SPLITS, Manifest
+from .manifest import SPLITS, Manifest
 from .pieces import PieceCutter
 from .scan import Corpus, Progress
 from .tokenizer import Tokenizer
@@ -148,12 +147,12 @@ def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, tota
 class SplitWriter:
     """One split's token file, and its entry in the manifest."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self.path = path
         self.entry: dict[str, Any] = {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0, "sha256": ""}
-        self._eot = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
-        self._dtype = dtype
-        self._pending = array("H" if dtype.itemsize == 2 else "I")
+        self._eot = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], tokenizer.dtype)
+        self._pending: list[np.ndarray] = []
+        self._count = 0  # of the tokens that are pending
         self._digest = hashlib.sha256()
         self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
 
@@ -164,18 +163,16 @@ class SplitWriter:
         with naming(self.path):
             self._file.close()
 
-    def add(self, text: str, ids: list[int]) -> None:
+    def add(self, text: str, ids: np.ndarray) -> None:
         """Append a piece of a document."""
-        self.entry["bytes"] += len(text.encode())
+        self.entry["bytes"] += utf8_length(text)
         self.entry["chars"] += len(text)
-        self._pending.extend(ids)
-        if len(self._pending) >= WRITE_TOKENS:
-            self._write()
+        self._append(ids)
 
     def end_document(self) -> None:
         """Append the end-of-text token, if there is one."""
         self.entry["documents"] += 1
-        self._pending.extend(self._eot)
+        self._append(self._eot)
 
     def finish(self) -> dict:
         """Flush to the disk and return the manifest's entry."""
@@ -185,24 +182,32 @@ class SplitWriter:
         self.entry["sha256"] = self._digest.hexdigest()
         return self.entry
 
+    def _append(self, ids: np.ndarray) -> None:
+        self._pending.append(ids)
+        self._count += len(ids)
+        if self._count >= WRITE_TOKENS or len(self._pending) >= WRITE_TOKENS:
+            self._write()
+
     def _write(self) -> None:
-        data = np.asarray(self._pending, dtype=self._dtype).tobytes()
+        data = np.concatenate(self._pending).tobytes() if self._pending else b""
         self._digest.update(data)
-        self.entry["tokens"] += len(self._pending)
+        self.entry["tokens"] += self._count
         with naming(self.path):
             self._file.write(data)
-        del self._pending[:]
+        self._pending, self._count = [], 0
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = tokenizer.dtype.name
     cutter = PieceCutter(lambda text: _probe(tokenizer, text))
     losses = Losses(tokenizer, corpus.config)
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(SplitWriter(folder / f"{split}.bin", tokenizer, DTYPES[dtype]))
-            for split in SPLITS
-        }
+        writers = {split: stack.enter_context(SplitWriter(folder / f"{split}.bin", tokenizer)) for split in SPLITS}
         for batch in _batches(corpus, cutter):
             for piece, ids in zip(batch, losses.encode(batch), strict=True):
                 writers[piece.split].add(piece.text, ids)
@@ -244,7 +249,7 @@ def _batches(corpus: Corpus, cutter: PieceCutter) -> Iterator[list[Piece]]:
         for text in cutter(texts):
             batch.append(Piece(source, start, split, text, False))
             start += len(text)
-            cost += len(text.encode()) + PIECE_COST
+            cost += utf8_length(text) + PIECE_COST
             if cost >= BATCH_CHARS:
                 # the last piece stays behind: whether its document ends is not known yet
                 yield batch[:-1]

@@ -9,12 +9,14 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from .._core.files import replace_bytes
 from ..errors import ConfigError, DataError, shown
 from .library import check_vocabulary, encodes_all_bytes, library_errors, quiet_panics, unknown_id
+from .word_cache import WordCache, word_pattern
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -56,6 +58,9 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(self._definition).hexdigest()
         self._alphabet = _alphabet(backend)
         self._lossless = encodes_all_bytes(backend)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        pattern = word_pattern(backend)
+        self._words = None if pattern is None else WordCache(pattern, self._encode, self.dtype)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
@@ -193,7 +198,17 @@ class Tokenizer:
         except KeyError:
             return [[self._alphabet[c] for c in text if c in self._alphabet] for text in texts]
 
-    def decode_changed(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[str | None]:
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As `encode_lossy`, as arrays of `dtype`, the smallest that holds every id; of words seen before, at once.
+
+        Raises:
+            DataError: the tokenizers library refuses one of them.
+        """
+        if self._words is not None:
+            return self._words.encode(texts)
+        return [np.array(ids, self.dtype) for ids in self.encode_lossy(texts)]
+
+    def decode_changed(self, texts: Sequence[str], encoded: Sequence[Sequence[int] | np.ndarray]) -> list[str | None]:
         """For each text that does not come back from its ids, what comes back in its place; else None.
 
         Texts that Unicode holds for the same (NFC), and a blank more or less at the start, do not count.
@@ -201,7 +216,9 @@ class Tokenizer:
         if self._lossless or (self._alphabet and all(map(_same_length, texts, encoded))):
             return [None] * len(texts)
         with library_errors("the tokenizer cannot decode its own tokens"):
-            decoded = self._backend.decode_batch(encoded, skip_special_tokens=False)
+            decoded = self._backend.decode_batch(
+                [np.asarray(ids).tolist() for ids in encoded], skip_special_tokens=False
+            )
         return [None if _same(text, other) else other for text, other in zip(texts, decoded, strict=True)]
 
     def find_unknown(self, text: str, normalized: bool = False) -> int | None:
@@ -326,7 +343,7 @@ def check_surrogates(text: str) -> None:
         raise DataError(f"{describe(text[error.start])} at character {error.start} is a lone surrogate") from None
 
 
-def _same_length(text: str, ids: list[int]) -> bool:
+def _same_length(text: str, ids: Sequence[int] | np.ndarray) -> bool:
     return len(text) == len(ids)
 
 
