@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..data import Manifest, PrepareConfig, prepare
 from ..data.scan import Progress as Report
+from ..formats.tokenizer import tokenizer_of
 from .flags import parse
 
 _STAGES = {"scan": "reading", "tokenizer": "training the tokenizer", "tokens": "encoding"}
@@ -31,8 +32,10 @@ class Arguments(PrepareConfig):
 def main(argv: list[str]) -> int | None:
     """Run `fastlm prepare` with these arguments and print what was made."""
     config = parse(Arguments, "fastlm prepare", argv, config=(tyro.conf.FlagCreatePairsOff,))
+    path = Path(config.tokenizer)
+    existing = tokenizer_of(path) if path.suffix == ".gguf" and path.is_file() else None
     with _progress() as report:
-        manifest = prepare(config, report)
+        manifest = prepare(config, report, existing)
     _summarise(manifest, config.out)
     return 0
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from ..errors import DataError
 
@@ -69,6 +70,38 @@ def check_vocabulary(vocabulary: dict[str, int], source: str) -> None:
     count, largest = len(vocabulary), max(vocabulary.values())
     if largest > 16 * count + (1 << 16):
         raise DataError(f"{source}: its {count} tokens have ids up to {largest}, expected few gaps between them")
+
+
+def special_names(backend: tokenizers.Tokenizer) -> list[str]:
+    """The special tokens."""
+    return [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+
+
+def hide_special_tokens(backend: tokenizers.Tokenizer) -> None:
+    """Keep a model whose own vocabulary holds special tokens, as Unigram's may, from finding their names in text.
+
+    The name is cut after its first character, before the model looks for tokens in it.
+    """
+    names = special_names(backend)
+    spelled = [name for name in names if len(name) > 1 and backend.token_to_id(name) in _ids_of(backend, name)]
+    if not spelled:
+        return
+    cut = Regex("|".join(f"{_escaped(name[0])}(?={_escaped(name[1:])})" for name in spelled))
+    steps = [pre_tokenizers.Split(cut, "merged_with_previous"), backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([step for step in steps if step is not None])
+
+
+def _ids_of(backend: tokenizers.Tokenizer, name: str) -> list[int]:
+    try:
+        return backend.encode(name, add_special_tokens=False).ids
+    except BaseException as error:
+        if not damages(error):
+            raise
+        return []
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", text)
 
 
 def unknown_id(backend: tokenizers.Tokenizer) -> int | None:

@@ -18,7 +18,7 @@ from . import reading
 from .losses import Losses, Piece
 from .manifest import SPLITS, Manifest
 from .pieces import PieceCutter
-from .scan import Corpus, Progress
+from .scan import TRAINED_KINDS, Corpus, Progress
 from .tokenizer import Tokenizer
 
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
@@ -37,9 +37,12 @@ class PrepareConfig:
     out: Path
     """Folder to write: train.bin, val.bin, tokenizer.json and manifest.json."""
     tokenizer: str = "bpe"
-    """bpe (trained on the training split), characters, or the path of an existing tokenizer.json."""
+    """bpe, wordpiece or unigram (trained on the training split), characters, or the path of an existing one:
+    tokenizer.json, vocab.txt, GPT-2's files, SentencePiece's .model, a .tiktoken or GGUF file, or a folder with one."""
     vocab_size: int = 8192
-    """The most tokens of a trained bpe."""
+    """The most tokens of a trained tokenizer."""
+    special: Literal["auto", "causal", "masked", "seq2seq", "chat"] = "auto"
+    """What the special tokens are for, which an existing tokenizer must have; auto: causal for a trained one."""
     val_fraction: float = 0.05
     """Share of the text kept for validation."""
     seed: int = 0
@@ -90,6 +93,8 @@ class PrepareConfig:
             raise ConfigError("document_separator is empty, expected none, blank-line or a string")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise ConfigError(f"vocab_size={self.vocab_size}, expected at least 257 (256 bytes and an end of text)")
+        if self.tokenizer in TRAINED_KINDS and self.vocab_size < 16:
+            raise ConfigError(f"vocab_size={self.vocab_size}, expected at least 16")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}, expected one of {', '.join(known)}")
@@ -97,6 +102,7 @@ class PrepareConfig:
 
 
 _CHOICES = {
+    "special": ("auto", "causal", "masked", "seq2seq", "chat"),
     "split": ("auto", "documents", "spans"),
     "errors": ("strict", "replace", "skip-file"),
     "normalize": ("none", "nfc", "nfkc"),
@@ -105,7 +111,11 @@ _CHOICES = {
 }
 
 
-def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
+def prepare(
+    config: PrepareConfig,
+    progress: Progress = lambda stage, done, total: None,
+    tokenizer: Tokenizer | None = None,
+) -> Manifest:
     """Turn text files into a tokenizer and memory-mapped token files.
 
     Files of any size are read in chunks. The tokens of a document equal those of encoding it whole, as far as
@@ -116,6 +126,11 @@ def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, tota
     `config.out` and moved into place when all are complete, so a failure leaves an earlier prepared folder as
     it was.
 
+    Args:
+        config: what to do.
+        progress: told how far each stage is.
+        tokenizer: an existing one, in place of what `config.tokenizer` names.
+
     Raises:
         ConfigError: an option is out of range.
         DataError: nothing to read, undecodable text (with file and byte offset), a tokenizer that does not give the
@@ -125,7 +140,11 @@ def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, tota
     """
     config.check()
     _check_out(config)
-    existing = Tokenizer.load(config.tokenizer) if config.tokenizer not in ("bpe", "characters") else None
+    existing = tokenizer
+    if existing is None and config.tokenizer not in (*TRAINED_KINDS, "characters"):
+        existing = Tokenizer.load(config.tokenizer)
+    if existing is not None and config.special != "auto":
+        existing.special_ids(config.special)  # before all the reading
     with closing(Corpus(config, progress)) as corpus:
         corpus.scan()
         created = not config.out.exists()
@@ -133,6 +152,8 @@ def prepare(config: PrepareConfig, progress: Progress = lambda stage, done, tota
         try:
             with staging(config.out / "prepare") as temporary:
                 tokenizer = existing or corpus.make_tokenizer()
+                if config.special != "auto":
+                    tokenizer.eot_id = tokenizer.special_ids(config.special)["end"]
                 manifest = _write(corpus, tokenizer, temporary)
                 for name in FILES:  # the manifest last: with another's token files it would be refused
                     os.replace(temporary / name, config.out / name)

@@ -14,10 +14,12 @@ from . import reading
 from .pieces import PieceCutter
 from .splitting import Plan
 from .tokenizer import Tokenizer, byte_level_words
+from .tokenizers.special import TRAINED
 
 if TYPE_CHECKING:
     from .prepare import PrepareConfig
 
+TRAINED_KINDS = ("bpe", "wordpiece", "unigram")
 TRAINING_PIECE = 1 << 11
 UNBROKEN = 1 << 21  # characters; training takes 80 bytes for each where no word occurs twice
 
@@ -99,16 +101,19 @@ class Corpus:
         self.plan.add(digest.digest(), chars, not blank)
 
     def make_tokenizer(self) -> Tokenizer:
-        """Train a BPE on the training split, or take every character that occurs."""
-        if self.config.tokenizer == "characters":
-            return Tokenizer.characters(self.alphabet)
+        """Train on the training split, or take every character that occurs."""
+        config = self.config
+        special = TRAINED["causal" if config.special == "auto" else config.special]
+        if config.tokenizer == "characters":
+            return Tokenizer.characters(self.alphabet, special)
         # Training takes the square of a word's length: 3 minutes for 262,144 letters without a break.
         cutter = PieceCutter(byte_level_words, TRAINING_PIECE)
         train = (texts for _, split, texts in self.segments("tokenizer") if split == "train")
         pieces = for_training(chain.from_iterable(map(cutter, train)))
         # A merge needs a pair of bytes; the library makes room for all of vocab_size before it looks at the text.
-        most = 257 + 4 * self.plan.chars
-        return Tokenizer.train_bpe(pieces, min(self.config.vocab_size, most))
+        most = 256 + len(special) + 4 * self.plan.chars
+        train_kind = getattr(Tokenizer, f"train_{config.tokenizer}")
+        return train_kind(pieces, min(config.vocab_size, most), special=special)
 
     def segments(self, stage: str) -> Iterator[tuple[Source, str, Iterator[str]]]:
         """All text as (where it is from, split, texts), each to be read before the next.

@@ -1,4 +1,4 @@
-"""Tokenizers: byte-level BPE, characters, or an existing file, all kept as one `tokenizer.json`."""
+"""Tokenizers: trained on text, or of an existing file, all kept as one `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from .._core.files import replace_bytes
 from ..errors import ConfigError, DataError, shown
-from .library import check_vocabulary, encodes_all_bytes, library_errors, quiet_panics, unknown_id
+from .library import (
+    check_vocabulary,
+    encodes_all_bytes,
+    hide_special_tokens,
+    library_errors,
+    quiet_panics,
+    special_names,
+    unknown_id,
+)
+from .tokenizers.bert import UNKNOWN
+from .tokenizers.files import BYTE_LEVEL, byte_level, read_definition
+from .tokenizers.special import END_NAMES, END_OF_TEXT, TRAINED, special_ids
+from .tokenizers.training import train_unigram, train_wordpiece
 from .word_cache import WordCache, word_pattern
 
-END_OF_TEXT = "<|endoftext|>"
-
-# What other families call the token that ends a text; the first that a vocabulary holds is taken.
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-_GPT2_PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _REPLACEMENT = "\ufffd"  # what undecodable bytes decode to
 
 
 class Tokenizer:
     """Text to token ids and back.
 
-    Make one with `train_bpe`, `characters` or `load`.
+    Make one with `train_bpe`, `train_wordpiece`, `train_unigram`, `characters` or `load`. Special tokens are never
+    produced from text that spells their names.
 
     Args:
         definition: the text of a `tokenizer.json`, in the format of the `tokenizers` library.
@@ -52,41 +59,42 @@ class Tokenizer:
         self._definition = definition.encode()
         self._backend = backend
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.eot_id: int | None = next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
+        self.eot_id: int | None = next((vocabulary[name] for name in END_NAMES if name in vocabulary), None)
         self.start_ids: list[int] = start_ids
         self.unknown_id: int | None = unknown_id(backend)
         self.fingerprint: str = hashlib.sha256(self._definition).hexdigest()
         self._alphabet = _alphabet(backend)
         self._lossless = encodes_all_bytes(backend)
+        self._vocabulary = vocabulary
+        self._source = source
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         pattern = word_pattern(backend)
         self._words = None if pattern is None else WordCache(pattern, self._encode, self.dtype)
+        hide_special_tokens(backend)
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+    def train_bpe(
+        cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2, special: Sequence[str] = (END_OF_TEXT,)
+    ) -> Tokenizer:
         """Train a byte-level BPE: every byte has a token, so any text round-trips.
 
         Args:
             texts: strings; no merge crosses from one to the next.
-            vocab_size: the most tokens, with the 256 bytes and `<|endoftext|>`; a small corpus gives fewer.
+            vocab_size: the most tokens, with the 256 bytes and the special ones; a small corpus gives fewer.
             min_frequency: how often a pair must occur to be merged.
+            special: names of special tokens, which come first.
 
         Raises:
-            ConfigError: `vocab_size` is below 257 or beyond 32 bits.
+            ConfigError: `vocab_size` is below 256 and the special ones, or beyond 32 bits.
 
         Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (on bytes).
         """
-        if vocab_size < 257:
-            raise ConfigError(
-                f"vocab_size={vocab_size}: byte-level BPE needs at least 257 (256 bytes and {END_OF_TEXT})"
-            )
-        if vocab_size > 1 << 32:
-            raise ConfigError(f"vocab_size={shown(vocab_size)}: token ids have 32 bits")
-        backend = _byte_level(models.BPE())
+        _check_vocab_size("byte-level BPE", vocab_size, 256, "256 bytes", special)
+        backend = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=list(special),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -94,8 +102,47 @@ class Tokenizer:
         return cls(backend.to_str(pretty=True))
 
     @classmethod
-    def characters(cls, texts: Iterable[str]) -> Tokenizer:
-        """One token for each character that occurs in `texts`, in code point order, after `<|endoftext|>`.
+    def train_wordpiece(
+        cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2, special: Sequence[str] = TRAINED["masked"]
+    ) -> Tokenizer:
+        """Train a WordPiece with BERT's rules: lower case without accents, each Chinese character by itself.
+
+        Args:
+            texts, min_frequency: as of `train_bpe`.
+            vocab_size: the most tokens; at most half of them are single characters, and a word with a rarer one becomes
+                the unknown token, [UNK].
+            special: names of special tokens, which come first; [UNK] is always one of them.
+
+        Raises:
+            ConfigError: `vocab_size` has no room for a character, or is beyond 32 bits.
+
+        Source: Schuster and Nakajima 2012 (WordPiece); Devlin et al. 2019 (its rules).
+        """
+        special = list(dict.fromkeys([*special, UNKNOWN]))
+        _check_vocab_size("WordPiece", vocab_size, 2, "a character at two places", special)
+        return cls(train_wordpiece(texts, vocab_size, min_frequency, special))
+
+    @classmethod
+    def train_unigram(cls, texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
+        """Train a Unigram with SentencePiece; what it has no piece for becomes bytes, so any text round-trips.
+
+        Args:
+            texts: as of `train_bpe`; of more than 100,000 of them, as many drawn at random.
+            vocab_size: the most tokens, with the 256 bytes and the special ones.
+            special: names of special tokens, which come first.
+
+        Raises:
+            ConfigError: `vocab_size` has no room for the bytes, or is beyond 32 bits; sentencepiece is not installed.
+            DataError: too little text.
+
+        Source: Kudo 2018, "Subword Regularization".
+        """
+        _check_vocab_size("Unigram", vocab_size, 258, "256 bytes, <unk>, a piece", special)
+        return cls(train_unigram(texts, vocab_size, special))
+
+    @classmethod
+    def characters(cls, texts: Iterable[str], special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
+        """One token for each character that occurs in `texts`, in code point order, after the special ones.
 
         Raises:
             DataError: `texts` holds no character.
@@ -105,35 +152,25 @@ class Tokenizer:
             alphabet.update(text)
         if not alphabet:
             raise DataError("characters: the texts are empty, so there is no vocabulary")
-        vocabulary = {token: index for index, token in enumerate([END_OF_TEXT, *sorted(alphabet)])}
+        vocabulary = {token: index for index, token in enumerate([*special, *sorted(alphabet)])}
         # The unknown token is absent from the vocabulary: the library then refuses what it does not know.
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
-        backend.add_special_tokens([END_OF_TEXT])
+        backend.add_special_tokens(list(special))
         return cls(backend.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a tokenizer.json, a folder that holds one, or GPT-2's pair of vocabulary and merges.
+        """Read a tokenizer.json, or what other libraries keep, or a folder that holds one of these.
+
+        That is BERT's vocab.txt, GPT-2's pair of vocabulary and merges, SentencePiece's .model (Unigram or BPE), and
+        tiktoken's files. The ids are those of their own libraries.
 
         Raises:
             DataError: nothing there, or not a tokenizer.
         """
-        path = Path(path)
-        for vocabulary, merges in _GPT2_PAIRS:
-            folder = path.parent if path.name == vocabulary else path
-            has_json = path.is_dir() and (path / "tokenizer.json").exists()
-            if not has_json and (folder / vocabulary).is_file() and (folder / merges).is_file():
-                return cls(_read_gpt2_pair(folder / vocabulary, folder / merges), str(folder))
-        if path.is_dir():
-            path = path / "tokenizer.json"
-        if not path.is_file():
-            raise DataError(f"{path}: no such tokenizer; wanted a tokenizer.json, or a folder with one")
-        try:
-            return cls(path.read_text(encoding="utf-8"), str(path))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not a tokenizer.json (byte {error.start} is not UTF-8)") from None
+        return cls(*read_definition(Path(path)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer.json, byte for byte the one that `fingerprint` is of."""
@@ -153,7 +190,10 @@ class Tokenizer:
         if not special_tokens:
             return self.encode_batch([text])[0]
         if self._alphabet:  # hide the names behind a known character, so that positions stay right
-            self._check_alphabet(text.replace(END_OF_TEXT, next(iter(self._alphabet)) * len(END_OF_TEXT)))
+            known, hidden = next(iter(self._alphabet)), text
+            for name in special_names(self._backend):
+                hidden = hidden.replace(name, known * len(name))
+            self._check_alphabet(hidden)
         check_surrogates(text)
         self._backend.encode_special_tokens = False
         try:
@@ -250,6 +290,19 @@ class Tokenizer:
         with library_errors("the tokenizer cannot decode its own tokens"):
             return self._backend.decode(ids, skip_special_tokens=False)
 
+    def special_ids(self, objective: str) -> dict[str, int]:
+        """Ids of the special tokens that an objective needs, by what they are for.
+
+        Args:
+            objective: "causal" (end), "masked" (pad, start, end, mask), "seq2seq" (pad, start, end) or "chat" (end,
+                turn_start, turn_end).
+
+        Raises:
+            ConfigError: for another objective.
+            DataError: the vocabulary lacks one of them.
+        """
+        return special_ids(self._vocabulary, objective, self._source)
+
     def stream(self) -> TokenStream:
         """A decoder that takes one id at a time."""
         return TokenStream(self)
@@ -326,6 +379,15 @@ class TokenStream:
         return new
 
 
+def _check_vocab_size(kind: str, vocab_size: int, least: int, what: str, special: Sequence[str]) -> None:
+    if vocab_size < least + len(special):
+        raise ConfigError(
+            f"vocab_size={vocab_size}: {kind} needs at least {least + len(special)} ({what} and {', '.join(special)})"
+        )
+    if vocab_size > 1 << 32:
+        raise ConfigError(f"vocab_size={shown(vocab_size)}: token ids have 32 bits")
+
+
 def _start_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """What the definition puts before every text, such as Llama's <s>; `Tokenizer.encode` leaves it out."""
     if backend.post_processor is None:
@@ -362,7 +424,7 @@ def _same(text: str, other: str) -> bool:
 
 def byte_level_words(text: str) -> list[str]:
     """The words, in GPT-2's byte alphabet, that no merge of a byte-level BPE crosses."""
-    return [word for word, _ in _BYTE_LEVEL.pre_tokenize_str(text)]
+    return [word for word, _ in BYTE_LEVEL.pre_tokenize_str(text)]
 
 
 def describe(character: str) -> str:
@@ -370,26 +432,11 @@ def describe(character: str) -> str:
     return f"{character!r} (U+{ord(character):04X})"
 
 
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = _BYTE_LEVEL
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _read_gpt2_pair(vocabulary: Path, merges: Path) -> str:
-    with quiet_panics(), library_errors(f"{vocabulary} and {merges.name}: not a byte-level BPE"):
-        backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
-        check_vocabulary(backend.get_vocab(), str(vocabulary))  # to_str goes through all ids up to the largest
-        if backend.token_to_id(END_OF_TEXT) is not None:
-            backend.add_special_tokens([END_OF_TEXT])
-    return backend.to_str(pretty=True)
-
-
 def _alphabet(backend: tokenizers.Tokenizer) -> dict[str, int] | None:
     """The characters of a tokenizer that `Tokenizer.characters` made; None for every other kind."""
     made_here = isinstance(backend.model, models.WordLevel) and isinstance(backend.decoder, decoders.Fuse)
     if not made_here or not isinstance(backend.pre_tokenizer, pre_tokenizers.Split) or backend.normalizer:
         return None
-    words = {word: index for word, index in backend.get_vocab().items() if word != END_OF_TEXT}
+    special = set(special_names(backend))
+    words = {word: index for word, index in backend.get_vocab().items() if word not in special}
     return words if all(len(word) == 1 for word in words) else None
