@@ -51,13 +51,18 @@ class Windows(Sequence[np.ndarray]):
         first = index * self.length
         start, end = self.offset + first, self.offset + min(first + self.length, self.targets)
         window = self.tokens[start : end + 1]
-        if self.vocab_size and window.max() >= self.vocab_size:
-            at = int((window >= self.vocab_size).argmax())
-            file = getattr(self.tokens, "filename", None) or "tokens"  # of a memory map
-            raise DataError(
-                f"{file}: the id at {start + at} is {window[at]}, expected below the vocabulary of {self.vocab_size}"
-            )
+        check_vocabulary(self.tokens, window, start, self.vocab_size)
         return window
+
+
+def check_vocabulary(tokens: np.ndarray, window: np.ndarray, start: int, vocab_size: int) -> None:
+    """Raise DataError for an id of the window of `tokens` from `start` on that is beyond the vocabulary; 0 is none."""
+    if vocab_size and window.max() >= vocab_size:
+        at = int((window >= vocab_size).argmax())
+        file = getattr(tokens, "filename", None) or "tokens"  # of a memory map
+        raise DataError(
+            f"{file}: the id at {start + at} is {window[at]}, expected below the vocabulary of {vocab_size}"
+        )
 
 
 class ShiftedWindows:

@@ -22,6 +22,7 @@ from ..nn._fused import add_norm, apply_linear, apply_norm, linear_gelu
 from ..ops.linear import layer_linear
 from .common.attention import causal_attention
 from .common.config import ModelConfig
+from .common.documents import Documents
 from .common.model import CausalLM, product_dtype
 from .common.positions import learned_positions
 
@@ -140,7 +141,10 @@ class GPT(CausalLM):
         self._initialise(("c_proj.weight",), 0.02 / math.sqrt(2 * config.n_layer))
 
     def blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
-        positions = learned_positions(self.wpe, start, rows.shape[1], rows.device)
+        if isinstance(cache, Documents):
+            positions = self.wpe(cache.positions)
+        else:
+            positions = learned_positions(self.wpe, start, rows.shape[1], rows.device)
         x = F.dropout(rows + positions, self.config.dropout, self.training)  # (B, T, C)
         return self._through(self.h, "ln_1", self.ln_f, x, cache)
 

@@ -24,6 +24,7 @@ from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
 from .common.attention import causal_attention
 from .common.config import ModelConfig
+from .common.documents import Documents
 from .common.model import CausalLM
 
 if TYPE_CHECKING:
@@ -220,7 +221,10 @@ class Llama(CausalLM):
         self._initialise(("attention.out.weight", "mlp.down.weight"), 0.02 / math.sqrt(2 * config.n_layer))
 
     def blocks(self, rows: Tensor, start: int, cache: KVCache | None) -> Tensor:
-        cos, sin = self.rotations(start, rows.shape[1], rows.device)
+        if isinstance(cache, Documents):
+            cos, sin = (x[cache.positions] for x in self.rotations(0, cache.longest(), rows.device))
+        else:
+            cos, sin = self.rotations(start, rows.shape[1], rows.device)
         return self._through(self.layers, "attention_norm", self.norm, rows, cache, cos, sin)
 
     def rotations(self, start: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,8 @@ class TrainConfig:
         ConfigError: on a value of the wrong type or outside its range, naming the field.
     """
 
-    data: str = ""  # folder that `fastlm prepare` wrote
+    data: str = ""  # folder that `fastlm prepare` wrote, or several of one tokenizer with commas between them
+    data_weights: str = ""  # shares of several folders in training, such as 0.7,0.3; empty: by their size
     out: str = "runs/train"  # run folder: checkpoints, metrics, plot
     log_interval: int = 10  # steps between lines of metrics.jsonl
     eval_interval: int = 250  # steps between evaluations, each followed by a checkpoint
@@ -57,6 +58,8 @@ class TrainConfig:
     batch_size: int = 16  # sequences in one forward pass
     gradient_accumulation: int = 1  # forward passes added up into one step
     context_length: int = 256  # tokens in a sequence
+    packing: Literal["stream", "best-fit"] = "stream"  # cut the text as it runs, or fit whole documents together
+    separate_documents: bool = False  # tokens attend to their own document alone, from position 0 on
     seed: int = 1337  # decides weights, data order and dropout
 
     n_layer: int = 6  # Transformer blocks

@@ -31,7 +31,7 @@ from .optimizer import build_optimizer, set_learning_rate
 from .progress import Reporter, StepReport
 from .resume import describe_changes, learning_rate
 from .state import State, TrainResult
-from .task import Task, causal_gpt
+from .task import Task, causal_gpt, data_folders
 
 
 class DivergenceError(FastlmError, ArithmeticError):
@@ -73,8 +73,9 @@ def train(
     refuse_ranks()
     if not config.out:
         raise ConfigError("out names no folder; give one to write the run to")
-    if resume and config.data and not Path(config.data).is_dir():
-        raise DataError(f"{config.data}: no such folder; if the run's data moved, give their new place with --resume")
+    for folder in data_folders(config.data) if resume else ():
+        if not Path(folder).is_dir():
+            raise DataError(f"{folder}: no such folder; if the run's data moved, give their new place with --resume")
     if resume and not Path(config.out).is_dir():
         raise CheckpointError(f"{Path(config.out) / ckpt.LAST}: no such checkpoint")
     trainer = Trainer(config, reporter, task)
@@ -98,7 +99,8 @@ class Trainer:
         task: Callable[[TrainConfig, torch.device], Task] = causal_gpt,
     ):
         self.config, self.reporter = config, reporter
-        self.record = dataclasses.replace(config, data=os.path.abspath(config.data))  # to be resumed from anywhere
+        folders = ",".join(map(os.path.abspath, data_folders(config.data)))
+        self.record = dataclasses.replace(config, data=folders)  # to be resumed from anywhere
         self.out = Path(config.out)
         self.device = choose_device(config.device)
         self.dtype, self.why = choose_dtype(config.dtype, self.device)

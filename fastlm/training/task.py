@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import Tokenizer, load_manifest, load_tokens
-from ..data.loader import Examples
+from ..data import Manifest, Tokenizer, load_manifest, load_tokens
+from ..data.loader import Examples, Fixed
+from ..data.mixing import Chained, Mixture, shares
+from ..data.packing import CutExamples, CutWindows, PackedWindows
 from ..data.windows import ShiftedWindows, Windows
 from ..errors import ConfigError, DataError
 from ..models.gpt import GPT, GPTConfig
@@ -67,36 +69,94 @@ class Task:
             raise DataError(f"{self.tokenizer}: no such tokenizer")
 
 
+def data_folders(data: str) -> list[str]:
+    """The prepared folders that a setting names, with commas between them; a folder's own name may hold some."""
+    return [data] if Path(data).is_dir() else [name for name in data.split(",") if name]
+
+
 def causal_gpt(config: TrainConfig, device: torch.device) -> Task:
-    """A GPT that predicts the next token of prepared text.
+    """A GPT that predicts the next token of prepared text, of one corpus or of several.
 
     Raises:
-        ConfigError: if the sizes need more memory than the device has.
-        DataError: if the prepared data are missing, damaged or too short.
+        ConfigError: if the sizes need more memory than the device has, or weights do not fit the corpora.
+        DataError: if the prepared data are missing, damaged or too short, or of several tokenizers.
     """
-    if not config.data:
+    folders = [Path(name) for name in data_folders(config.data)]
+    if not folders:
         raise ConfigError("data names no folder; give one that `fastlm prepare` wrote")
-    folder = Path(config.data)
-    manifest = load_manifest(folder, verify="changed")
-    vocab_size = Tokenizer.load(folder / "tokenizer.json").vocab_size
-    if manifest.vocab_size != vocab_size:
-        raise DataError(f"{folder}: manifest.json says vocab_size {manifest.vocab_size}, its tokenizer {vocab_size}")
+    manifests = [load_manifest(folder, verify="changed") for folder in folders]
+    vocab_size = Tokenizer.load(folders[0] / "tokenizer.json").vocab_size
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.tokenizer_fingerprint != manifests[0].tokenizer_fingerprint:
+            raise DataError(
+                f"{folder}: its tokenizer is not that of {folders[0]}; prepare it with --tokenizer {folders[0]}"
+            )
+        if manifest.vocab_size != vocab_size:
+            raise DataError(
+                f"{folder}: manifest.json says vocab_size {manifest.vocab_size}, its tokenizer {vocab_size}"
+            )
     check_memory(config, vocab_size, device)
-    examples = ShiftedWindows(load_tokens(folder, "train"), config.context_length, vocab_size)
-    validation = load_tokens(folder, "val")
-    if len(validation) < 2:
-        raise DataError(f"{folder}: the val split has {len(validation)} tokens, expected 2 or more")
-    split = manifest.splits["val"]
+    weights = _weights(config, len(folders))
+    parts = [_examples(config, folder, manifest) for folder, manifest in zip(folders, manifests, strict=True)]
+    asked = config.eval_tokens
+    targets = shares(asked, weights or [len(part) for part in parts]) if asked else [0] * len(parts)
+    held_out = [
+        _held_out(config, folder, manifest, max(count, min(asked, 1)))
+        for folder, manifest, count in zip(folders, manifests, targets, strict=True)
+    ]
+    tokens, size, chars = (sum(m.splits["val"][name] for m in manifests) for name in ("tokens", "bytes", "chars"))
     sizes = ("context_length", "n_layer", "n_head", "n_embd", "dropout")
+    numbers = [""] if len(folders) == 1 else [f" {number}" for number in range(1, len(folders) + 1)]
+    named = [
+        (split + number, digest)
+        for m, number in zip(manifests, numbers, strict=True)
+        for split, digest in m.hashes().items()
+    ]
     return Task(
         model=GPT(GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in sizes})),
-        objective=Causal(split["tokens"] / split["bytes"], split["tokens"] / split["chars"]),
-        examples=examples,
-        held_out=Windows(validation, config.context_length, config.eval_tokens, vocab_size=vocab_size),
-        amount=f"{len(examples.tokens):,} training tokens",
+        objective=Causal(tokens / size, tokens / chars, config.separate_documents),
+        examples=parts[0] if len(parts) == 1 else Mixture(parts, weights),
+        held_out=held_out[0] if len(held_out) == 1 else Chained(held_out),
+        amount=f"{sum(m.splits['train']['tokens'] for m in manifests):,} training tokens",
         tokens_per_example=config.context_length,
-        tokenizer=folder / "tokenizer.json",
-        fingerprint=manifest.tokenizer_fingerprint,
-        hashes=manifest.hashes(),
+        tokenizer=folders[0] / "tokenizer.json",
+        fingerprint=manifests[0].tokenizer_fingerprint,
+        hashes=dict(named),
         source=config.data,
     )
+
+
+def _weights(config: TrainConfig, count: int) -> list[float] | None:
+    if not config.data_weights:
+        return None
+    try:
+        weights = [float(weight) for weight in config.data_weights.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"data_weights is {config.data_weights!r}, expected numbers with commas between them"
+        ) from None
+    if len(weights) != count:
+        raise ConfigError(f"data_weights has {len(weights)} numbers, expected {count}, one for each folder of data")
+    return weights
+
+
+def _examples(config: TrainConfig, folder: Path, manifest: Manifest) -> Examples:
+    tokens, length = load_tokens(folder, "train"), config.context_length
+    if config.packing == "best-fit":
+        return Fixed(PackedWindows(tokens, length, _end_id(folder, manifest), manifest.vocab_size))
+    windows = ShiftedWindows(tokens, length, manifest.vocab_size)
+    return CutExamples(windows, _end_id(folder, manifest)) if config.separate_documents else windows
+
+
+def _held_out(config: TrainConfig, folder: Path, manifest: Manifest, targets: int) -> Sequence[Any]:
+    tokens = load_tokens(folder, "val")
+    if len(tokens) < 2:
+        raise DataError(f"{folder}: the val split has {len(tokens)} tokens, expected 2 or more")
+    windows = Windows(tokens, config.context_length, targets, vocab_size=manifest.vocab_size)
+    return CutWindows(windows, _end_id(folder, manifest)) if config.separate_documents else windows
+
+
+def _end_id(folder: Path, manifest: Manifest) -> int:
+    if manifest.eot_id is None:
+        raise DataError(f"{folder}: its tokenizer has no end of text, so where documents begin is not known")
+    return manifest.eot_id

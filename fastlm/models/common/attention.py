@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...nn.linear import Linear
 from ...ops.attention import scaled_dot_product_attention
 from .cache import causal_mask
+from .documents import Documents
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -23,7 +24,7 @@ def causal_attention(
     k: Tensor,
     v: Tensor,
     layer: int,
-    cache: KVCache | None = None,
+    cache: KVCache | Documents | None = None,
     dropout: float = 0.0,
     window: int | None = None,
     grouped: bool = False,
@@ -34,7 +35,7 @@ def causal_attention(
         q: (B, H, T, D).
         k, v: (B, K, T, D), K a divisor of H; other than H where `grouped` says that it may be.
         layer: whose keys and values in the cache these follow.
-        cache: holds those of the tokens before, and takes up these.
+        cache: holds those of the tokens before, and takes up these; or where texts begin in a row of several.
         dropout: rate on the attention weights.
         window: tokens that each one sees, itself included; None for all.
 
@@ -43,6 +44,8 @@ def causal_attention(
     """
     T = S = q.shape[2]
     if cache is not None:
+        if isinstance(cache, Documents):
+            return cache.attend(q, k, v, dropout, window)
         k, v = cache.append(layer, k, v)  # (B, K, S, D)
         S = k.shape[2]
     if window is None:
