@@ -14,7 +14,7 @@ from .scan import Source
 from .tokenizer import Tokenizer, describe, same_form
 
 if TYPE_CHECKING:
-    from .prepare import PrepareConfig
+    from .config import PrepareConfig
 
 
 class Piece(NamedTuple):

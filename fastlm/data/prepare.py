@@ -4,111 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from .._core.files import naming, staging, sync
-from ..errors import ConfigError, DataError, shown
-from . import reading
+from ..errors import DataError
+from .config import TRAINED_KINDS, PrepareConfig
+from .documents import Documents, make_documents, working_folder
 from .losses import Losses, Piece
 from .manifest import SPLITS, Manifest
 from .pieces import PieceCutter
-from .scan import TRAINED_KINDS, Corpus, Progress
+from .pipeline.duplicates import NO_DUPLICATES
+from .report import write_report
+from .scan import Corpus, Progress, ShardInput, TextInput
+from .sources import find
 from .tokenizer import Tokenizer
 
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 BATCH_CHARS = 1 << 19  # of one byte each, encoded at once, so that every thread has pieces to work on
 PIECE_COST = 256  # as many characters does a piece count for beside its own: one of a letter takes 1 KB until written
 WRITE_TOKENS = 1 << 16
-MOST_CHUNK_BYTES = 1 << 30
-
-
-@dataclass
-class PrepareConfig:
-    """What to read, how to clean and split it, and where to write."""
-
-    inputs: tuple[Path, ...]
-    """Text files, or folders that are searched recursively."""
-    out: Path
-    """Folder to write: train.bin, val.bin, tokenizer.json and manifest.json."""
-    tokenizer: str = "bpe"
-    """bpe, wordpiece or unigram (trained on the training split), characters, or the path of an existing one:
-    tokenizer.json, vocab.txt, GPT-2's files, SentencePiece's .model, a .tiktoken or GGUF file, or a folder with one."""
-    vocab_size: int = 8192
-    """The most tokens of a trained tokenizer."""
-    special: Literal["auto", "causal", "masked", "seq2seq", "chat"] = "auto"
-    """What the special tokens are for, which an existing tokenizer must have; auto: causal for a trained one."""
-    val_fraction: float = 0.05
-    """Share of the text kept for validation."""
-    seed: int = 0
-    """Chooses the validation text."""
-    split: Literal["auto", "documents", "spans"] = "auto"
-    """Validate on whole documents, or on a span of each; auto: documents if that holds out at least ten."""
-    glob: tuple[str, ...] = ("*.txt",)
-    """Which files of a folder to read."""
-    encoding: str = "utf-8"
-    """Encoding of the files; utf-8-sig drops a byte order mark."""
-    errors: Literal["strict", "replace", "skip-file"] = "strict"
-    """Text that cannot be decoded: stop, put U+FFFD, or leave the file out."""
-    document_separator: str = "none"
-    r"""none (a file is one document), blank-line, or a string to cut at (\n and \t are understood)."""
-    normalize: Literal["none", "nfc", "nfkc"] = "none"
-    """Unicode normalisation."""
-    line_endings: Literal["keep", "lf"] = "keep"
-    """lf turns CR LF and CR into LF."""
-    allow_lossy: bool = False
-    """Take a tokenizer that does not give the text back, and count what is lost."""
-    deduplicate: Literal["none", "exact"] = "none"
-    """exact drops documents equal to an earlier one."""
-    overwrite: bool = False
-    """Replace an earlier prepared folder."""
-    chunk_bytes: int = 1 << 20
-    """How much of a file is read at once; the result does not depend on it."""
-
-    def __post_init__(self) -> None:
-        self.inputs = tuple(map(Path, [self.inputs] if isinstance(self.inputs, (str, Path)) else self.inputs))
-        self.out = Path(self.out)
-        self.glob = (self.glob,) if isinstance(self.glob, str) else tuple(self.glob)
-
-    def check(self) -> None:
-        """Raise ConfigError if an option is out of range."""
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(f"val_fraction={self.val_fraction}, expected at least 0 and less than 1")
-        if not self.inputs:
-            raise ConfigError(
-                "inputs is empty, expected PATH, text files or folders (before --glob, which takes all that follow it)"
-            )
-        if self.chunk_bytes < 1:
-            raise ConfigError(f"chunk_bytes={self.chunk_bytes}, expected at least 1")
-        if self.chunk_bytes > MOST_CHUNK_BYTES:
-            raise ConfigError(f"chunk_bytes={shown(self.chunk_bytes)}, expected at most {MOST_CHUNK_BYTES}")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ConfigError(f"seed={shown(self.seed)}, expected an integer of 64 bits")
-        if self.document_separator == "":
-            raise ConfigError("document_separator is empty, expected none, blank-line or a string")
-        if self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise ConfigError(f"vocab_size={self.vocab_size}, expected at least 257 (256 bytes and an end of text)")
-        if self.tokenizer in TRAINED_KINDS and self.vocab_size < 16:
-            raise ConfigError(f"vocab_size={self.vocab_size}, expected at least 16")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}={getattr(self, name)!r}, expected one of {', '.join(known)}")
-        reading.check_encoding(self.encoding)
-
-
-_CHOICES = {
-    "special": ("auto", "causal", "masked", "seq2seq", "chat"),
-    "split": ("auto", "documents", "spans"),
-    "errors": ("strict", "replace", "skip-file"),
-    "normalize": ("none", "nfc", "nfkc"),
-    "line_endings": ("keep", "lf"),
-    "deduplicate": ("none", "exact"),
-}
+# What the manifest says of every preparation; one of documents has its sources and steps beside.
+OPTIONS = (
+    "allow_lossy", "deduplicate", "document_separator", "encoding", "errors", "line_endings", "normalize", "seed",
+    "special", "split", "tokenizer", "val_fraction", "vocab_size",
+)  # fmt: skip
 
 
 def prepare(
@@ -116,15 +40,18 @@ def prepare(
     progress: Progress = lambda stage, done, total: None,
     tokenizer: Tokenizer | None = None,
 ) -> Manifest:
-    """Turn text files into a tokenizer and memory-mapped token files.
+    """Turn files into a tokenizer and memory-mapped token files.
 
-    Files of any size are read in chunks. The tokens of a document equal those of encoding it whole, as far as
-    `PieceCutter` says; each document, and each part of one that was cut, is followed by the tokenizer's
-    end-of-text token. A tokenizer must give the text back, up to canonical equivalence (NFC) and a blank before it, or
-    have an unknown token for what it lacks; `allow_lossy` takes any, and the manifest counts what is lost. Equal input
-    gives equal bytes. The four files are written to a temporary folder inside
-    `config.out` and moved into place when all are complete, so a failure leaves an earlier prepared folder as
-    it was.
+    Plain text is read in chunks, whatever its size. Where there is a recipe or a file of another format, documents are
+    first cleaned into shards in the folder `documents` of `config.out`, by `config.workers` processes; after a failure
+    or an interruption these stay, and the same call goes on from there.
+
+    The tokens of a document equal those of encoding it whole, as far as `PieceCutter` says; each document, and each
+    part of one that was cut, is followed by the tokenizer's end-of-text token. A tokenizer must give the text back, up
+    to canonical equivalence (NFC) and a blank before it, or have an unknown token for what it lacks; `allow_lossy`
+    takes any, and the manifest counts what is lost. Equal input gives equal bytes. The four files are written to a
+    temporary folder inside `config.out` and moved into place when all are complete, so a failure leaves an earlier
+    prepared folder as it was.
 
     Args:
         config: what to do.
@@ -145,23 +72,40 @@ def prepare(
         existing = Tokenizer.load(config.tokenizer)
     if existing is not None and config.special != "auto":
         existing.special_ids(config.special)  # before all the reading
-    with closing(Corpus(config, progress)) as corpus:
+    files = find(config.inputs, config.glob, config.format)
+    recipe = config.steps()
+    created = not config.out.exists()
+    try:
+        if recipe.steps or recipe.duplicates != NO_DUPLICATES or not all(file.is_text for file in files):
+            with working_folder(config.out / "documents", config.keep_documents) as folder:
+                documents = make_documents(config, recipe, files, folder, progress)
+                return _prepare(config, documents.inputs, existing, documents, progress)
+        return _prepare(config, [TextInput(file.path, config) for file in files], existing, None, progress)
+    except BaseException:
+        if created:
+            with suppress(OSError):  # not there, or not ours alone any more
+                config.out.rmdir()
+        raise
+
+
+def _prepare(
+    config: PrepareConfig,
+    inputs: Sequence[TextInput | ShardInput],
+    existing: Tokenizer | None,
+    documents: Documents | None,
+    progress: Progress,
+) -> Manifest:
+    with closing(Corpus(config, inputs, progress)) as corpus:
         corpus.scan()
-        created = not config.out.exists()
         config.out.mkdir(parents=True, exist_ok=True)
-        try:
-            with staging(config.out / "prepare") as temporary:
-                tokenizer = existing or corpus.make_tokenizer()
-                if config.special != "auto":
-                    tokenizer.eot_id = tokenizer.special_ids(config.special)["end"]
-                manifest = _write(corpus, tokenizer, temporary)
-                for name in FILES:  # the manifest last: with another's token files it would be refused
-                    os.replace(temporary / name, config.out / name)
-        except BaseException:
-            if created:
-                with suppress(OSError):  # not ours alone any more
-                    config.out.rmdir()
-            raise
+        with staging(config.out / "prepare") as temporary:
+            tokenizer = existing or corpus.make_tokenizer()
+            if config.special != "auto":
+                tokenizer.eot_id = tokenizer.special_ids(config.special)["end"]
+            manifest = _write(corpus, tokenizer, temporary, documents)
+            reports = write_report(documents.report(manifest), temporary) if documents else ()
+            for name in (*(path.name for path in reports), *FILES):  # the manifest last: with another's token files
+                os.replace(temporary / name, config.out / name)  # it would be refused
     return manifest
 
 
@@ -223,7 +167,7 @@ def utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, documents: Documents | None) -> Manifest:
     dtype = tokenizer.dtype.name
     cutter = PieceCutter(lambda text: _probe(tokenizer, text))
     losses = Losses(tokenizer, corpus.config)
@@ -242,8 +186,8 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
         tokenizer_fingerprint=tokenizer.fingerprint,
         eot_id=tokenizer.eot_id,
         splits=splits,
-        sources=corpus.sources,
-        preparation=_preparation(corpus, cutter) | losses.report(),
+        sources=documents.sources if documents else corpus.sources,
+        preparation=_preparation(corpus, cutter) | losses.report() | (documents.to_json() if documents else {}),
     )
     tokenizer.save(folder / "tokenizer.json")
     with naming(folder / "manifest.json"), open(folder / "manifest.json", "w", encoding="utf-8") as file:
@@ -291,10 +235,9 @@ def _check_splits(splits: dict[str, dict], corpus: Corpus) -> None:
 
 
 def _preparation(corpus: Corpus, cutter: PieceCutter) -> dict:
-    options = asdict(corpus.config) | {"glob": list(corpus.config.glob)}
-    for name in ("inputs", "out", "overwrite", "chunk_bytes"):
-        del options[name]
-    return options | {
+    config = corpus.config
+    return {name: getattr(config, name) for name in OPTIONS} | {
+        "glob": list(config.glob),
         "split": corpus.plan.rule,
         "documents_read": corpus.plan.documents,
         "duplicates_dropped": corpus.plan.duplicates,

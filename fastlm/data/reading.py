@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from ..errors import ConfigError, DataError
+from .compression import BUFFER, damages, one_line, open_bytes
 from .pieces import PieceCutter
 
 LONGEST_BLANK = 1 << 16
@@ -71,42 +72,49 @@ def read_text(
     chunk_bytes: int = 1 << 20,
     on_bytes: Callable[[bytes], None] = lambda data: None,
 ) -> Iterator[str]:
-    """Decode a file chunk by chunk.
+    """Decode a file, which may be compressed, chunk by chunk.
 
     Args:
         errors: "strict", or "replace" for U+FFFD in place of what cannot be decoded.
-        on_bytes: called with each chunk as it was read.
+        on_bytes: called with the file's own bytes as they are read.
 
     Raises:
         DataError: names the file and the offset of the first byte that cannot be decoded.
     """
+    try:
+        with open_bytes(path, on_bytes, buffer=min(chunk_bytes, BUFFER)) as file:
+            yield from decode(file, path, encoding, errors, chunk_bytes)
+    except damages() as error:
+        raise DataError(f"{path}: the compressed file is damaged or cut short ({one_line(error)})") from None
+
+
+def decode(file: BinaryIO, path: Path, encoding: str, errors: str, chunk_bytes: int) -> Iterator[str]:
+    """Decode an open file; `path` is for messages, else as `read_text`."""
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     end = chars = 0
-    with open(path, "rb") as file:
-        while True:
-            data = file.read(chunk_bytes)
-            on_bytes(data)
-            end += len(data)
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                # The error's object ends where this chunk ends, but may begin with bytes of the one before.
-                offset = end - len(error.object) + error.start
-                raise DataError(
-                    f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding} text"
-                    f" ({error.reason}); give the file's encoding, or errors=replace"
-                ) from None
-            except UnicodeError as error:  # no byte order mark, for one
-                raise DataError(f"{path}: not {encoding} text ({error}); give the file's encoding") from None
-            if lone := None if text.isascii() else _SURROGATE.search(text):  # unicode_escape and utf-7 give them
-                if errors == "strict":
-                    raise DataError(f"{path}: character {chars + lone.start()} ({lone[0]!a}) is a lone surrogate")
-                text = _SURROGATE.sub("\ufffd", text)
-            chars += len(text)
-            if text:
-                yield text
-            if not data:
-                return
+    while True:
+        data = file.read(chunk_bytes)
+        end += len(data)
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            # The error's object ends where this chunk ends, but may begin with bytes of the one before.
+            offset = end - len(error.object) + error.start
+            raise DataError(
+                f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding} text"
+                f" ({error.reason}); give the file's encoding, or errors=replace"
+            ) from None
+        except UnicodeError as error:  # no byte order mark, for one
+            raise DataError(f"{path}: not {encoding} text ({error}); give the file's encoding") from None
+        if lone := None if text.isascii() else _SURROGATE.search(text):  # unicode_escape and utf-7 give them
+            if errors == "strict":
+                raise DataError(f"{path}: character {chars + lone.start()} ({lone[0]!a}) is a lone surrogate")
+            text = _SURROGATE.sub("\ufffd", text)
+        chars += len(text)
+        if text:
+            yield text
+        if not data:
+            return
 
 
 def unix_line_endings(texts: Iterable[str]) -> Iterator[str]:
@@ -172,6 +180,12 @@ def split_documents(texts: Iterable[str], separator: Separator | None) -> Events
     for text in last:
         yield text
         yield None
+
+
+def cut(texts: Iterable[str], separator: str) -> Events:
+    """Cut a file's text at what `PrepareConfig.document_separator` names."""
+    text = separator.replace("\\n", "\n").replace("\\t", "\t")
+    return split_documents(texts, None if text == "none" else Separator(text))
 
 
 def documents(events: Events) -> Iterator[Iterator[str]]:

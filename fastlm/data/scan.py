@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import DataError
 from . import reading
 from .pieces import PieceCutter
+from .pipeline.duplicates import Kept
+from .pipeline.shards import read_shard
 from .splitting import Plan
 from .tokenizer import Tokenizer, byte_level_words
 from .tokenizers.special import TRAINED
 
 if TYPE_CHECKING:
-    from .prepare import PrepareConfig
+    from .config import PrepareConfig
 
-TRAINED_KINDS = ("bpe", "wordpiece", "unigram")
 TRAINING_PIECE = 1 << 11
 UNBROKEN = 1 << 21  # characters; training takes 80 bytes for each where no word occurs twice
 
-# Called as progress(stage, bytes done, bytes in all); the stages are "scan", "tokenizer" and "tokens".
+# Called as progress(stage, bytes done, bytes in all); the stages are "documents", "scan", "tokenizer" and
+# "tokens".
 Progress = Callable[[str, int, int], None]
 
 
@@ -34,14 +36,63 @@ class Source(NamedTuple):
     document: int
 
 
+class TextInput:
+    """A file of plain text, of which a document is read in pieces."""
+
+    def __init__(self, path: Path, config: PrepareConfig) -> None:
+        self.path, self._config = path, config
+
+    def events(self, on_bytes: Callable[[bytes], None]) -> reading.Events:
+        """Its documents."""
+        config = self._config
+        errors = "replace" if config.errors == "replace" else "strict"
+        texts = reading.read_text(self.path, config.encoding, errors, config.chunk_bytes, on_bytes)
+        if config.line_endings == "lf":
+            texts = reading.unix_line_endings(texts)
+        if config.normalize != "none":
+            texts = reading.normalized(texts, "NFC" if config.normalize == "nfc" else "NFKC")
+        return reading.cut(texts, config.document_separator)
+
+    def place(self, number: int) -> Source:
+        """Where the document came from whose text was read last, the one of this number."""
+        return Source(self.path, number)
+
+
+class ShardInput:
+    """A shard of cleaned documents.
+
+    Args:
+        first: the number in the corpus of its first document.
+        kept: what was found of duplicates.
+    """
+
+    def __init__(self, path: Path, first: int = 0, kept: Kept | None = None) -> None:
+        self.path, self._first, self._kept = path, first, kept
+        self._place = Source(path, 0)
+
+    def events(self, on_bytes: Callable[[bytes], None]) -> reading.Events:
+        """Its documents that stay, each in one piece."""
+        for number, found in enumerate(read_shard(self.path, on_bytes), start=self._first):
+            text = found.text if self._kept is None else self._kept.text(number, found.text)
+            if text is not None:
+                self._place = Source(Path(found.source), found.row)
+                yield text
+                yield None
+
+    def place(self, number: int) -> Source:
+        """Where the document came from whose text was read last."""
+        return self._place
+
+
 @dataclass
 class Corpus:
-    """The files of one `prepare`, what the scan found, and their documents read anew for each pass."""
+    """The inputs of one `prepare`, what the scan found, and their documents read anew for each pass."""
 
     config: PrepareConfig
+    inputs: Sequence[TextInput | ShardInput]
     progress: Progress
     plan: Plan = field(init=False)
-    files: list[Path] = field(default_factory=list)
+    files: list[TextInput | ShardInput] = field(default_factory=list)
     sources: list[dict] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # for each file, the number of documents up to its end
     alphabet: set[str] = field(default_factory=set)
@@ -58,34 +109,33 @@ class Corpus:
 
     def scan(self) -> None:
         """Read everything once: check that it decodes, hash it, and plan the split."""
-        config = self.config
-        found = reading.find_files(config.inputs, config.glob)
-        self._sizes = {path: path.stat().st_size for path in found}
-        self._starts = dict(zip(found, accumulate(self._sizes.values(), initial=0), strict=False))
+        paths = [found.path for found in self.inputs]
+        self._sizes = {path: path.stat().st_size for path in paths}
+        self._starts = dict(zip(paths, accumulate(self._sizes.values(), initial=0), strict=False))
         self._total = sum(self._sizes.values())
-        for path in found:
-            self._scan_file(path)
+        for found in self.inputs:
+            self._scan_file(found)
         self.empty = self.plan.documents - self.plan.kept
-        if config.deduplicate == "exact":
+        if self.config.deduplicate == "exact":
             self.plan.drop_duplicates()
         self.plan.resolve()
         if not self.plan.kept:
-            raise DataError(f"no text in {len(found)} files ({len(self.skipped)} skipped): nothing to prepare")
+            raise DataError(f"no text in {len(paths)} files ({len(self.skipped)} skipped): nothing to prepare")
 
-    def _scan_file(self, path: Path) -> None:
-        first = self.plan.documents
+    def _scan_file(self, file: TextInput | ShardInput) -> None:
+        path, first = file.path, self.plan.documents
         alphabet: set[str] = set()
         digest = hashlib.sha256()
         try:
-            for texts in reading.documents(self._events("scan", path, digest.update)):
+            for texts in reading.documents(self._events("scan", file, digest.update)):
                 self._scan_document(texts, alphabet)
         except DataError:
-            if self.config.errors != "skip-file":
+            if self.config.errors != "skip-file" and self.config.on_error != "skip":
                 raise
             self.plan.truncate(first)
             self.skipped.append(str(path))
             return
-        self.files.append(path)
+        self.files.append(file)
         self.sources.append({"path": str(path), "bytes": self._sizes[path], "sha256": digest.hexdigest()})
         self.ends.append(self.plan.documents)
         self.alphabet |= alphabet
@@ -122,28 +172,19 @@ class Corpus:
             DataError: a file is no longer what the scan read.
         """
         first, rows = 0, self.plan.rows()
-        for path, source, end in zip(self.files, self.sources, self.ends, strict=True):
+        for file, source, end in zip(self.files, self.sources, self.ends, strict=True):
             digest = hashlib.sha256()
-            events = self._events(stage, path, digest.update)
+            events = self._events(stage, file, digest.update)
             found = zip(reading.documents(events), islice(rows, end - first), strict=False)
             for number, (texts, row) in enumerate(found, start=1):
                 for split, segment in self.plan.segments(row, texts):
-                    yield Source(path, number), split, segment
+                    yield file.place(number), split, segment
             if digest.hexdigest() != source["sha256"]:
-                raise DataError(f"{path}: the file changed while it was being prepared")
+                raise DataError(f"{file.path}: the file changed while it was being prepared")
             first = end
 
-    def _events(self, stage: str, path: Path, on_bytes: Callable[[bytes], None]) -> reading.Events:
-        config = self.config
-        report = self._reporter(stage, path, on_bytes)
-        errors = "replace" if config.errors == "replace" else "strict"
-        texts = reading.read_text(path, config.encoding, errors, config.chunk_bytes, report)
-        if config.line_endings == "lf":
-            texts = reading.unix_line_endings(texts)
-        if config.normalize != "none":
-            texts = reading.normalized(texts, "NFC" if config.normalize == "nfc" else "NFKC")
-        separator = config.document_separator.replace("\\n", "\n").replace("\\t", "\t")
-        return reading.split_documents(texts, None if separator == "none" else reading.Separator(separator))
+    def _events(self, stage: str, file: TextInput | ShardInput, on_bytes: Callable[[bytes], None]) -> reading.Events:
+        return file.events(self._reporter(stage, file.path, on_bytes))
 
     def _reporter(self, stage: str, path: Path, on_bytes: Callable[[bytes], None]) -> Callable[[bytes], None]:
         done = self._starts[path]

@@ -119,3 +119,68 @@ def test_prepare_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for flag in ("--out", "--tokenizer", "--val-fraction", "--seed", "--document-separator", "--overwrite"):
         assert flag in text
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [f'{{"body": "{LINE.strip()} {number}", "lang": "en"}}' for number in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*rows[:20], "{", *rows[20:]]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{table}"], "a.jsonl: row 1: has no column 'text', but 'body', 'lang'; give --on-error skip"),
+        (["{table}", "--text-column", "body"], "a.jsonl: row 21: is not JSON (Expecting property name"),
+        (
+            ["{table}", "--text-column", "body", "--on-error", "skip", "--meta-columns", "tag"],
+            "--meta-columns is 'tag'",
+        ),
+        (["{table}", "--on-error", "skip"], "0 documents read, none kept, 41 rows could not be read"),
+        (["{table}.none*"], "no file matches this pattern"),
+        (["{table}", "--recipe", "nope"], "nope: no such recipe; expected a file, or one of books, web"),
+        (
+            ["{table}", "--recipe", "books", "--without", "html"],
+            "--without is 'html', expected steps of the recipe: fix",
+        ),
+        (["{table}", "--without", "html"], "--without is 'html', expected a recipe"),
+        (["{table}", "--workers", "-1"], "--workers=-1, expected 0 to"),
+        (["{table}", "--delimiter", "ab"], "--delimiter='ab', expected one character"),
+        (["{table}", "--max-document-bytes", "0"], "--max-document-bytes=0, expected 1 to"),
+    ],
+)
+def test_prepare_answers_mistakes_about_tables_in_one_line(table, tmp_path, capsys, arguments, message):
+    given = [argument.format(table=table) for argument in arguments]
+    assert run(*given, "--out", tmp_path / "out", *(() if "--workers" in given else ("--workers", 1))) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fastlm prepare: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out" / "train.bin").exists()
+
+
+def test_prepare_says_what_became_of_documents(table, tmp_path, capsys):
+    (tmp_path / "r.toml").write_text('[[step]]\nname = "length"\nmin_words = 10\n[exact]\n')
+    flags = ["--text-column", "body", "--on-error", "skip", "--recipe", tmp_path / "r.toml", "--workers", 1]
+    assert run(table, "--out", tmp_path / "out", "--vocab-size", 300, *flags) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "documents: 40 read, 40 kept",
+        "  exact duplicate: 0",
+        f"could not read 1 malformed; first {table}: row 21: is not JSON",
+    ):
+        assert line in out
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not (tmp_path / "out" / "documents").exists()
+    assert run(table, "--out", tmp_path / "kept", "--vocab-size", 300, *flags, "--keep-documents") == 0
+    assert (tmp_path / "kept" / "documents" / "documents-00000.jsonl.zst").is_file()
+
+
+def test_prepare_lists_its_steps(capsys):
+    assert run("--list-steps") == 0
+    out = capsys.readouterr().out
+    for text in ("length: ", "min_words = 0   an integer of at least 0", "contamination: ", "books, web"):
+        assert text in out

@@ -1,0 +1,174 @@
+"""The stage of documents: every unit of a corpus through the steps into its shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..._core.files import remove_leftovers
+from ...errors import DataError
+from ..document import Document, Dropped, Step
+from ..files import sha256_file
+from ..sources import Bad, File, SourceOptions, Unit, cut, read_file
+from .duplicates import NO_DUPLICATES, Duplicates
+from .recipe import StepSpec
+from .shards import Shard, shards
+from .tally import Tally, merged
+
+VERSION = 1  # of what shards hold
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know beside its unit.
+
+    Args:
+        folder: where the shards go; all workers must see it.
+        skip: whether rows that cannot be read are counted and left out, instead of ending all.
+        duplicates: what shards must hold signatures for.
+        balance: what documents are counted by, see `Balance`.
+    """
+
+    steps: tuple[StepSpec, ...]
+    source: SourceOptions
+    folder: Path
+    skip: bool = False
+    duplicates: Duplicates = NO_DUPLICATES
+    balance: tuple[str, ...] = ("language", "label")
+
+    def key(self, unit: Unit) -> str:
+        """Equal where the unit's shard would be equal."""
+        source = asdict(self.source) | {"chunk_bytes": 0}
+        about = (VERSION, self.steps, source, self.skip, self.duplicates.key(), self.balance, unit.identity)
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def run_unit(job: Job, unit: Unit) -> dict[str, Any]:
+    """Make a unit's shard; returns what was counted.
+
+    Raises:
+        DataError: a row that cannot be read, unless those are skipped; or a step that fails.
+        OSError: a file cannot be read or written, with its name.
+    """
+    steps = _made(json.dumps(job.steps, sort_keys=True, default=str), job)
+    tally = Tally([step.name for step in job.steps], job.balance)
+    shard = Shard(Path(job.folder), unit.number)
+    kept = _through(steps, _rows(unit, job), tally, job.skip)
+    ends = [
+        {"path": str(file.path), "bytes": file.path.stat().st_size, "sha256": sha256_file(file.path)}
+        for file in unit.ends
+    ]
+
+    def finish() -> dict[str, Any]:
+        job.duplicates.sign(shard)
+        return {"key": job.key(unit), "unit": unit.number, "size": unit.size, "sources": ends, "tally": tally.report()}
+
+    return shard.write(kept, finish)
+
+
+_steps: dict[str, list[Step]] = {}
+
+
+def _made(key: str, job: Job) -> list[Step]:
+    if key not in _steps:
+        _steps.clear()
+        _steps[key] = [step.make() for step in job.steps]
+    return _steps[key]
+
+
+def _rows(unit: Unit, job: Job) -> Iterator[Document | Bad]:
+    yield from unit.rows
+    for span in unit.spans:
+        yield from read_file(span.file, job.source, None, span.start, span.stop, span.first_row)
+
+
+def _through(steps: Sequence[Step], rows: Iterable[Document | Bad], tally: Tally, skip: bool) -> Iterator[Document]:
+    for row in rows:
+        found = row if isinstance(row, Bad) else _cleaned(steps, row, tally)
+        if isinstance(found, Bad):
+            if not skip:
+                raise DataError(f"{found}; give --on-error skip to leave such rows out")
+            tally.add_bad(found)
+        elif found is not None:
+            tally.add_kept(found)
+            yield found
+
+
+def _cleaned(steps: Sequence[Step], found: Document, tally: Tally) -> Document | Bad | None:
+    tally.add_read(found)
+    for step, counts in zip(steps, tally.steps, strict=True):
+        try:
+            result = step(found)
+        except DataError:
+            raise
+        except Exception as error:
+            reason = f"step {counts.name} failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            return Bad(found.source, found.row, "step failed", reason)
+        if isinstance(result, Dropped):
+            counts.add_dropped(found, result.reason)
+            return None
+        counts.add(found, result)
+        found = result
+    if not found.text or found.text.isspace():
+        tally.empty += 1
+        return None
+    return found
+
+
+Executor = Callable[[Job, "Iterator[Unit]", "Callable[[Unit, dict[str, Any]], None]"], None]
+
+
+def make_shards(
+    job: Job, files: Sequence[File], run: Executor, progress: Callable[[int, int], None]
+) -> tuple[list[Shard], dict[str, Any], list[dict[str, Any]], list[int]]:
+    """Make the shards of a corpus, those that are there already left as they are.
+
+    Args:
+        run: an executor: calls `run_unit(job, unit)` for each unit of an iterator, wherever it likes and in any order,
+            and then a function with the unit and the result.
+        progress: called with the files' bytes that are done and all of them.
+
+    Returns:
+        The shards in order; what was counted in all; path, bytes and sha256 of each file; the documents of each shard.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(job.folder)
+    total = sum(file.path.stat().st_size for file in files)
+    records: dict[int, dict[str, Any]] = {}
+    finished = 0
+
+    def note(unit: Unit, record: dict[str, Any]) -> None:
+        nonlocal finished
+        records[unit.number] = record
+        finished += unit.size
+        progress(min(finished, total), total)
+
+    def left() -> Iterator[Unit]:
+        for unit in cut(files, job.source):
+            record = Shard(job.folder, unit.number).load(job.key(unit))
+            if record is None:
+                yield unit
+            else:
+                note(unit, record)
+
+    progress(0, total)
+    run(job, left(), note)
+    for shard in shards(job.folder):
+        if shard.number not in records:  # of an earlier, longer corpus
+            shard.remove()
+    ordered = [records[number] for number in sorted(records)]
+    sources = [source for record in ordered for source in record["sources"]]
+    counted = merged(record["tally"] for record in ordered)
+    _check_meta(counted, job.source)
+    counts = [record["tally"]["documents_kept"] for record in ordered]
+    return [Shard(job.folder, number) for number in sorted(records)], counted, sources, counts
+
+
+def _check_meta(counted: dict[str, Any], options: SourceOptions) -> None:
+    for column in options.meta_columns:
+        if counted.get("documents_read") and counted["missing_meta"].get(column) == counted["documents_read"]:
+            raise DataError(f"meta_columns is {column!r}, a column that no row has a value in")

@@ -1,0 +1,172 @@
+"""What is counted of a pipeline's documents, and the examples that are kept: sums, so that shards can be added up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..clean.balance import Balance
+from ..document import Document
+from ..sources import Bad
+
+EXAMPLES = 3  # a step and reason
+EXAMPLE_CHARS = 400
+BAD_LISTED = 20
+
+
+class Tally:
+    """Counts of one shard, step by step.
+
+    Of all documents that meet the same fate, those whose names have the smallest hashes are the examples: so they come
+    from everywhere, and are the same however the work is divided.
+    """
+
+    def __init__(self, steps: Sequence[str], keys: Sequence[str] = ()) -> None:
+        self.read = self.read_bytes = self.empty = self.kept = self.kept_bytes = self.kept_chars = 0
+        self.steps = [_StepTally(name) for name in steps]
+        self.masked: Counter[str] = Counter()
+        self.balance_read, self.balance_kept = Balance(keys), Balance(keys)
+        self.bad: Counter[str] = Counter()
+        self.bad_listed: list[str] = []
+        self.missing: Counter[str] = Counter()
+        self.kept_examples: list[list[Any]] = []
+
+    def add_bad(self, bad: Bad) -> None:
+        """Count a row that could not be read."""
+        self.bad[bad.kind] += 1
+        if len(self.bad_listed) < BAD_LISTED:
+            self.bad_listed.append(str(bad))
+
+    def add_read(self, found: Document) -> None:
+        """Count a document as it was read."""
+        self.read += 1
+        self.read_bytes += size_of(found.text)
+        self.balance_read.add(found)
+        for column, value in found.meta.items():
+            if value is None:
+                self.missing[column] += 1
+
+    def add_kept(self, found: Document) -> None:
+        """Count a document that passed all steps."""
+        self.kept += 1
+        self.kept_chars += len(found.text)
+        self.kept_bytes += size_of(found.text)
+        self.balance_kept.add(found)
+        masked = found.meta.get("masked")
+        if isinstance(masked, dict):  # what the step personal_data counts
+            self.masked.update(masked)
+        _note(self.kept_examples, found, None)
+
+    def report(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "documents_read": self.read,
+            "bytes_read": self.read_bytes,
+            "empty": self.empty,
+            "documents_kept": self.kept,
+            "bytes_kept": self.kept_bytes,
+            "chars_kept": self.kept_chars,
+            "bad": dict(self.bad),
+            "bad_listed": self.bad_listed,
+            "missing_meta": dict(self.missing),
+            "steps": [step.report() for step in self.steps],
+            "kept_examples": self.kept_examples,
+            "masked": dict(self.masked),
+            "balance_read": self.balance_read.to_dict(),
+            "balance_kept": self.balance_kept.to_dict(),
+        }
+
+
+class _StepTally:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen = self.changed = self.bytes_in = self.bytes_out = 0
+        self.dropped: Counter[str] = Counter()
+        self.dropped_examples: dict[str, list[list[Any]]] = {}
+        self.changed_examples: list[list[Any]] = []
+
+    def add(self, before: Document, after: Document) -> None:
+        self.seen += 1
+        size = size_of(before.text)
+        self.bytes_in += size
+        if after.text == before.text:
+            self.bytes_out += size
+        else:
+            self.bytes_out += size_of(after.text)
+            self.changed += 1
+            _note(self.changed_examples, before, after)
+
+    def add_dropped(self, before: Document, reason: str) -> None:
+        self.seen += 1
+        self.bytes_in += size_of(before.text)
+        self.dropped[reason] += 1
+        _note(self.dropped_examples.setdefault(reason, []), before, None)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "documents": self.seen,
+            "changed": self.changed,
+            "dropped": dict(self.dropped),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "dropped_examples": self.dropped_examples,
+            "changed_examples": self.changed_examples,
+        }
+
+
+def size_of(text: str) -> int:
+    """Its bytes in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def merged(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The reports of several shards as one."""
+    total: dict[str, Any] = {}
+    for report in reports:
+        _add(total, report)
+    return total
+
+
+def _add(total: dict[str, Any], report: dict[str, Any]) -> None:
+    for name, value in report.items():
+        if name not in total:
+            total[name] = _copy(value)
+        elif isinstance(value, dict):
+            _add(total[name], value)
+        elif isinstance(value, list):
+            total[name] = _together(total[name], value)
+        else:
+            total[name] += value
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copy(child) for name, child in value.items()}
+    return [_copy(child) for child in value] if isinstance(value, list) else value
+
+
+def _together(ours: list[Any], theirs: list[Any]) -> list[Any]:
+    """Lists of steps step by step; of examples the smallest; of lines the first."""
+    kind = type((ours or theirs or [None])[0])
+    if kind is dict:
+        for step, other in zip(ours, theirs, strict=True):
+            _add(step, other)
+        return ours
+    return [*ours, *theirs][:BAD_LISTED] if kind is str else sorted([*ours, *theirs], key=_rank)[:EXAMPLES]
+
+
+def _rank(example: Sequence[Any]) -> str:
+    return example[0]
+
+
+def _note(examples: list[list[Any]], before: Document, after: Document | None) -> None:
+    digest = hashlib.blake2b(f"{before.source}\0{before.row}".encode("utf-8", "replace"), digest_size=8).hexdigest()
+    if len(examples) == EXAMPLES and digest >= examples[-1][0]:
+        return
+    texts = [before.text[:EXAMPLE_CHARS], None if after is None else after.text[:EXAMPLE_CHARS]]
+    examples.append([digest, before.source, before.row, *texts])
+    examples.sort(key=_rank)
+    del examples[EXAMPLES:]

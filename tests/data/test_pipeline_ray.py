@@ -1,0 +1,49 @@
+"""The stage of documents on a Ray cluster of two nodes: the bytes of one process."""
+
+import gzip
+import json
+import random
+
+import pytest
+
+from fastlm.data.pipeline import Job, StepSpec, make_shards
+from fastlm.data.pipeline.local import LocalExecutor
+from fastlm.data.sources import SourceOptions, find
+from fastlm.errors import DataError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cluster():
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_nodes_make_the_bytes_of_one_process(cluster, tmp_path, monkeypatch):
+    from fastlm.data.pipeline.distributed import RayExecutor
+
+    monkeypatch.setattr("fastlm.data.sources.units.UNIT_BYTES", 20_000)
+    rng = random.Random(0)
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        rows = [{"text": " ".join(f"word{rng.randrange(99)}" for _ in range(30))} for _ in range(1000)]
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    files = find([tmp_path / "*.jsonl*"], [])
+    made = {}
+    for name, executor in {"local": LocalExecutor(1), "ray": RayExecutor(cluster)}.items():
+        job = Job((StepSpec("length", {"min_words": 30}), StepSpec("whitespace", {})), SourceOptions(), tmp_path / name)
+        make_shards(job, files, executor, lambda done, total: None)
+        made[name] = {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}
+    assert len(made["local"]) > 10
+    assert made["ray"] == made["local"]
+    with open(tmp_path / "a.jsonl", "ab") as file:
+        file.write(b"{\n")
+    with pytest.raises(DataError, match=r"a.jsonl: row 1001: is not JSON"):
+        make_shards(job, files, RayExecutor(cluster), lambda done, total: None)
