@@ -34,8 +34,8 @@ class Documents:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, window: int | None) -> Tensor:
         """Causal attention within each text: (1, H, N, D), (1, K, N, D) twice -> (1, H, N, D)."""
         before = None if window is None else (window - 1, None)
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))
-        y = attention_varlen(*rows, self.cu_seqlens, dropout_p=dropout, is_causal=True, window=before)
+        query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))
+        y = attention_varlen(query, key, value, self.cu_seqlens, dropout_p=dropout, is_causal=True, window=before)
         return y.transpose(0, 1)[None]
 
     def advance(self, length: int) -> None:
