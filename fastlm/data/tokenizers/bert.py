@@ -30,7 +30,7 @@ def definition(path: Path) -> str:
     tokens = [token.removesuffix("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if UNKNOWN not in vocabulary:
-        raise DataError(f"{path}: not BERT's vocabulary (no line is {UNKNOWN})")
+        raise DataError(f"{path}: not a tokenizer.json, and as a BERT vocabulary it has no line {UNKNOWN}")
     if len(vocabulary) < len(tokens):
         twice = next(token for number, token in enumerate(tokens) if vocabulary[token] != number)
         raise DataError(f"{path}: the token {twice!r} is there twice")
