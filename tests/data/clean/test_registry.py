@@ -1,8 +1,10 @@
 """Steps by name: options checked when a step is made, and results that no process, order or repetition changes."""
 
 import importlib.util
-import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -37,11 +39,18 @@ TEXTS = {
     "japanese": "これは日本語の文章です。漢字とかなが混ざっています。",
 }
 NAMES = [info.name for info in steps()]
+DOCUMENTS = [Document(text, "a.txt", row, {"label": 1}) for row, text in enumerate(TEXTS.values())]
+# Not by a pool of processes, which waits for ever where a worker cannot import what it is to call.
+ELSEWHERE = """
+import pickle, sys
+from fastlm.data.clean import make_step
+names, documents = pickle.load(sys.stdin.buffer)
+pickle.dump([list(map(make_step(name), documents)) for name in names], sys.stdout.buffer)
+"""
 
 
 def results(name):
-    step = make_step(name)
-    return [step(Document(text, "a.txt", row, {"label": 1})) for row, text in enumerate(TEXTS.values())]
+    return list(map(make_step(name), DOCUMENTS))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,11 +63,15 @@ def test_a_step_keeps_what_a_document_is_and_drops_for_a_reason_it_names(name):
             assert (result.source, result.row, result.meta["label"]) == ("a.txt", row, 1)
 
 
-def test_steps_are_pure_in_another_process_with_another_hash_seed(monkeypatch):
-    monkeypatch.setenv("PYTHONHASHSEED", "12345")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        elsewhere = pool.map(results, NAMES)
-    for name, there in zip(NAMES, elsewhere, strict=True):
+def test_steps_are_pure_in_another_process_with_another_hash_seed():
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        input=pickle.dumps((NAMES, DOCUMENTS)),
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONHASHSEED": "12345"},
+        check=True,
+    )
+    for name, there in zip(NAMES, pickle.loads(elsewhere.stdout), strict=True):
         here = results(name)
         assert here == there, name
         assert here == results(name), name
