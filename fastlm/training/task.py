@@ -71,7 +71,7 @@ class Task:
 
 def data_folders(data: str) -> list[str]:
     """The prepared folders that a setting names, with commas between them; a folder's own name may hold some."""
-    return [data] if Path(data).is_dir() else [name for name in data.split(",") if name]
+    return [data] if data and Path(data).is_dir() else [name for name in data.split(",") if name]
 
 
 def causal_gpt(config: TrainConfig, device: torch.device) -> Task:
