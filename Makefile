@@ -32,7 +32,7 @@ test: $(VENV)/.test
 test-gpu-code: $(VENV)/.test
 	$(PYTEST) -m gpu_code
 
-# The package as a user builds it, and ten times as many damaged inputs to every reader.
+# The package as a user builds it, ten times as many damaged inputs to every reader, and what takes long otherwise.
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 	$(PYTEST) tests/data/test_data_fuzz.py tests/formats/test_fuzz_models.py tests/training/test_run_folder_fuzz.py

@@ -42,6 +42,7 @@ ON_CPU = [op.name for op in ops() if op.backend("cpu")]
 OWN = {b.name for b in registry.KERNELS if any(map(b.times, ON_CPU))} | {"train", "bert", "generate"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.BENCHMARKS)
 def test_every_benchmark_is_right_and_timed(name):
     quick = registry.select(name, "cpu", ["float32"], [], [], quick=True)[0]

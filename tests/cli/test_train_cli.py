@@ -222,6 +222,7 @@ def page_faults(before, **environment):
     return int(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the policy is glibc's")
 def test_kept_memory_is_not_faulted_in_again():
     call = "from fastlm.runtime import keep_freed_memory; keep_freed_memory()"

@@ -50,6 +50,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TEXTS)
 def test_peak_does_not_grow_with_the_text(kind, tokenizer, tmp_path):
     unit, size, options = TEXTS[kind]

@@ -420,6 +420,7 @@ def _train_in_parallel(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_distributed_data_parallel_with_the_loss_outside(tmp_path):
     # Under the name that other processes find it by: they have tests/ on their path, but not the folder above.

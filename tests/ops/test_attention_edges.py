@@ -334,6 +334,7 @@ def test_nan_reaches_no_gradient_that_does_not_depend_on_it(kernels, poisoned, k
     _check_nan_stays(kind, what, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["padding", "causal"])
 @pytest.mark.parametrize("extra", [{"softcap": 2.0}, {"scale": -0.3}, {"return_lse": False}], ids=str)
 def test_nan_stays_with_other_options(kernels, kind, extra):

@@ -81,6 +81,7 @@ def test_rows_without_keys_give_zero():
     assert torch.autograd.grad(out.sum(), leaves[0])[0][:3].eq(0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sequence_does_not_depend_on_its_neighbours(attention_kernels, dtype):
     """The same bits alone as between others, forward and backward."""

@@ -86,6 +86,7 @@ print(len(lines), _native.omp_threads())
     assert _run(sys.executable, "-c", code, cwd=ROOT).split() == ["1", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wanted", "fails_with", "reason"),
     [
