@@ -116,6 +116,7 @@ def test_absent_peers_say_so(monkeypatch):
     assert "the tensors are on cpu" in rows["fastlm-triton"].reason
 
 
+@pytest.mark.slow
 def test_slow_providers_run_on_slow_cases_or_when_asked_for():
     plain = dataclasses.replace(SMALL, passes=("fwd",))
     status = {row.provider: row.status for row in _rows(plain, [])}

@@ -347,6 +347,7 @@ class Wrapped(nn.Module):
         return self.part(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", [w for w in OF_CALLS + OF_WEIGHTS if w not in (global_hook, quantized)], ids=lambda way: way.__name__
 )

@@ -38,6 +38,7 @@ def results(tmp_path_factory):
     return [json.loads((folder / f"out{rank}").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*fsdp_worker.CASES, "mixed lists"])
 def test_sharded_loss_gradients_and_step_equal_the_whole_models(results, name):
     for rank, found in enumerate(results):
