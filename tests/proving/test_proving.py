@@ -344,7 +344,12 @@ def test_no_gpu_is_no_device():
 @pytest.mark.gpu_code
 def test_an_interrupt_leaves_a_usable_proof(folder):
     """What was proved before it, and none of its processes."""
-    command = [sys.executable, "-m", "fastlm.cli", "tune", "--device", "interpreter", "--ops", "gelu,swiglu"]
+    # A shell's background ignores interrupts, and what is begun there does too.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from fastlm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "tune", "--device", "interpreter", "--ops", "gelu,swiglu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)  # fmt: skip
     with process:
