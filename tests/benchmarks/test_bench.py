@@ -81,9 +81,13 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
     ("error", "status"),
     [
         (MemoryError(), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
-        (RuntimeError("boom"), "failed"),
-        (Unavailable("not today"), "unsupported"),
+        pytest.param(
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "out of memory",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(RuntimeError("boom"), "failed", marks=pytest.mark.slow),
+        pytest.param(Unavailable("not today"), "unsupported", marks=pytest.mark.slow),
     ],
 )
 def test_a_provider_that_fails_is_marked_and_the_others_go_on(monkeypatch, error, status):
@@ -430,6 +434,7 @@ def test_memory_beyond_the_gradients_of_linear_cross_entropy():
     assert value == pytest.approx(25)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     """The whole way: workers in their own processes, one for each allocator setting."""
     files = [str(tmp_path / name) for name in ("r.json", "r.csv")]
@@ -487,6 +492,7 @@ def test_plan_covers_the_second_allocator_with_headline_cases_only():
     assert against == ["torch"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kills by signal")
 def test_a_worker_that_dies_costs_one_case_only(monkeypatch):
     """The first case kills its process, as the kernel does where memory runs out."""
@@ -523,6 +529,7 @@ def test_an_interrupt_writes_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_events_survive_what_libraries_print():
     """Lines that a library prints to standard output must not reach the parent as events."""
     code = """

@@ -123,7 +123,7 @@ def test_an_unknown_flag_names_the_nearest(data, capsys):
     assert "--n-layer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path, number):
     out = str(tmp_path / "a run")  # the space must survive in the printed command
     command = [sys.executable, "-m", "fastlm.cli", "train", data, "--out", out, *FLAGS]
@@ -255,7 +255,9 @@ def run(data, tmp_path_factory):
 
 
 class TestOutput:
-    @pytest.mark.parametrize("name", PIPED)
+    @pytest.mark.parametrize(
+        "name", [name if name == "train" else pytest.param(name, marks=pytest.mark.slow) for name in PIPED]
+    )
     def test_a_reader_that_goes_away_is_no_traceback(self, data, run, tmp_path, name):
         """The pipe has no reader from the start, so that the first write fails, whenever it comes."""
         names = {"data": data, "run": run, "out": tmp_path / "out", "text": f"{data}/../t.txt"}

@@ -187,6 +187,7 @@ while True:
 
 
 class TestKilled:
+    @pytest.mark.slow
     def test_at_every_step_of_writing_it_resumes_bit_for_bit(self, data, tmp_path, monkeypatch):
         settings = {**SMALL, "data": str(data), "max_steps": 4, "eval_interval": 2}
         arguments = [sys.executable, "-c", KILLED_AT_EVERY_WRITE, json.dumps(settings), str(tmp_path)]
