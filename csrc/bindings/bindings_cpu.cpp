@@ -1,6 +1,7 @@
 // fastlm._cpu: the CPU kernels behind integer pointers. fastlm/backends/cpu is its only caller.
 
 #include "bindings/define.h"
+#include "bindings/words.h"
 #include "cpu/attention.h"
 #include "cpu/decode.h"
 #include "cpu/ops.h"
@@ -171,6 +172,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   define<&Q::x, &Q::w, &Q::scale, &Q::bias, &Q::y, &Q::M, &Q::N, &Q::K, &Q::padded_K, &Q::group, &Q::x_type,
          &Q::y_type>(m, "quantized_linear_fwd", &quantized_linear_fwd);
   define<&Q::w, &Q::scale, &Q::y, &Q::N, &Q::K, &Q::padded_K, &Q::group, &Q::y_type>(m, "dequantize", &dequantize);
+  fastlm::bindings::define_words(m);
   m.def("use_huge_pages", [](ptr start, int64_t size) { use_huge_pages(P(start), size); });
   m.def("decode_step",
         [](ptr model, int64_t position, double eps) {

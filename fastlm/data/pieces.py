@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 WINDOW = 256  # characters looked at on each side of a cut
@@ -55,9 +55,8 @@ class PieceCutter:
         high = min(len(text) - WINDOW, limit)
         usual = min(start + self.size, high)
         low = max(start + 1 + self.size // 2, usual - 16 * WINDOW)
-        near = [match.end() for match in _WORD_END.finditer(text, low, usual)]
         far = (match.end() for match in _WORD_END.finditer(text, usual, high))
-        for cut in [*near[: -_TRIES - 1 : -1], *islice(far, _TRIES)]:
+        for cut in chain(islice(_word_ends_before(text, low, usual), _TRIES), islice(far, _TRIES)):
             if self._is_safe(text, cut):
                 return cut
         if high < limit:
@@ -68,3 +67,11 @@ class PieceCutter:
     def _is_safe(self, text: str, cut: int) -> bool:
         left, right = text[max(0, cut - WINDOW) : cut], text[cut : cut + WINDOW]
         return self.transform(left) + self.transform(right) == self.transform(left + right)
+
+
+def _word_ends_before(text: str, low: int, high: int) -> Iterator[int]:
+    """Places from `low` on where a word ends, the last before `high` first: one of the first is taken, as a rule."""
+    while high > low:
+        start = max(low, high - WINDOW)
+        yield from reversed([match.end() for match in _WORD_END.finditer(text, start, high)])
+        high = start

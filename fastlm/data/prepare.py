@@ -198,7 +198,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, documents: Docume
 
 def _probe(tokenizer: Tokenizer, text: str) -> list[int]:
     try:
-        return tokenizer.encode_lossy([text])[0]
+        return tokenizer.encode_arrays([text])[0].tolist()
     except DataError:  # said of the whole piece, with its place
         return []
 

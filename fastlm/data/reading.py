@@ -91,6 +91,7 @@ def read_text(
 def decode(file: BinaryIO, path: Path, encoding: str, errors: str, chunk_bytes: int) -> Iterator[str]:
     """Decode an open file; `path` is for messages, else as `read_text`."""
     decoder = codecs.getincrementaldecoder(encoding)(errors)
+    may_be_lone = codecs.lookup(encoding).name != "utf-8"  # unicode_escape and utf-7 give lone surrogates
     end = chars = 0
     while True:
         data = file.read(chunk_bytes)
@@ -106,7 +107,7 @@ def decode(file: BinaryIO, path: Path, encoding: str, errors: str, chunk_bytes: 
             ) from None
         except UnicodeError as error:  # no byte order mark, for one
             raise DataError(f"{path}: not {encoding} text ({error}); give the file's encoding") from None
-        if lone := None if text.isascii() else _SURROGATE.search(text):  # unicode_escape and utf-7 give them
+        if may_be_lone and not text.isascii() and (lone := _SURROGATE.search(text)):
             if errors == "strict":
                 raise DataError(f"{path}: character {chars + lone.start()} ({lone[0]!a}) is a lone surrogate")
             text = _SURROGATE.sub("\ufffd", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -28,6 +29,7 @@ from .tokenizers.bert import UNKNOWN
 from .tokenizers.files import BYTE_LEVEL, byte_level, read_definition
 from .tokenizers.special import END_NAMES, END_OF_TEXT, TRAINED, special_ids
 from .tokenizers.training import train_unigram, train_wordpiece
+from .word_bpe import bpe_parts
 from .word_cache import WordCache, word_pattern
 
 _REPLACEMENT = "\ufffd"  # what undecodable bytes decode to
@@ -69,7 +71,8 @@ class Tokenizer:
         self._source = source
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         pattern = word_pattern(backend)
-        self._words = None if pattern is None else WordCache(pattern, self._encode, self.dtype)
+        bpe = functools.partial(bpe_parts, backend)
+        self._words = None if pattern is None else WordCache(pattern, self._encode, self.dtype, bpe)
         hide_special_tokens(backend)
 
     @classmethod

@@ -15,6 +15,9 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
+from ..backends import cpu
+from ..backends.cpu.words import BpeParts, WordTable
+
 MOST_BYTES = 1 << 26  # of what is remembered, about
 _ENTRY = 256  # of an entry beside its text: two objects, and their place in the table
 
@@ -40,21 +43,21 @@ _PATTERNS = [
 ]
 _AFTER_LETTERS, _NOT_LINES, _AT_MARKS, _AT_SPACES = _PATTERNS
 
-_SUFFIX = {"(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"}
+SUFFIX = {"(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"}
 # Alternatives that never go from anything else to white space; of a pattern made of these alone no match does.
 _WORDS = {
-    "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", *_SUFFIX, "'(?i:[sdmt]|ll|ve|re)",
+    "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", *SUFFIX, "'(?i:[sdmt]|ll|ve|re)",
     r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\p{N}", r"\p{N}{1,3}", r"\p{N}+", r"\s+(?!\S)", r"\s+",
     r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"\s*[\r\n]+", r"\s*[\r\n]", "[\\r\\n\\t]",
 }  # fmt: skip
-_CASES = [
+CASES = [
     (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"),
     (r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"),
 ]
 _WORDS |= {
     rf"[^\r\n\p{{L}}\p{{N}}]?{word}{suffix}"
-    for suffix in ("", *(f"{suffix}?" for suffix in _SUFFIX))
-    for upper, lower in _CASES
+    for suffix in ("", *(f"{suffix}?" for suffix in SUFFIX))
+    for upper, lower in CASES
     for word in (f"{upper}*{lower}+", f"{upper}+{lower}*")
 }
 # Those that take line ends, after marks alone.
@@ -72,8 +75,8 @@ def word_pattern(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
         return None  # they are looked for in the whole text
     if isinstance(backend.model, models.BPE) and backend.model.dropout:
         return None
-    steps = _steps(backend.pre_tokenizer, "pretokenizers")
-    forms = {step["type"] for step in _steps(backend.normalizer, "normalizers")}
+    steps = steps_of(backend.pre_tokenizer, "pretokenizers")
+    forms = {step["type"] for step in steps_of(backend.normalizer, "normalizers")}
     if steps and steps[0]["type"] in _WITHOUT_BLANKS:
         return _AT_MARKS if forms <= _FORMS | _REMOVING else None
     found = [_pattern_of(step) for step in steps]
@@ -89,7 +92,7 @@ def _pattern_of(step: dict[str, Any]) -> re.Pattern[str] | None:
         return _AT_SPACES if step.get("split", True) else None
     if step["type"] == "Split":
         kept = (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True))
-        parts = set(_alternatives(step["pattern"].get("Regex", "")))
+        parts = set(alternatives(step["pattern"].get("Regex", "")))
         if not kept or not parts <= _WORDS | _MARKS:
             return None
         return _NOT_LINES if parts & _MARKS else _AFTER_LETTERS
@@ -97,7 +100,7 @@ def _pattern_of(step: dict[str, Any]) -> re.Pattern[str] | None:
     return _AFTER_LETTERS if known else None
 
 
-def _alternatives(pattern: str) -> list[str]:
+def alternatives(pattern: str) -> list[str]:
     """A pattern's alternatives, at its top level."""
     parts, depth = [""], 0
     for part in re.findall(r"\\.|\[(?:\\.|[^\]])*\]|.", pattern, re.DOTALL):
@@ -109,7 +112,7 @@ def _alternatives(pattern: str) -> list[str]:
     return parts
 
 
-def _steps(part: Any, name: str) -> list[dict[str, Any]]:
+def steps_of(part: Any, name: str) -> list[dict[str, Any]]:
     if part is None:
         return []
     state = json.loads(part.__getstate__())
@@ -128,7 +131,43 @@ class _Ids(dict[str, bytes]):
 
 
 class WordCache:
-    """Token ids of texts, by the words in them.
+    """Token ids of texts, by the words in them: in C++ where the CPU extension is there, else here; the same ids.
+
+    Args:
+        pattern: of `word_pattern`.
+        encode: ids of several texts.
+        dtype: of the ids.
+        bpe: what lets C++ encode words by itself, if anything does; called once, when it is needed.
+    """
+
+    def __init__(
+        self,
+        pattern: re.Pattern[str],
+        encode: Callable[[Sequence[str]], list[list[int]]],
+        dtype: np.dtype,
+        bpe: Callable[[], BpeParts | None] = lambda: None,
+    ) -> None:
+        self._pattern, self._encode, self._dtype, self._bpe = pattern, encode, dtype, bpe
+        self._table: WordTable | PythonWords | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_table": None}  # which can be made again
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, (tokens,)."""
+        if self._table is None:
+            self._table = self._make_table()
+        return self._table.encode(texts)
+
+    def _make_table(self) -> WordTable | PythonWords:
+        if cpu.missing_reason is not None:
+            return PythonWords(self._pattern, self._encode, self._dtype)
+        cut = _PATTERNS.index(self._pattern)
+        return WordTable(cut, self._encode, self._dtype, MOST_BYTES, self._bpe())
+
+
+class PythonWords:
+    """Token ids of texts, by the words in them, where there is no CPU extension.
 
     Args:
         pattern: of `word_pattern`.
