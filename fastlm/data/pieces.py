@@ -56,7 +56,7 @@ class PieceCutter:
         usual = min(start + self.size, high)
         low = max(start + 1 + self.size // 2, usual - 16 * WINDOW)
         far = (match.end() for match in _WORD_END.finditer(text, usual, high))
-        for cut in chain(islice(_word_ends_before(text, low, usual), _TRIES), islice(far, _TRIES)):
+        for cut in chain(islice(word_ends_before(text, low, usual), _TRIES), islice(far, _TRIES)):
             if self._is_safe(text, cut):
                 return cut
         if high < limit:
@@ -69,7 +69,7 @@ class PieceCutter:
         return self.transform(left) + self.transform(right) == self.transform(left + right)
 
 
-def _word_ends_before(text: str, low: int, high: int) -> Iterator[int]:
+def word_ends_before(text: str, low: int, high: int) -> Iterator[int]:
     """Places from `low` on where a word ends, the last before `high` first: one of the first is taken, as a rule."""
     while high > low:
         start = max(low, high - WINDOW)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from fastlm.data import END_OF_TEXT, Manifest, PrepareConfig, Tokenizer, load_manifest, load_tokens, prepare
-from fastlm.data.pieces import WINDOW, PieceCutter
+from fastlm.data.pieces import WINDOW, PieceCutter, word_ends_before
 from fastlm.data.reading import (
     Separator,
     documents,
@@ -230,6 +230,13 @@ def test_encoding_pieces_equals_encoding_the_whole(kind):
         assert len(pieces) > len(text) / 250
         assert [token for piece in pieces for token in tokenizer.encode(piece)] == tokenizer.encode(text)
         assert cutter.forced == 0
+
+
+@given(text=st.text(st.sampled_from("ab_ .é9"), max_size=900), low=st.integers(1, 300), high=st.integers(0, 900))
+def test_ends_of_words_are_found_from_behind(text, low, high):
+    high = min(high, len(text))
+    forwards = [match.end() for match in re.finditer(r"(?<=[^\W_])(?=\W)", text[:high]) if match.end() >= low]
+    assert list(word_ends_before(text, low, high)) == forwards[::-1]
 
 
 def test_text_without_a_word_end_is_cut_and_counted():
