@@ -40,6 +40,12 @@ def count_unspaced(text: str) -> int:
     return int(_unspaced_units()[units].sum())
 
 
+def unspaced(codes: np.ndarray) -> np.ndarray:
+    """For each code point of an array whether it is of a script without blanks between words."""
+    bounds = np.array(_RANGES, np.uint32) + np.array([0, 1], np.uint32)
+    return np.searchsorted(bounds.reshape(-1), codes, side="right") % 2 == 1
+
+
 @functools.cache
 def _unspaced_units() -> np.ndarray:
     """For each unit of UTF-16 whether it is one of them, or the first of the two of one beyond the first plane."""
@@ -88,7 +94,7 @@ def _cut(text: str) -> list[str]:
     """What jieba finds, with the punctuation that follows a word."""
     words: list[str] = []
     blank = True
-    for word in _jieba().cut(text):
+    for word in jieba_tokenizer().cut(text):
         if word.isspace():
             blank = True
         elif blank or any(map(str.isalnum, word)):
@@ -113,7 +119,8 @@ def _kept(text: str, chinese: Segmenter) -> Words:
 
 
 @functools.cache
-def _jieba() -> Any:
+def jieba_tokenizer() -> Any:
+    """jieba with its own dictionary, loaded once (a second), and quietly."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its source holds invalid escapes, which are said when it is compiled
         import jieba

@@ -75,7 +75,7 @@ def definition(data: bytes, source: str, encoding: Encoding | None = None) -> st
             known = ", ".join(f"{count} ({kind.name})" for count, kind in KNOWN.items())
             raise DataError(f"{source}: has {len(ranks)} ranks, expected those of a published encoding: {known}")
         encoding = KNOWN[len(ranks)]
-    letters = _byte_letters()
+    letters = byte_letters()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocabulary = {names[token]: rank for token, rank in ranks.items()} | encoding.special
     merges = [(names[left], names[right]) for left, right in _merges(ranks)]
@@ -114,7 +114,7 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's letter for each byte: itself where it is printed in Latin-1, else one from U+0100 on."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastlm.data.clean import make_step
 from fastlm.data.clean.gopher import duplicate_gram_shares, duplicate_shares, paragraphs_of, top_gram_share
-from fastlm.data.clean.words import _ONE_UNSPACED, CHARACTERS_A_WORD, Words, _jieba, count_unspaced, words_of
+from fastlm.data.clean.words import _ONE_UNSPACED, CHARACTERS_A_WORD, Words, jieba_tokenizer, count_unspaced, words_of
 from fastlm.data.document import Document, Dropped
 
 
@@ -73,7 +73,7 @@ def test_words_of_chinese_are_counted_by_characters_or_by_jieba():
     assert words.count == pytest.approx(len(letters) / CHARACTERS_A_WORD)
     assert words.words == ["研", "究", "生", "命", "的", "起", "源，", "是", "科", "学", "家", "的", "工", "作。"]
     assert words.unspaced
-    cut = [word for word in _jieba().cut(text) if any(map(str.isalnum, word))]
+    cut = [word for word in jieba_tokenizer().cut(text) if any(map(str.isalnum, word))]
     assert Words(text, "jieba").count == len(cut)
     assert "".join(Words(text, "jieba").words) == text
     assert Words("an English sentence，with one 字").words == ["an", "English", "sentence，with", "one", "字"]
