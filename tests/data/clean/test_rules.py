@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastlm.data.clean import make_step
 from fastlm.data.clean.gopher import duplicate_gram_shares, duplicate_shares, paragraphs_of, top_gram_share
-from fastlm.data.clean.words import _ONE_UNSPACED, CHARACTERS_A_WORD, Words, jieba_tokenizer, count_unspaced, words_of
+from fastlm.data.clean.words import _ONE_UNSPACED, CHARACTERS_A_WORD, Words, count_unspaced, jieba_tokenizer, words_of
 from fastlm.data.document import Document, Dropped
 
 
