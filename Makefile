@@ -17,6 +17,11 @@ $(VENV)/.%: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*.cpp 
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
+# What an extra adds to the installed package, without building it anew.
+$(VENV)/.with-%: $(VENV)/.test
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) 'fastlm[$*]'
+	touch $@
+
 demo: $(VENV)/.train
 	$(BIN)/fastlm demo
 
@@ -32,8 +37,9 @@ test: $(VENV)/.test
 test-gpu-code: $(VENV)/.test
 	$(PYTEST) -m gpu_code
 
-# The package as a user builds it, ten times as many damaged inputs to every reader, and what takes long otherwise.
-test-slow: $(VENV)/.test
+# The package as a user builds it, ten times as many damaged inputs to every reader, and what takes long otherwise; Ray,
+# of 260 MB, for a cluster of two nodes.
+test-slow: $(VENV)/.test $(VENV)/.with-ray
 	$(PYTEST) -m slow
 	$(PYTEST) tests/data/test_data_fuzz.py tests/formats/test_fuzz_models.py tests/training/test_run_folder_fuzz.py
 
