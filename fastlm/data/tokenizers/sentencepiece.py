@@ -1,12 +1,14 @@
 """SentencePiece's .model files, Unigram and BPE: a protocol buffer, of which the fields that matter are read here.
 
-Field numbers are those of google/sentencepiece's src/sentencepiece_model.proto. Two differences stay, both of the
-tokenizers library: a combining mark is lost after a character that the model's normalization rewrites by itself, and of
-two ways to cut a text that have the same score, another may be taken.
+Field numbers are those of google/sentencepiece's src/sentencepiece_model.proto. Three differences stay, all of the
+tokenizers library: a combining mark is lost after a character that the model's normalization rewrites by itself, of two
+ways to cut a text that have the same score, another may be taken, and a text that is one piece of the user's and no
+more is that piece without the blank before it.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,7 +89,12 @@ def _normalizers(model: Model) -> list[Any]:
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.collapse:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.dummy_prefix:
+    own = [piece for piece, _, kind in model.pieces if kind == USER_DEFINED]
+    if model.dummy_prefix and own:
+        # The library looks for these pieces as they are normalized by themselves, which must put no blank before them.
+        alone = "|".join(re.sub(r"([^\w\s])", r"\\\1", piece.replace(MARK, " ")) for piece in own)
+        steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{alone})\z)(?=[\s\S])"), MARK))
+    elif model.dummy_prefix:
         steps.append(normalizers.Prepend(MARK))
     return [*steps, normalizers.Replace(" ", MARK)]
 
