@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from .dedup import ExactOptions, NearOptions
 from .pipeline.recipe import Recipe, load_recipe
 from .sources import FORMATS, SourceOptions
 from .sources.base import TEXT_COLUMN
+from .tokenizers.training import needs_sentencepiece
 
 TRAINED_KINDS = ("bpe", "wordpiece", "unigram")
 MOST_CHUNK_BYTES = 1 << 30
@@ -120,6 +122,8 @@ class PrepareConfig:
             raise ConfigError(f"vocab_size={self.vocab_size}, expected at least 257 (256 bytes and an end of text)")
         if self.tokenizer in TRAINED_KINDS and self.vocab_size < 16:
             raise ConfigError(f"vocab_size={self.vocab_size}, expected at least 16")
+        if self.tokenizer == "unigram" and find_spec("sentencepiece") is None:
+            raise needs_sentencepiece()  # before all of the text is read
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}, expected one of {', '.join(known)}")

@@ -132,7 +132,7 @@ def table(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{table}"], "a.jsonl: row 1: has no column 'text', but 'body', 'lang'; give --on-error skip"),
+        (["{table}"], "a.jsonl: row 1: has no column 'text', but 'body', 'lang'; name what is there with --text-col"),
         (["{table}", "--text-column", "body"], "a.jsonl: row 21: is not JSON (Expecting property name"),
         (
             ["{table}", "--text-column", "body", "--on-error", "skip", "--meta-columns", "tag"],

@@ -172,3 +172,15 @@ def test_no_kind_makes_a_special_token_of_text(models, tmp_path):
                     assert not set(names.values()) & set(ids), (kind, text, ids)
         seen.add(kind)
     assert len(seen) == 6 + len(SENTENCEPIECE)
+
+
+def test_a_unigram_says_how_many_ids_its_characters_need():
+    texts = [" ".join(chr(0x4E00 + (number * k) % 200) + "a" for k in range(1, 20)) for number in range(200)]
+    with pytest.raises(
+        DataError, match=r"^vocab_size=300: a Unigram on this text needs at least (\d+), for its"
+    ) as said:
+        Tokenizer.train_unigram(texts, 300)
+    least = int(str(said.value).split("least ")[1].split(",")[0])
+    assert Tokenizer.train_unigram(texts, least).vocab_size <= least
+    with pytest.raises(DataError, match="at least"):
+        Tokenizer.train_unigram(texts, least - 1)

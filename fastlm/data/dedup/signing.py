@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
+from ..compression import needs
 from .shingles import batches, constants, mixed, shingles
 from .stored import Stored
 
@@ -206,4 +206,4 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"duplicates are found with {name}, which is missing: pip install 'fastlm[data]'") from None
+        raise needs(name, "to find duplicates") from None

@@ -80,6 +80,13 @@ def _made(key: str, job: Job) -> list[Step]:
     return _steps[key]
 
 
+_CURES = {
+    "no column": "name what is there with --text-column or --id-column, or ",
+    "too long": "raise --max-document-bytes, or ",
+    "undecodable": "give the file's --encoding or --errors replace, or ",
+}
+
+
 def _rows(unit: Unit, job: Job) -> Iterator[Document | Bad]:
     yield from unit.rows
     for span in unit.spans:
@@ -91,7 +98,7 @@ def _through(steps: Sequence[Step], rows: Iterable[Document | Bad], tally: Tally
         found = row if isinstance(row, Bad) else _cleaned(steps, row, tally)
         if isinstance(found, Bad):
             if not skip:
-                raise DataError(f"{found}; give --on-error skip to leave such rows out")
+                raise DataError(f"{found}; {_CURES.get(found.kind, '')}give --on-error skip to leave such rows out")
             tally.add_bad(found)
         elif found is not None:
             tally.add_kept(found)

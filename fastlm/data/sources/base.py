@@ -18,7 +18,7 @@ class Bad(NamedTuple):
     """In place of a document that cannot be read.
 
     Attributes:
-        source, row: as of a `Document`.
+        source, row: as of a `Document`; row 0 for the whole file.
         kind: few and fixed, so that they can be counted: undecodable, malformed, no column, not text, too long,
             truncated, damaged.
         message: what was got, and what was expected.
@@ -30,7 +30,7 @@ class Bad(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        return f"{self.source}: row {self.row}: {self.message}"
+        return f"{self.source}: row {self.row}: {self.message}" if self.row else f"{self.source}: {self.message}"
 
 
 Rows = Iterator["Document | Bad"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -65,12 +66,20 @@ def _repeated(words: Counter[str], known: set[str]) -> Iterator[str]:
                 times -= now
 
 
+def needs_sentencepiece() -> ConfigError:
+    """For a Unigram where the package that trains it is not installed."""
+    return ConfigError(
+        "tokenizer=unigram needs the package sentencepiece: pip install sentencepiece, or fastlm's extra:"
+        " .[sentencepiece]"
+    )
+
+
 def train_unigram(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> str:
     """The definition of a Unigram with bytes for what it has no piece for."""
     try:
         import sentencepiece as library
     except ImportError:
-        raise ConfigError("tokenizer=unigram needs sentencepiece: pip install 'fastlm[sentencepiece]'") from None
+        raise needs_sentencepiece() from None
     made = io.BytesIO()
     library.set_random_generator_seed(0)
     try:
@@ -97,5 +106,9 @@ def train_unigram(texts: Iterable[str], vocab_size: int, special: Sequence[str])
             minloglevel=2,
         )
     except RuntimeError as error:
+        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise DataError(
+                f"vocab_size={vocab_size}: a Unigram on this text needs at least {found[1]}, for its characters"
+            ) from None
         raise DataError(f"unigram: SentencePiece cannot train on this text ({' '.join(str(error).split())})") from None
     return sentencepiece.definition(made.getvalue(), "unigram")

@@ -225,7 +225,7 @@ def test_a_reader_that_gives_too_few_texts_is_refused(tmp_path):
 
 
 def test_a_missing_library_is_named_with_the_extra():
-    with pytest.raises(DataError, match=r"no_such_library, which is missing: pip install 'fastlm\[data\]'"):
+    with pytest.raises(DataError, match=r"no_such_library is needed to find duplicates: .*extra: \.\[data\]"):
         library("no_such_library")
 
 
