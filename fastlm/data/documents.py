@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .._core.files import try_lock
+from .._core.files import remove_leftovers, staging, try_lock
 from ..errors import DataError
 from .config import PrepareConfig
 from .manifest import Manifest
@@ -130,6 +129,7 @@ def _step_report(spec: StepSpec, counts: dict[str, Any]) -> StepReport:
 @contextmanager
 def working_folder(folder: Path, keep: bool) -> Iterator[Path]:
     """The folder of shards, which no other process may use meanwhile; gone afterwards, unless a failure ends it."""
+    remove_leftovers(folder.parent, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -142,7 +142,8 @@ def working_folder(folder: Path, keep: bool) -> Iterator[Path]:
                 folder.rmdir()
             raise
         if not keep:
-            shutil.rmtree(folder)
+            with staging(folder) as temporary:  # gone at once: one that is killed here leaves nothing to go on from
+                os.replace(folder, temporary / folder.name)
     finally:
         os.close(descriptor)
 

@@ -274,14 +274,20 @@ def _duplicates(report: Report) -> str:
     kinds = report.get("duplicates")
     if not kinds:
         return ""
+    texts, groups = any("bytes" in kind for kind in kinds), any("groups" in kind for kind in kinds)
     rows = [
-        [_text(kind["kind"]), _number(kind.get("documents", 0)), _bytes(kind.get("bytes", 0)),
-         _number(kind["groups"]) if "groups" in kind else ""]
+        [
+            _text(kind["kind"]),
+            _number(kind.get("documents", 0)),
+            *([_bytes(kind["bytes"]) if "bytes" in kind else ""] if texts else []),
+            *([_number(kind["groups"]) if "groups" in kind else ""] if groups else []),
+        ]
         for kind in kinds
-    ]  # fmt: skip
+    ]
     shown = [(kind["kind"], kind["examples"]) for kind in kinds if kind.get("examples")]
     details = "".join(f"<details><summary>{_text(name)}</summary>{_examples(found)}</details>" for name, found in shown)
-    return _section("Duplicates", _table(["kind", "documents dropped", "text dropped", "groups"], rows) + details)
+    header = ["kind", "dropped", *(["text dropped"] if texts else []), *(["groups"] if groups else [])]
+    return _section("Duplicates", _table(header, rows) + details)
 
 
 def _masked(report: Report) -> str:
@@ -299,6 +305,7 @@ def _balance_table(key: str, table: Mapping[str, Mapping[str, int]], read: Mappi
     """Shares of documents and of bytes by the values of one key, the largest first."""
     if set(table) | set(read) == {UNKNOWN}:
         return ""
+    read = {} if set(read) == {UNKNOWN} else read  # what a step finds, nothing says of what was read
     values = {value: table.get(value, {}) for value in {*table, *read}}
     documents, size = (sum(row.get(name, 0) for row in values.values()) for name in ("documents", "bytes"))
     ordered = sorted(values, key=lambda value: (-values[value].get("bytes", 0), value))

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,48 @@ def test_killed_anywhere_and_run_again_gives_the_bytes_of_one_run(kills, steps, 
         process.wait()
     assert start(tmp_path / "killed" / "data", 2).wait() == 0
     assert contents(tmp_path / "killed" / "data") == contents(tmp_path / "whole" / "data")
+
+
+@pytest.mark.slow
+def test_killed_in_any_stage_with_any_workers_gives_the_bytes_of_one_run(corpus, tmp_path):
+    # Steps, signatures, near duplicates, repeated lines, training and tokens: each is where some of the kills fall.
+    lines = [json.dumps({"text": " ".join(f"word{n % (k + 7)}" for n in range(300))}) for k in range(1500)]
+    (tmp_path / "corpus" / "more.jsonl").write_text("\n".join(lines + lines[:500]) + "\n")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[[step]]\nname = "whitespace"\n[[step]]\nname = "gopher_repetition"\n[exact]\n[near]\n[lines]\nmost = 3\n'
+    )
+    arguments = ["prepare", str(tmp_path / "corpus"), "--glob", "*.jsonl", "*.gz", "*.txt"]
+    arguments += ["--document-separator", r"\n", "--recipe", str(recipe), "--vocab-size", "300"]
+    child = CHILD.replace("2000", "50_000")
+
+    def start(name, workers):
+        flags = ["--out", str(tmp_path / name / "data"), "--workers", str(workers)]
+        return subprocess.Popen([sys.executable, "-c", child, ".", *arguments, *flags], stdout=subprocess.DEVNULL)
+
+    times = []
+    for workers in (1, 2, 3):
+        begun = time.monotonic()
+        assert start(f"whole{workers}", workers).wait() == 0
+        times.append(time.monotonic() - begun)
+    whole = contents(tmp_path / "whole1" / "data")
+    assert contents(tmp_path / "whole2" / "data") == contents(tmp_path / "whole3" / "data") == whole
+    rng = random.Random(0)
+    data = tmp_path / "killed" / "data"
+    stages = set()
+    for part in range(12):
+        process = start("killed", 1 + part % 3)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(times) * (part + rng.random()) / 12)
+        process.kill()
+        process.wait()
+        if (data / "manifest.json").exists():  # the last file: all is there
+            break
+        stages.add(tuple(sorted({path.name.split(".", 1)[-1] for path in data.rglob("*")})))
+    else:
+        assert start("killed", 3).wait() == 0
+    assert {path.name: path.read_bytes() for path in data.glob("[!.]*")} == whole
+    assert len(stages) > 2
 
 
 def test_workers_end_with_their_parent(steps, corpus, tmp_path):

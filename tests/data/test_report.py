@@ -131,6 +131,19 @@ def test_a_table_of_many_sources_shows_the_largest_and_counts_all():
     assert "file-01000.txt" in page.text
 
 
+def test_what_was_not_counted_is_no_column():
+    kept = Balance().add_all(Document("words", "a.txt", i, {"language": "en"}) for i in range(3))
+    read = Balance().add_all(Document("words", "a.txt", i) for i in range(9))  # the language is found by a step
+    page = Page(render({"read": read.to_dict(), "kept": kept.to_dict()})).text
+    language = page[page.index("By language") :]
+    assert "(none)" not in language
+    assert "of those read" not in language
+    assert "of those read" in page[page.index("By source") : page.index("By language")]
+    assert "1 in all" in language
+    page = Page(render({"duplicates": [{"kind": "exact", "documents": 4}]})).text
+    assert page.endswith("Duplicates kind dropped exact 4")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, as `apt-get install chromium` brings it")
 def test_a_browser_shows_it_without_network_errors_or_overflow(tmp_path):
