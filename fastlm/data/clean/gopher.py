@@ -158,14 +158,16 @@ def gopher_repetition(
         return Dropped("duplicate_paragraph_characters")
     words = words_of(text, chinese)
     most = {2: max_top_2_gram, 3: max_top_3_gram, 4: max_top_4_gram}
-    pairs = _Pairs(words.words)
-    if (n := _first_top(words, pairs, most)) is not None:
+    if len(words.words) < 2:
+        return document
+    grams = _Grams(words.words)
+    if (n := _first_top(words, grams, most)) is not None:
         return Dropped(f"top_{n}_gram")
     most = {
         5: max_duplicate_5_grams, 6: max_duplicate_6_grams, 7: max_duplicate_7_grams,
         8: max_duplicate_8_grams, 9: max_duplicate_9_grams, 10: max_duplicate_10_grams,
     }  # fmt: skip
-    if (n := _first_duplicate(words, pairs, most)) is not None:
+    if (n := _first_duplicate(words, grams, most)) is not None:
         return Dropped(f"duplicate_{n}_grams")
     return document
 
@@ -226,50 +228,129 @@ def _size(words: Words, n: int) -> int:
     return math.ceil(n * words.scale)
 
 
-class _Pairs:
-    """What neighbours say of longer n-grams; by numpy in two thirds of a Counter's time, and half of it for characters.
+_LENGTH_BITS = 10  # of a number give way to the n-gram's length where characters are counted
+_LENGTH_MASK = np.uint32((1 << _LENGTH_BITS) - 1)
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_BASE = 0x2C1B3C6D
+
+
+class _Grams:
+    """A number for each n-gram of a text: equal n-grams have equal numbers, others nearly always different ones.
+
+    So none occurs more often than its number does, which bounds every share; where that leaves a rule open, the n-grams
+    themselves are counted. A word's number is made of its last eight bytes, by numpy for all words at once.
 
     Attributes:
         characters: of all words.
-        heaviest: characters in all occurrences of the pair that takes most, of those that occur twice.
-        again: a byte for each place, 1 where a pair begins that occurs twice.
+        lengths: (words,) uint32 of each, or a little more where some lie beyond the first plane.
     """
 
     def __init__(self, words: Sequence[str]):
-        index = dict(zip(dict.fromkeys(words), range(len(words)), strict=False))
-        ids = np.fromiter(map(index.__getitem__, words), np.int64, len(words))
-        lengths = np.fromiter(map(len, index), np.int64, len(index))
-        pairs, places, counts = np.unique(ids[:-1] * len(ids) + ids[1:], return_inverse=True, return_counts=True)
-        twice = counts > 1
-        first, second = divmod(pairs[twice], max(1, len(ids)))
-        self.characters = int(lengths[ids].sum())
-        self.heaviest = int((counts[twice] * (lengths[first] + lengths[second])).max(initial=0))
-        self.again = twice[places].tobytes()
+        text = " ".join(words)  # no word holds a blank
+        self.characters = len(text) - len(words) + 1
+        encoding, unit = ("ascii", 1) if text.isascii() else ("utf-16-le", 2)
+        load = 8 // unit
+        data = f"{' ' * load}{text} ".encode(encoding, "surrogatepass")
+        blanks = (np.frombuffer(data, f"<u{unit}")[load - 1 :] == ord(" ")).nonzero()[0]
+        self.lengths = (blanks[1:] - blanks[:-1] - 1).astype(np.uint32)
+        ends = np.ndarray(len(data) // unit - load, "<u8", data, strides=(unit,))[blanks[1:] - 1]
+        ends >>= _SHIFTS[unit].take(self.lengths, mode="clip")  # what lies before a word is shifted out
+        ends *= _FACTOR
+        ends >>= np.uint64(32)
+        self._numbers = {1: ends.astype(np.uint32)}
+
+    def numbers(self, size: int) -> np.ndarray:
+        """(words - size + 1,) uint32: the number of the n-gram of `size` words that begins at each word."""
+        if size not in self._numbers:
+            half = size // 2
+            count = max(0, len(self.lengths) - size + 1)
+            factor = np.uint32(pow(_BASE, half, 1 << 32))
+            self._numbers[size] = self.numbers(size - half)[:count] * factor + self.numbers(half)[size - half :]
+        return self._numbers[size]
+
+    def heaviest(self, size: int) -> float:
+        """No n-gram of `size` words that occurs twice has more characters than that in all its occurrences."""
+        if size * int(self.lengths.max()) > _LENGTH_MASK:
+            return math.inf
+        numbers = self.numbers(size) & ~_LENGTH_MASK
+        for first in range(size):
+            numbers += self.lengths[first : first + len(numbers)]
+        again = _repeated(numbers)
+        if not len(again):
+            return 0
+        lasts = np.concatenate((again[1:] != again[:-1], [True])).nonzero()[0]
+        counts = lasts + 2
+        counts[1:] -= lasts[:-1] + 1
+        return int((counts * (again[lasts] & _LENGTH_MASK)).max())
+
+    def again(self, size: int) -> np.ndarray:
+        """Where n-grams of `size` words begin that may occur more than once."""
+        numbers = self.numbers(size)
+        again = _repeated(numbers)
+        return (again.take(again.searchsorted(numbers), mode="clip") == numbers).nonzero()[0] if len(again) else again
+
+    def characters_from(self, starts: np.ndarray, size: int) -> int:
+        """The characters of the `size` words from each of `starts` on, some of them more than once."""
+        if not len(starts):
+            return 0
+        before = np.zeros(len(self.lengths) + 1, np.int64)
+        np.cumsum(self.lengths, out=before[1:])
+        return int((before.take(starts + size, mode="clip") - before[starts]).sum())
+
+    def duplicates(self, size: int, starts: np.ndarray) -> tuple[np.ndarray, int]:
+        """(which of `starts` begin n-grams that may occur more than once, at most how many characters occurred before).
+
+        The characters are those of n-grams of `size` words that occurred before, each once.
+        """
+        starts = starts[: starts.searchsorted(len(self.lengths) - size, side="right")]
+        numbers = self.numbers(size)[starts]
+        order = numbers.argsort(kind="stable")
+        equal = np.diff(numbers[order]) == 0
+        covered = np.zeros(len(self.lengths), np.bool_)
+        for place in range(size):
+            covered[starts[order[1:][equal]] + place] = True
+        repeated = np.zeros(len(starts), np.bool_)
+        repeated[order[1:][equal]] = repeated[order[:-1][equal]] = True
+        return starts[repeated], int(self.lengths[covered].sum())
 
 
-def _first_top(words: Words, pairs: _Pairs, most: Mapping[int, float]) -> int | None:
-    """The first n whose most frequent n-gram takes more than its share; counted only where a bound leaves it open.
+# By how many bits the last eight bytes of a word move, by its length in units of one byte or two.
+_SHIFTS = {unit: np.arange(64, -1, -8 * unit).astype(np.uint64) for unit in (1, 2)}
+
+
+def _repeated(numbers: np.ndarray) -> np.ndarray:
+    """What occurs more than once, in rising order: k times what occurs k + 1 times."""
+    numbers = np.sort(numbers)
+    return numbers[1:][numbers[1:] == numbers[:-1]]
+
+
+def _first_top(words: Words, grams: _Grams, most: Mapping[int, float]) -> int | None:
+    """The first n whose most frequent n-gram takes more than its share; counted only where bounds leave it open.
 
     No n-gram occurs more often than a pair of neighbours in it: its characters are at most those in all occurrences of
     the pair that takes most, times half of n.
     """
+    pair = grams.heaviest(2)
     for n, share in most.items():
-        size = _size(words, n)
-        bound = -(-size // 2) * pairs.heaviest
-        if bound > share * pairs.characters and top_gram_share(words.words, size) > share:
+        size, least = _size(words, n), share * grams.characters
+        if -(-size // 2) * pair > least and grams.heaviest(size) > least and top_gram_share(words.words, size) > share:
             return n
     return None
 
 
-def _first_duplicate(words: Words, pairs: _Pairs, most: Mapping[int, float]) -> int | None:
-    """The first n whose n-grams that occurred before take more than their share.
+def _first_duplicate(words: Words, grams: _Grams, most: Mapping[int, float]) -> int | None:
+    """The first n whose n-grams that occurred before take more than their share; counted where bounds leave it open.
 
-    An n-gram can occur again only where as many pairs of neighbours in a row do as it has: nowhere in most texts.
+    In most texts only a few words are repeated in a few places, and all that could be is less than any share.
     """
     sizes = [_size(words, n) for n in most]
-    in_a_row = bytes([1]) * (sizes[0] - 1)
-    if in_a_row not in pairs.again:
+    starts = grams.again(sizes[0])
+    if grams.characters_from(starts, sizes[-1]) <= min(most.values()) * grams.characters:
         return None
-    starts = [match.start() for match in re.finditer(b"(?=%b)" % in_a_row, pairs.again)]
-    shares = duplicate_gram_shares(words.words, sizes, starts)
-    return next((n for n, share in zip(most, shares, strict=True) if share > most[n]), None)
+    for (n, share), size in zip(most.items(), sizes, strict=True):
+        starts, characters = grams.duplicates(size, starts)  # only where this one is repeated can a longer one be
+        if characters > share * grams.characters:
+            [exact] = duplicate_gram_shares(words.words, [size], starts.tolist())
+            if exact > share:
+                return n
+    return None

@@ -115,8 +115,15 @@ TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
+# Words of which the last eight bytes are equal, words beyond ASCII and the first plane, and long ones.
+ALIKE = [letter + "ends-alike" for letter in "abcdefghijkl"] + ["über", "Ende“", "𝔞𝔟", "😀", "x" * 400, "y" * 1100]
+
+
 @given(
-    TEXTS | st.lists(st.sampled_from(WORDS[:40]), max_size=200) | st.permutations(WORDS[:30] + WORDS[:10] + WORDS[4:12])
+    TEXTS
+    | st.lists(st.sampled_from(WORDS[:40]), max_size=200)
+    | st.permutations(WORDS[:30] + WORDS[:10] + WORDS[4:12])
+    | st.lists(st.sampled_from(ALIKE), max_size=60)
 )
 @settings(max_examples=200, deadline=None)
 def test_short_cuts_never_hide_an_n_gram_that_takes_too_much(words):
