@@ -1,66 +1,61 @@
-"""Cleaning, exact and near deduplication beside datatrove's local pipeline, on a corpus whose duplicates are known.
-
-    python -m fastlm.benchmarks.deduplicate --text a.txt b.tsv --megabytes 100 --datatrove-python PYTHON --out FILE
+"""The part `documents` of `prepare`: a corpus whose duplicates are known, fastlm's side, and how well copies are found.
 
 Documents are drawn from the sentences of real English text; copies of some, and copies with a known share of words
-replaced, are put among them. Both read JSONL, filter, drop equal documents, then nearly equal ones at 0.8, and write
-JSONL, in two processes. datatrove runs under an interpreter of its own; rounds take turns.
+replaced, are put among them. fastlm and datatrove read JSONL, filter, drop equal documents, then nearly equal ones at
+0.8, and write JSONL, in two processes.
 
-Seconds are from the first file read to the last one written, without imports; CPU seconds are of the whole processes,
-imports included, and say more on a busy machine; memory is the peak of all processes' proportional set sizes.
+    python -m fastlm.benchmarks.deduplicate --run SOURCE WORK --workers N
+
+writes what stays to WORK/out and prints {"seconds", "dropped"}.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import multiprocessing
-import os
 import random
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
 from typing import Any
-
-import psutil
 
 from fastlm.data.dedup import ExactOptions, NearOptions, Shards, resolve, save, signatures
 from fastlm.data.document import Document
+from fastlm.errors import DataError
 
 THRESHOLD, NGRAM = 0.8, 5
+FILTER = "gopher_quality"
 SHARD_BYTES = 16 << 20
 EQUAL, NEAR = 0.1, 0.1  # shares of the documents that are copies, and copies with words replaced
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\w+")
 
 
-def write_corpus(files: Sequence[Path], folder: Path, megabytes: int, seed: int = 0) -> dict[str, Any]:
-    """Write shards of JSONL, and say which of their documents are copies.
+def write_corpus(files: Sequence[Path], folder: Path, size: int, seed: int = 0) -> dict[str, Any]:
+    """Write `size` bytes of JSONL in shards, and say which of their documents are copies.
+
+    Raises:
+        DataError: if the files hold no sentences.
 
     Returns:
         {"documents", "equal": [id, ...], "near": [[id, id of the original, Jaccard similarity], ...]}
     """
     rng = random.Random(seed)
     sentences = [s for file in files for s in _SENTENCE_END.split(file.read_text("utf-8")) if 40 < len(s) < 400]
+    if not sentences:
+        raise DataError(f"{', '.join(map(str, files))}: no sentences of 40 to 400 characters")
     vocabulary = sorted({word for sentence in sentences[::50] for word in _WORD.findall(sentence)})
     truth: dict[str, Any] = {"documents": 0, "equal": [], "near": []}
     recent: list[tuple[int, str]] = []  # a sample of those before, to copy
     folder.mkdir(parents=True)
     written = 0
-    for shard in range(-(-megabytes * 10**6 // SHARD_BYTES)):
+    for shard in range(-(-size // SHARD_BYTES)):
         with open(folder / f"{shard:05d}.jsonl", "w", encoding="utf-8") as out:
-            while written < min(megabytes * 10**6, (shard + 1) * SHARD_BYTES):
+            while written < min(size, (shard + 1) * SHARD_BYTES):
                 number, draw = truth["documents"], rng.random()
                 if recent and draw < EQUAL + NEAR:
                     original, text = rng.choice(recent)
@@ -175,107 +170,18 @@ def _ids(folder: Path) -> set[int]:
     return {int(json.loads(line)["id"]) for file in sorted(folder.glob("*.jsonl")) for line in _lines(file)}
 
 
-def measured(command: Sequence[str]) -> dict[str, Any]:
-    """Run a command whose last line is a JSON object, and add CPU seconds and the peak of memory to that."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
-        watch = Watch(process.pid)
-        watch.start()
-        status = process.wait()
-        watch.ended.set()
-        watch.join()
-        if status:
-            raise SystemExit(f"{command[0]} ended with {status}")
-        out.seek(0)
-        found = json.loads(out.read().splitlines()[-1])
-    return found | {"cpu_seconds": sum(watch.cpu_seconds.values()), "peak_mb": watch.peak / 1e6}
-
-
-class Watch(threading.Thread):
-    """Samples a process and all below it, since a parent is not told of what its grandchildren used."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__()
-        self.pid, self.peak, self.ended = pid, 0, threading.Event()
-        self.cpu_seconds: dict[int, float] = {}
-
-    def run(self) -> None:
-        while not self.ended.wait(0.05):
-            total = 0
-            for process in self._processes():
-                with contextlib.suppress(psutil.Error):  # ended meanwhile
-                    times = process.cpu_times()
-                    self.cpu_seconds[process.pid] = times.user + times.system
-                    total += process.memory_full_info().pss
-            self.peak = max(self.peak, total)
-
-    def _processes(self) -> list[psutil.Process]:
-        try:
-            root = psutil.Process(self.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.Error:
-            return []
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", help="files of real English text")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[100], help="sizes of corpora for fastlm")
-    parser.add_argument("--datatrove-python", help="an interpreter that has datatrove, for the first size")
-    parser.add_argument("--filter", default="gopher_quality", help='a step of cleaning, or "none"')
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="a folder with room for five times the largest corpus")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--run", type=Path, nargs=2, metavar=("SOURCE", "WORK"), help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> int:
-    options = _arguments()
-    if options.run:
-        source, work = options.run
-        pipeline = Pipeline(source, work, options.filter)
-        start = time.perf_counter()
-        counts = pipeline.run(options.workers)
-        print(json.dumps({"seconds": time.perf_counter() - start, "dropped": counts}))
-        return 0
-    settings = ["--filter", options.filter, "--workers", str(options.workers)]
-    ours = [sys.executable, "-m", "fastlm.benchmarks.deduplicate", *settings]
-    theirs = [options.datatrove_python, str(Path(__file__).with_name("datatrove_pipeline.py")), *settings]
-    rows = []
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        for number, megabytes in enumerate(options.megabytes):
-            source, work = Path(folder, "source"), Path(folder, "work")
-            truth = write_corpus(options.text, source, megabytes)
-            compared = {"fastlm": ours} | ({"datatrove": theirs} if options.datatrove_python and not number else {})
-            rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
-            scores = {}
-            for _ in range(options.rounds if len(compared) > 1 else 1):
-                for name, command in compared.items():
-                    rounds[name].append(measured([*command, "--run", str(source), str(work)]))
-                    scores[name] = score(work / "out", truth, work / "clean")
-                    shutil.rmtree(work)
-            for name in compared:
-                row = {
-                    "provider": name,
-                    "megabytes": megabytes,
-                    "documents": truth["documents"],
-                    "rounds": rounds[name],
-                }
-                row |= {key: median(one[key] for one in rounds[name]) for key in ("seconds", "cpu_seconds", "peak_mb")}
-                rows.append(row | scores[name])
-                print(json.dumps(rows[-1] | {"rounds": len(rounds[name])}), flush=True)
-            shutil.rmtree(source)
-    if options.out:
-        results = {
-            "format": "fastlm-deduplicate", "version": 1, "date": datetime.now(timezone.utc).date().isoformat(),
-            "cores": os.cpu_count(), "load": os.getloadavg()[0], "workers": options.workers, "filter": options.filter,
-            "threshold": THRESHOLD, "ngram": NGRAM, "rows": rows,
-        }  # fmt: skip
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, nargs=2, metavar=("SOURCE", "WORK"), required=True)
+    parser.add_argument("--filter", default=FILTER)
+    parser.add_argument("--workers", type=int, required=True)
+    options = parser.parse_args()
+    source, work = options.run
+    pipeline = Pipeline(source, work, options.filter)
+    start = time.perf_counter()
+    counts = pipeline.run(options.workers)
+    print(json.dumps({"seconds": time.perf_counter() - start, "dropped": counts}))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -34,7 +34,7 @@ class Options:
     shown are medians, the spread, the share of the roof measured in the same run, and peak memory. On a CPU
     each headline case runs twice: with freed memory kept by the C library, and as it comes.
 
-    See also: fastlm bench compare A.json B.json, fastlm bench report README.md RESULTS.json
+    See also: fastlm bench compare A.json B.json, fastlm bench report README.md RESULTS.json, fastlm bench prepare
     """
 
     op: Positional[Annotated[str, arg(metavar="[OP,...|train|generate|all]")]] = "all"
@@ -90,10 +90,47 @@ class ReportOptions:
     """write the plots of each file here, in a folder of the file's name"""
 
 
+@dataclass
+class PrepareOptions:
+    """Time the data pipeline beside datasets, tokenizers and datatrove, and watch the memory of fastlm prepare.
+
+    All work on the same bytes, real text repeated to size, in turns and in processes of their own. A peer that is not
+    there is named and left out; it may have an interpreter of its own.
+    """
+
+    text: tuple[Path, ...]
+    """files of real English text, UTF-8; a line of a .tsv is a document, elsewhere blank lines part them"""
+    megabytes: int = 500
+    """of text and of documents"""
+    memory_megabytes: tuple[int, ...] = (100, 500, 2000)
+    """of documents whose preparation is watched for memory"""
+    rounds: int = 5
+    """of each provider; shown are medians"""
+    workers: int = 2
+    """processes or threads of each provider"""
+    parts: Annotated[str, arg(metavar="PART,...")] = "tokens,documents,memory"
+    """what to measure"""
+    peers: Annotated[str, arg(metavar="PEER,...")] = "datasets,tokenizers,datatrove"
+    """who to compare with"""
+    datasets_python: Annotated[str, arg(metavar="PYTHON")] = ""
+    """an interpreter that has datasets and tokenizers; by default this one"""
+    datatrove_python: Annotated[str, arg(metavar="PYTHON")] = ""
+    """an interpreter that has datatrove; by default this one"""
+    tokenizer: Annotated[Path | None, arg(metavar="FILE")] = None
+    """a tokenizer.json; by default one of 32,000 tokens is trained on the start of the text"""
+    work: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """where to write, by default the system's temporary folder; it takes several times the largest size"""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """write the results here"""
+    report: Annotated[Path | None, arg(metavar="GUIDE.md")] = None
+    """write the table into this text, between <!-- bench:prepare --> and <!-- /bench -->"""
+
+
 def main(argv: list[str]) -> int:
     verbs: dict[str, tuple[type, Callable]] = {
         "compare": (CompareOptions, _compare),
         "report": (ReportOptions, _report),
+        "prepare": (PrepareOptions, _prepare),
     }
     if argv and argv[0] in verbs:
         kind, action = verbs[argv[0]]
@@ -264,3 +301,45 @@ def _report(options: ReportOptions) -> int:
         for path, results in zip(options.results, files, strict=True):
             plots.write(results, options.plot / path.stem)
     return 0
+
+
+def _prepare(options: PrepareOptions) -> int:
+    from ..benchmarks import prepare, prepare_report
+
+    _check_prepare(options)
+    pythons = {"datasets": options.datasets_python, "datatrove": options.datatrove_python}
+    plan = prepare.Plan(
+        options.text, options.megabytes, options.memory_megabytes, options.rounds, options.workers,
+        registry.known(_names(options.parts), prepare.PARTS, "part"),
+        registry.known(_names(options.peers), prepare.ALL_PEERS, "peer"),
+        {name: python for name, python in pythons.items() if python},
+        options.tokenizer, options.work,
+    )  # fmt: skip
+    results = Results(environment("cpu"))
+    prepare.run(plan, results, lambda line: print(line, file=sys.stderr, flush=True))
+    print_table(prepare_report.HEADERS, prepare_report.cells(results.rows), left=prepare_report.LEFT)
+    for said, met in prepare_report.goals(results.rows):
+        print(f"{'reached' if met else 'missed':<8} {said}")
+    if options.json:
+        results.save(options.json)
+    if options.report:
+        prepare_report.write(options.report, results)
+    return 1 if any(row.status in ("wrong", "failed") and row.provider == "fastlm" for row in results.rows) else 0
+
+
+def _check_prepare(options: PrepareOptions) -> None:
+    for name in ("megabytes", "rounds", "workers"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} is {shown(getattr(options, name))}, expected at least 1")
+    for size in options.memory_megabytes:
+        if size < 1:
+            raise ConfigError(f"memory_megabytes has {shown(size)}, expected at least 1")
+    if not options.text:
+        raise ConfigError("text is empty, expected files of real text")
+    for path in (*options.text, *filter(None, [options.tokenizer, options.report])):
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
+    if options.work is not None and not options.work.is_dir():
+        raise ConfigError(f"work is {options.work}, expected a folder that is there")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(f"{options.json}: the folder {options.json.parent} is not there")
