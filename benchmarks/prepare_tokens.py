@@ -62,7 +62,8 @@ def make_tokenizer(text: Path, path: Path, sample: int = 8 << 20) -> None:
 
 def encode(text: Path, tokenizer: Path, work: Path, workers: int) -> dict[str, Any]:
     """`fastlm.data.prepare` with an existing tokenizer; its threads are RAYON_NUM_THREADS."""
-    config = PrepareConfig((text,), work / "out", str(tokenizer), document_separator="blank-line", workers=workers)
+    options: dict[str, Any] = {"document_separator": "blank-line", "split": "documents", "workers": workers}
+    config = PrepareConfig((text,), work / "out", str(tokenizer), **options)
     start = time.perf_counter()
     manifest = prepare(config)
     seconds = time.perf_counter() - start
