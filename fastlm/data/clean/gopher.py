@@ -7,6 +7,7 @@ them. What repeats is what occurs again after its first time.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -232,6 +233,7 @@ _LENGTH_BITS = 10  # of a number give way to the n-gram's length where character
 _LENGTH_MASK = np.uint32((1 << _LENGTH_BITS) - 1)
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _BASE = 0x2C1B3C6D
+_UTF16 = np.dtype("<u2")
 
 
 class _Grams:
@@ -248,24 +250,22 @@ class _Grams:
     def __init__(self, words: Sequence[str]):
         text = " ".join(words)  # no word holds a blank
         self.characters = len(text) - len(words) + 1
-        encoding, unit = ("ascii", 1) if text.isascii() else ("utf-16-le", 2)
+        encoding, unit, dtype = ("ascii", 1, np.uint8) if text.isascii() else ("utf-16-le", 2, _UTF16)
         load = 8 // unit
         data = f"{' ' * load}{text} ".encode(encoding, "surrogatepass")
-        blanks = (np.frombuffer(data, f"<u{unit}")[load - 1 :] == ord(" ")).nonzero()[0]
+        blanks: np.ndarray = (np.frombuffer(data, dtype)[load - 1 :] == ord(" ")).nonzero()[0]
         self.lengths = (blanks[1:] - blanks[:-1] - 1).astype(np.uint32)
         ends = np.ndarray(len(data) // unit - load, "<u8", data, strides=(unit,))[blanks[1:] - 1]
         ends >>= _SHIFTS[unit].take(self.lengths, mode="clip")  # what lies before a word is shifted out
         ends *= _FACTOR
-        ends >>= np.uint64(32)
-        self._numbers = {1: ends.astype(np.uint32)}
+        self._numbers = {1: ends.view("<u4")[1::2].copy()}
 
     def numbers(self, size: int) -> np.ndarray:
         """(words - size + 1,) uint32: the number of the n-gram of `size` words that begins at each word."""
         if size not in self._numbers:
             half = size // 2
             count = max(0, len(self.lengths) - size + 1)
-            factor = np.uint32(pow(_BASE, half, 1 << 32))
-            self._numbers[size] = self.numbers(size - half)[:count] * factor + self.numbers(half)[size - half :]
+            self._numbers[size] = self.numbers(size - half)[:count] * _power(half) + self.numbers(half)[size - half :]
         return self._numbers[size]
 
     def heaviest(self, size: int) -> float:
@@ -316,6 +316,11 @@ class _Grams:
 
 # By how many bits the last eight bytes of a word move, by its length in units of one byte or two.
 _SHIFTS = {unit: np.arange(64, -1, -8 * unit).astype(np.uint64) for unit in (1, 2)}
+
+
+@functools.cache
+def _power(exponent: int) -> np.uint32:
+    return np.uint32(pow(_BASE, exponent, 1 << 32))
 
 
 def _repeated(numbers: np.ndarray) -> np.ndarray:
