@@ -196,6 +196,7 @@ def _in_turns(
                 continue
             told = json.loads(found.output.splitlines()[-1])
             samples[provider.name].append((told["seconds"], found))
+            note(f"    {told['seconds']:.1f} s")
             finish(provider.name, told)
     for name, row in rows.items():
         if row.status == "ok":

@@ -316,7 +316,12 @@ def _prepare(options: PrepareOptions) -> int:
         options.tokenizer, options.work,
     )  # fmt: skip
     results = Results(environment("cpu"))
-    prepare.run(plan, results, lambda line: print(line, file=sys.stderr, flush=True))
+    status = 0
+    try:
+        prepare.run(plan, results, lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted: what follows was measured before that", file=sys.stderr)
+        status = 130
     print_table(prepare_report.HEADERS, prepare_report.cells(results.rows), left=prepare_report.LEFT)
     for said, met in prepare_report.goals(results.rows):
         print(f"{'reached' if met else 'missed':<8} {said}")
@@ -324,7 +329,8 @@ def _prepare(options: PrepareOptions) -> int:
         results.save(options.json)
     if options.report:
         prepare_report.write(options.report, results)
-    return 1 if any(row.status in ("wrong", "failed") and row.provider == "fastlm" for row in results.rows) else 0
+    wrong = [row for row in results.rows if row.status in ("wrong", "failed") and row.provider == "fastlm"]
+    return status or (1 if wrong else 0)
 
 
 def _check_prepare(options: PrepareOptions) -> None:
