@@ -94,11 +94,7 @@ def _tokens(plan: Plan, results: Results, folder: Path, note: Callable[[str], No
     arguments = [str(text), str(tokenizer), str(folder / "work"), str(plan.workers)]
     told: dict[str, dict[str, Any]] = {}
 
-    def finish(name: str, found: dict[str, Any]) -> None:
-        told[name] = found
-        shutil.rmtree(folder / "work")
-
-    rows = _in_turns(plan, "tokens", providers, lambda command: [*command, *arguments], finish, note)
+    rows = _in_turns(plan, "tokens", providers, arguments, folder / "work", told.__setitem__, note)
     size = text.stat().st_size
     text.unlink()
     for row in rows:
@@ -135,9 +131,8 @@ def _documents(plan: Plan, results: Results, folder: Path, note: Callable[[str],
 
     def finish(name: str, found: dict[str, Any]) -> None:
         scores[name] = deduplicate.score(work / "out", truth, work / "clean")
-        shutil.rmtree(work)
 
-    rows = _in_turns(plan, "documents", providers, lambda command: [*command, *settings], finish, note)
+    rows = _in_turns(plan, "documents", providers, settings, work, finish, note)
     size = sum(file.stat().st_size for file in source.iterdir())
     shutil.rmtree(source)
     for row in rows:
@@ -176,11 +171,18 @@ def _in_turns(
     plan: Plan,
     part: str,
     providers: Sequence[_Provider],
-    command: Callable[[list[str]], list[str]],
+    arguments: Sequence[str],
+    work: Path,
     finish: Callable[[str, dict[str, Any]], None],
     note: Callable[[str], None],
 ) -> list[Row]:
-    """Rows of all providers, each round of one after that of the other; `finish` hears what each round told."""
+    """Rows of all providers, each round of one after that of the other.
+
+    Args:
+        arguments: what every command gets.
+        work: the folder that each writes to, made by it and removed after it.
+        finish: hears what each round told, while its folder is there.
+    """
     rows = {provider.name: _row(plan, part, provider, f"{plan.megabytes} MB") for provider in providers}
     samples: dict[str, list[tuple[float, Measured]]] = {provider.name: [] for provider in providers}
     for number in range(plan.rounds):
@@ -190,14 +192,15 @@ def _in_turns(
                 continue
             note(f"{part}, round {number + 1} of {plan.rounds}: {provider.name}")
             try:
-                found = measured(command(provider.command), _environment(plan))
+                found = measured([*provider.command, *arguments], _environment(plan))
+                told = json.loads(found.output.splitlines()[-1])
+                samples[provider.name].append((told["seconds"], found))
+                note(f"    {told['seconds']:.1f} s")
+                finish(provider.name, told)
             except CommandError as error:
-                row.status, row.reason = "failed", str(error)
-                continue
-            told = json.loads(found.output.splitlines()[-1])
-            samples[provider.name].append((told["seconds"], found))
-            note(f"    {told['seconds']:.1f} s")
-            finish(provider.name, told)
+                row.status, row.reason = "failed", str(error).replace(f"{work.parent}/", "")
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     for name, row in rows.items():
         if row.status == "ok":
             _fill(row, samples[name])

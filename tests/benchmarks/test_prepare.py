@@ -141,9 +141,29 @@ def test_a_missing_peer_is_named_and_left_out(tmp_path):
     def note(line):
         pytest.fail(line)
 
-    rows = prepare._in_turns(plan, "documents", [absent, nowhere], lambda c: c, lambda name, told: None, note)
+    rows = prepare._in_turns(plan, "documents", [absent, nowhere], [], tmp_path / "work", lambda name, told: None, note)
     assert [(row.provider, row.status) for row in rows] == [("datasets", "unsupported"), ("datatrove", "unsupported")]
     assert prepare_report.cells(rows)[0][-1] == absent.reason
+
+
+def test_a_peer_that_fails_leaves_the_others_a_clean_folder(tmp_path):
+    work = tmp_path / "work"
+    code = {
+        "a": "import os, sys; os.mkdir(sys.argv[1]); raise ValueError(sys.argv[1] + ' is no good')",
+        "b": "import os, sys; os.mkdir(sys.argv[1]); print('{\"seconds\": 2.5}')",
+    }
+    providers = [prepare._Provider(name, name, [sys.executable, "-c", line]) for name, line in code.items()]
+    told = []
+    plan = prepare.Plan([], 1, [], 2, 1)
+    rows = prepare._in_turns(
+        plan, "tokens", providers, [str(work)], work, lambda *found: told.append(found), lambda line: None
+    )
+    assert [(row.status, row.reason, row.median) for row in rows] == [
+        ("failed", "ValueError: work is no good", None),
+        ("ok", "", 2.5),
+    ]
+    assert told == [("b", {"seconds": 2.5})] * 2
+    assert not work.exists()
 
 
 def test_ratios_goals_and_the_table_of_a_guide(tmp_path):
