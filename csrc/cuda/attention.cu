@@ -1,7 +1,7 @@
 // Chooses attention's kernel by element type and head size; attention_fwd.cuh, attention_decode.cuh (few queries),
 // attention_bwd.cuh and attention_mask.cuh have the kernels, attention_fwd_<head size>.cu and
 // attention_bwd_<head size>.cu compile them. Hopper has its own kernels for the calls that attention_sm90.cu and
-// attention_bwd_sm90.cu serve.
+// attention_bwd_sm90.cu serve, Blackwell for those that attention_sm100.cu does.
 #include "attention.cuh"
 
 namespace fastlm::cuda {
@@ -85,6 +85,7 @@ void attention_fwd(const AttentionArgs& args) {
   if (args.partial)
     return for_kernel(args, [&](auto type, auto D) { attention_decode<decltype(type), D()>(params, args); });
   if (attention_fwd_serves_sm90(params, args)) return attention_fwd_sm90(params, args);
+  if (attention_fwd_serves_sm100(params, args)) return attention_fwd_sm100(params, args);
   for_kernel(args, [&](auto type, auto D) { attention_fwd<decltype(type), D()>(params, args); });
 }
 

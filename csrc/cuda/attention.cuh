@@ -34,11 +34,14 @@ struct AttentionParams {
   FASTLM_ANY float unit() const { return natural() ? kLog2e : general() ? 1.0f : scale * kLog2e; }
 };
 
-// attention_sm90.cu and attention_bwd_sm90.cu: whether a call runs on Hopper's own kernels, and those.
+// attention_sm90.cu, attention_bwd_sm90.cu and attention_sm100.cu: whether a call runs on Hopper's own kernels or on
+// Blackwell's, and those.
 bool attention_fwd_serves_sm90(const AttentionParams& params, const AttentionArgs& args);
 void attention_fwd_sm90(const AttentionParams& params, const AttentionArgs& args);
 bool attention_bwd_serves_sm90(const AttentionParams& params, const AttentionArgs& args);
 void attention_bwd_sm90(const AttentionParams& params, const AttentionArgs& args);
+bool attention_fwd_serves_sm100(const AttentionParams& params, const AttentionArgs& args);
+void attention_fwd_sm100(const AttentionParams& params, const AttentionArgs& args);
 
 // The sequence, head and rows of a block. `first` is its first query, or key where blocks own keys.
 struct Problem {

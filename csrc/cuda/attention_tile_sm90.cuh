@@ -57,15 +57,19 @@ TensorMap map_of(const Heads& x, int64_t batch, int64_t heads, int64_t rows, int
                        tile_rows);
 }
 
-// What both kernels ask of a call and of the GPU: sizes, dtype, none of the features that they leave out.
-inline bool sm90_serves(const AttentionParams& p, const AttentionArgs& args) {
+// What kernels on such tiles ask of a call: sizes, dtype, none of the features that they leave out.
+inline bool plain_on_panels(const AttentionParams& p, const AttentionArgs& args) {
+  if (args.type == (int)DType::f32 || p.D != p.Dv || (p.D != 64 && p.D != 128)) return false;
+  if (p.general() || p.drops || p.cu_q || args.left >= 0 || !p.vectors || p.S == 0) return false;
+  return has_map(p.q, p.B, p.H, p.T) && has_map(p.k, p.B, p.Hkv, p.S) && has_map(p.v, p.B, p.Hkv, p.S);
+}
+
+// What both of Hopper's ask of a call and of the GPU.
+inline bool sm90_serves([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const AttentionArgs& args) {
 #ifdef FASTLM_WITHOUT_SM90A
   return false;
 #else
-  if (args.type == (int)DType::f32 || p.D != p.Dv || (p.D != 64 && p.D != 128)) return false;
-  if (p.general() || p.drops || p.cu_q || args.left >= 0 || !p.vectors || p.S == 0) return false;
-  return has_map(p.q, p.B, p.H, p.T) && has_map(p.k, p.B, p.Hkv, p.S) && has_map(p.v, p.B, p.Hkv, p.S) &&
-         architecture() == 90 && has_tensor_maps();
+  return plain_on_panels(p, args) && architecture() == 90 && has_tensor_maps();
 #endif
 }
 
