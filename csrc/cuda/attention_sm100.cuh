@@ -36,7 +36,7 @@ struct BlackwellTile {
   static constexpr int kHalves = 2, kRows = 128;  // tiles of queries, rows of each
   static constexpr int M = kHalves * kRows, N = 128, kStages = 2, kPanels = D / kPanelColumns;
   static constexpr int kWarps = kWarpgroup / kWarp, kThreads = 4 * kWarpgroup;
-  static constexpr int kIssueRegisters = 40, kSoftmaxRegisters = 192, kCorrectionRegisters = 88;
+  static constexpr int kIssueRegisters = 48, kSoftmaxRegisters = 184, kCorrectionRegisters = 96;
   static_assert((kIssueRegisters + kHalves * kSoftmaxRegisters + kCorrectionRegisters) * kWarpgroup <= 64 * 1024);
   static_assert(kHalves * (N + D) <= kTensorColumns);
 
@@ -343,8 +343,8 @@ struct BlackwellCorrection {
     sync_warp();
     release(&tile.weights_full[h]);
   }
-  // Puts 0 in the place of values that are not finite.
-  FASTLM_DEVICE void clean(int n, int at) {
+  // Puts 0 in the place of values of tile `at` that are not finite.
+  FASTLM_DEVICE void clean(int at) {
     const int s = C::stage(at);
     barrier_wait(&tile.v_full[s], C::turn(at));
     T* const all = &tile.v[s][0][0][0];
@@ -403,7 +403,7 @@ FASTLM_DEVICE void correct(BlackwellTile<T, D>& tile, const AttentionParams& a, 
     if (pass > 0 && !(walk.is_cut() && tile.must_repeat())) return;
 #pragma unroll 1
     for (int n = 0; n < walk.tiles; ++n) {
-      if (pass > 0 && n >= walk.cut) mine.clean(n, walk.tiles + n);
+      if (pass > 0 && n >= walk.cut) mine.clean(walk.tiles + n);
 #pragma unroll
       for (int h = 0; h < C::kHalves; ++h) {
         if (n >= walk.of_half(h)) continue;
@@ -435,9 +435,7 @@ __global__ void __launch_bounds__(BlackwellTile<T, D>::kThreads, 1)
 #if FASTLM_SM100A
   using C = BlackwellTile<T, D>;
   static_assert(sizeof(C) <= kHopperSharedLimit);
-  const Problem p = locate<C::M, false>(a);
   C& tile = *shared_memory<C>();
-  const BlackwellWalk<C> walk(p, a.right);
   const int warp = shuffle(warp_index(), 0), warpgroup = warp / C::kWarps;  // the same for all lanes, as compilers see
   const bool holds_tensor = warp == 3 * C::kWarps;
   if (thread_index() == 0) tile.init();
@@ -445,16 +443,21 @@ __global__ void __launch_bounds__(BlackwellTile<T, D>::kThreads, 1)
   tensor_fence_before();
   sync_threads();
   tensor_fence_after();
+  // Each role finds its place for itself: what all of them held would take registers before these are handed round.
   if (warpgroup == 0) {
     give_registers<C::kIssueRegisters>();
-    if (warp == 0 && lane_index() == 0) load_tiles(tile, maps, p, p.head / (a.H / a.Hkv), walk);
-    if (warp == 1 && lane_index() == 0) issue_products(tile, walk);
+    if (lane_index() != 0 || warp > 1) return;
+    const Problem p = locate<C::M, false>(a);
+    const BlackwellWalk<C> walk(p, a.right);
+    warp == 0 ? load_tiles(tile, maps, p, p.head / (a.H / a.Hkv), walk) : issue_products(tile, walk);
   } else if (warpgroup < 3) {
     take_registers<C::kSoftmaxRegisters>();
-    soften(tile, a, p, warpgroup - 1, walk);
+    const Problem p = locate<C::M, false>(a);
+    soften(tile, a, p, warpgroup - 1, BlackwellWalk<C>(p, a.right));
   } else {
     give_registers<C::kCorrectionRegisters>();
-    correct(tile, a, p, walk);
+    const Problem p = locate<C::M, false>(a);
+    correct(tile, a, p, BlackwellWalk<C>(p, a.right));
     tensor_fence_before();
     sync_named(1, kWarpgroup);  // all rows have left tensor memory, and with them all else
     tensor_fence_after();
