@@ -83,6 +83,13 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [arch for arch in CUDA_ARCHS if f"sm_{arch.rstrip('a')}" in known]
 
 
+def archs_of(source: str, archs: list[str]) -> list[str]:
+    """What a source is compiled for: sm_100a in sm_100's place where its kernels need what sm_103 need not have."""
+    if not source.endswith("_sm100.cu"):
+        return archs
+    return list(dict.fromkeys("100a" if arch == "100" else arch for arch in archs))
+
+
 def cuda_runtime(nvcc: str) -> str:
     """The static runtime library of nvcc's toolkit: the module imports without a driver and needs no toolkit."""
     dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]  # nvcc may be a script elsewhere
@@ -138,9 +145,8 @@ def compile_cuda(folder: Path) -> list[str]:
     assert nvcc is not None
     folder.mkdir(parents=True, exist_ok=True)
     archs = cuda_archs(nvcc)
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    if "90a" not in archs:  # its kernels are there, but empty
-        targets.append("-DFASTLM_WITHOUT_SM90A")
+    has = {"90a": "90a" in archs, "100a": "100" in archs or "100a" in archs}
+    without = [f"-DFASTLM_WITHOUT_SM{arch.upper()}" for arch, there in has.items() if not there]  # empty kernels
     newest = max(path.stat().st_mtime for path in Path("csrc/cuda").iterdir())
 
     def compiled(source: str) -> str:
@@ -148,7 +154,8 @@ def compile_cuda(folder: Path) -> list[str]:
         if made.exists() and made.stat().st_mtime > newest:
             return str(made)
         partial = made.with_suffix(".partial.o")  # an interrupted compilation leaves no object that looks made
-        command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(partial)]
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs_of(source, archs)]
+        command = [nvcc, *CUDA_FLAGS, *targets, *without, "-c", source, "-o", str(partial)]
         print(" ".join(command))
         if subprocess.run(command).returncode != 0:
             raise CompileError(f"nvcc failed on {source}")

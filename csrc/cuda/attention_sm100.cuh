@@ -51,7 +51,7 @@ struct BlackwellTile {
   Barrier weights_full[kHalves];                       // by softmax, and by the correction: O has shrunk
   Barrier shrink_full[kHalves], shrink_empty[kHalves]; // from softmax to correction and back
   Barrier out_full[kHalves];                           // by the last products
-  Barrier cleaned;                                     // by the correction, of the second pass alone
+  Barrier cleaned[kStages];                            // by the correction, of the second pass alone
   Barrier judged;                                      // by the correction: it has looked at the sums
   uint32_t tensor;                                     // the address of tensor memory
   int non_finite;                                      // whether some sums are not finite
@@ -66,7 +66,7 @@ struct BlackwellTile {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
       barrier_init(&k_full[s], 1), barrier_init(&v_full[s], 1);
-      barrier_init(&k_empty[s], 1), barrier_init(&v_empty[s], 1);
+      barrier_init(&k_empty[s], 1), barrier_init(&v_empty[s], 1), barrier_init(&cleaned[s], kWarps);
     }
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
@@ -74,7 +74,7 @@ struct BlackwellTile {
       barrier_init(&weights_full[h], 2 * kWarps);
       barrier_init(&shrink_full[h], kWarps), barrier_init(&shrink_empty[h], kWarps);
     }
-    barrier_init(&cleaned, kWarps), barrier_init(&judged, kWarps);
+    barrier_init(&judged, kWarps);
     publish_barriers();
     non_finite = 0;
   }
@@ -180,7 +180,7 @@ FASTLM_DEVICE void issue_products(BlackwellTile<T, D>& tile, const BlackwellWalk
     for (int n = 0; n < walk.tiles; ++n) {
       const int at = loaded + n, s = C::stage(at), next = C::stage(at + 1);
       barrier_wait(&tile.v_full[s], C::turn(at));
-      if (pass > 0 && n >= walk.cut) barrier_wait(&tile.cleaned, (n - walk.cut) % 2);
+      if (pass > 0 && n >= walk.cut) barrier_wait(&tile.cleaned[s], C::turn(n - walk.cut));
       if (n + 1 < walk.tiles) barrier_wait(&tile.k_full[next], C::turn(at + 1));
 #pragma unroll
       for (int h = 0; h < C::kHalves; ++h) {
@@ -353,7 +353,7 @@ struct BlackwellCorrection {
       if (not_finite(all[i])) all[i] = from_float<T>(0.0f);
     fence_async();
     sync_warp();
-    release(&tile.cleaned);
+    release(&tile.cleaned[s]);
   }
   // Writes a half's rows, divided by their sums of weights; whether some of its sums are not finite.
   FASTLM_DEVICE bool finish(int h, int pass) {

@@ -68,6 +68,11 @@ struct Memory {
     static thread_local std::string name;
     return name;
   }
+  // Blocks that have freed it so far.
+  static int64_t& freed() {
+    static thread_local int64_t blocks = 0;
+    return blocks;
+  }
   Traffic& mine() { return traffic[thread_index()]; }
 };
 
@@ -260,6 +265,7 @@ inline void tensor_free(uint32_t address, FASTLM_LINE) {
     if (!traffic.stores.empty() || !traffic.loads.empty())
       emulation::fail("tensor memory is freed while thread " + std::to_string(thread) + " uses it");
   m.held = false;
+  ++blackwell::Memory::freed();
 }
 
 inline void tensor_fence_before() {
