@@ -21,6 +21,7 @@ from emulation import build
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("80", "86", "89", "90a", "100", "120")
+SAME = {"100": ("100", "100a")}  # whose own kernels are compiled for the latter alone
 REGISTERS = 64 * 1024  # of a multiprocessor
 
 
@@ -79,7 +80,7 @@ def kernels_built(built):
 
 
 def test_every_kernel_compiles_for_every_architecture(built, kernels_built):
-    names = {arch: {k["name"] for k in kernels_built if k["arch"] == arch} for arch in built.archs}
+    names = {arch: {k["name"] for k in kernels_built if k["arch"] in SAME.get(arch, (arch,))} for arch in built.archs}
     sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu*"))
     for declared in re.findall(r"__global__ void[^;{]*?(\w+_kernel)\(", sources):
         for arch in built.archs:
@@ -95,9 +96,10 @@ def test_nothing_spills(kernels_built):
 
 
 def test_registers_fit_a_block(kernels_built):
-    """The norms launch up to 512 threads, Hopper's 384, others 256: more registers and the launch would fail."""
+    """The norms and Blackwell's launch up to 512 threads, Hopper's 384, others 256: more and the launch would fail."""
+    most = {"norm": 512, "sm90": 384, "sm100": 512}
     for kernel in kernels_built:
-        threads = next((count for part, count in {"norm": 512, "sm90": 384}.items() if part in kernel["name"]), 256)
+        threads = next((count for part, count in most.items() if part in kernel["name"]), 256)
         assert int(kernel["registers"]) * threads <= REGISTERS, kernel
 
 
@@ -135,6 +137,38 @@ def test_hopper_kernels_use_its_instructions(built, stem, name, instructions):
             assert instruction in kernel, instruction
         assert "HMMA" not in kernel
     assert not re.findall(r".*\(C75\d\d\).*", built.log)
+
+
+# Of tcgen05: products and their commits, loads and stores of tensor memory, its allocation; TMA, mbarriers, setmaxnreg.
+TENSOR = ("UTCHMMA", "UTCBAR", "LDTM", "STTM", "UTCATOMSWS", "UTMALDG.4D", "SYNCS", "USETMAXREG")
+
+
+@pytest.mark.gpu_code
+def test_blackwell_kernels_use_its_instructions(tmp_path):
+    """Within the registers of 512 threads, without a stack, and without a product that is not tcgen05's."""
+    nvcc, tool, made = _nvcc(), _cuobjdump(), tmp_path / "attention_sm100.o"
+    if nvcc is None or tool is None:
+        pytest.skip("no nvcc, or no cuobjdump beside it or in Triton")
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc/cuda'}", "-Xptxas=-v", "-gencode=arch=compute_100a,code=sm_100a"]
+    command = [nvcc, *flags, "-c", ROOT / "csrc/cuda/attention_sm100.cu", "-o", made]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [match.groupdict() for match in ENTRY.finditer(done.stdout + done.stderr)]
+    assert len(found) == 4  # two head sizes, two dtypes
+    for kernel in found:
+        assert int(kernel["registers"]) <= 128  # handed round as 48, 184 and 96
+        assert (kernel["stack"], kernel["stores"], kernel["loads"]) == ("0", "0", "0"), kernel
+    assert not re.findall(r".*\(C75\d\d\).*", done.stdout + done.stderr)
+    code = subprocess.run([tool, "--dump-sass", made], capture_output=True, text=True).stdout
+    kernels = code.split("Function : ")[1:]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        for instruction in TENSOR:
+            assert instruction in kernel, instruction
+        # of each half: scores in steps of 16 columns, before the loop and in it, and 128 keys in steps of 16
+        size = 64 if "ELi64E" in kernel.split("\n")[0] else 128
+        assert kernel.count("UTCHMMA") == 4 * size // 16 + 2 * 128 // 16
+        assert not re.search(r"\b(HMMA|HGMMA|IMMA)\b", kernel)
 
 
 def test_the_module_imports_without_a_driver(built, tmp_path):

@@ -102,48 +102,49 @@ inline void check_written(const Memory& m, int first, int columns) {
     if (m.writing[column]) emulation::fail("a load of sums that are not there yet, column " + std::to_string(column));
 }
 
-// As hopper::Product's, with the fields of sm_100: the element at `offset` bytes before the swizzle.
-inline uint16_t element(uint64_t descriptor, int64_t offset) {
+// As hopper::Product's, with the fields of sm_100: eight neighbours, `offset` bytes from the start before the swizzle.
+inline void read_chunk(uint64_t descriptor, int64_t offset, uint16_t (&to)[8]) {
   if (descriptor >> 61 != 2) emulation::fail("a descriptor of tcgen05 without the 128-byte swizzle");
   if ((descriptor >> 46 & 3) != 1) emulation::fail("a descriptor of tcgen05 without its version");
   const int start = hopper::Product::field(descriptor, 0);
   if ((descriptor >> 49 & 15) || start % 1024 >= 128)
     emulation::fail("a descriptor of tcgen05 of a panel that does not start at a multiple of 1024 bytes");
   const auto* at = emulation::block().shared + hopper::swizzled(start + (int)offset);
-  emulation::check_shared(at, 2, "tcgen05.mma");
-  hopper::check_fenced(at, 2);
-  uint16_t word;
-  std::memcpy(&word, at, sizeof word);
-  return word;
+  emulation::check_shared(at, sizeof to, "tcgen05.mma");
+  hopper::check_fenced(at, sizeof to);
+  std::memcpy(to, at, sizeof to);
 }
-inline uint16_t element_of_rows(uint64_t descriptor, int row, int k) {
-  return element(descriptor, (int64_t)row / 8 * hopper::Product::field(descriptor, 32) + row % 8 * kPanelRowBytes + 2 * k);
+// Rows `row`, columns k on; and rows k, columns n on.
+inline void read_row(uint64_t descriptor, int row, int k, uint16_t (&to)[8]) {
+  read_chunk(descriptor, (int64_t)row / 8 * hopper::Product::field(descriptor, 32) + row % 8 * kPanelRowBytes + 2 * k, to);
 }
-inline uint16_t element_of_columns(uint64_t descriptor, int k, int n) {
-  return element(descriptor, (int64_t)n / 64 * hopper::Product::field(descriptor, 16) + n % 64 * 2 +
-                                 (int64_t)k / 8 * hopper::Product::field(descriptor, 32) + k % 8 * kPanelRowBytes);
+inline void read_column(uint64_t descriptor, int k, int n, uint16_t (&to)[8]) {
+  read_chunk(descriptor, (int64_t)n / 64 * hopper::Product::field(descriptor, 16) + n % 64 * 2 +
+                             (int64_t)k / 8 * hopper::Product::field(descriptor, 32) + k % 8 * kPanelRowBytes, to);
 }
 
+// left: (128, 16), right: (16, n).
 inline void read_operands(const Memory& m, const Issued& product, std::vector<uint16_t>& left,
                           std::vector<uint16_t>& right) {
   const int n = product.n();
+  uint16_t chunk[8];
   left.resize(kLanes * 16), right.resize((size_t)(16 * n));
   for (int row = 0; row < kLanes; ++row)
-    for (int k = 0; k < 16; ++k) {
-      uint16_t& x = left[(size_t)(16 * row + k)];
-      if (product.from_tensor) {
-        const int column = (int)(product.a & 0xFFFF) + k / 2;
+    for (int k = 0; k < 16; k += 8) {
+      for (int i = 0; i < 8 && product.from_tensor; ++i) {
+        const int column = (int)(product.a & 0xFFFF) + (k + i) / 2;
         check_published(m, row, column, -1);
-        x = (uint16_t)(m.word[row][column] >> k % 2 * 16);
-      } else {
-        x = element_of_rows(product.a, row, k);
+        chunk[i] = (uint16_t)(m.word[row][column] >> i % 2 * 16);
       }
+      if (!product.from_tensor) read_row(product.a, row, k, chunk);
+      std::copy(chunk, chunk + 8, &left[(size_t)(16 * row + k)]);
     }
   const bool mn_major = product.instruction >> 16 & 1;
-  for (int k = 0; k < 16; ++k)
-    for (int column = 0; column < n; ++column)
-      right[(size_t)(n * k + column)] =
-          mn_major ? element_of_columns(product.b, k, column) : element_of_rows(product.b, column, k);
+  for (int i = 0; i < 16 * n; i += 8) {
+    const int k = mn_major ? i / n : i % 16, column = mn_major ? i % n : i / 16;
+    mn_major ? read_column(product.b, k, column, chunk) : read_row(product.b, column, k, chunk);
+    for (int e = 0; e < 8; ++e) right[(size_t)(mn_major ? n * k + column + e : n * (k + e) + column)] = chunk[e];
+  }
 }
 
 inline void check_instruction(uint32_t instruction) {

@@ -122,8 +122,11 @@ __global__ void products(const __grid_constant__ TensorMap a, const __grid_const
                   k > 0);
     umma_commit(&tile.out_full);
   }
-  sync_warp();
-  if (allocates && fault == Fault::freed_too_early) tensor_free(tensor);
+  if (fault == Fault::freed_too_early) {
+    sync_threads();
+    if (allocates) tensor_free(tensor);
+    sync_threads();
+  }
   wait_tensor(&tile.out_full, 0);
   float sums[2][32];
   for (int i = 0; i < 2; ++i) tensor_load(sums[i], mine + kOut + 32 * i);
