@@ -34,7 +34,7 @@ namespace fastlm::cuda {
 template <class T, int D>
 struct BlackwellTile {
   static constexpr int kHalves = 2, kRows = 128;  // tiles of queries, rows of each
-  static constexpr int M = kHalves * kRows, N = 128, kStages = 2, kPanels = D / kPanelColumns;
+  static constexpr int M = kHalves * kRows, N = 128, kStages = 256 / D, kPanels = D / kPanelColumns;
   static constexpr int kWarps = kWarpgroup / kWarp, kThreads = 4 * kWarpgroup;
   static constexpr int kIssueRegisters = 48, kSoftmaxRegisters = 184, kCorrectionRegisters = 96;
   static_assert((kIssueRegisters + kHalves * kSoftmaxRegisters + kCorrectionRegisters) * kWarpgroup <= 64 * 1024);

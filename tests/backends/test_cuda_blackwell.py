@@ -1,4 +1,4 @@
-"""Attention's forward pass on Blackwell's own instructions: parity on the emulated GPU, what it serves, its machine code.
+"""Attention's forward pass on Blackwell's own instructions: parity on the emulated GPU, what it serves, mistakes.
 
 The emulation takes its instructions' encodings from the PTX ISA; csrc/cuda/blackwell.cuh lists what that does not show.
 Backward passes there are of the portable kernels, which its log-sum-exp has to suit.
@@ -23,8 +23,8 @@ from tolerances import assert_as_close_as_torch
 on_cuda = pytest.mark.parametrize("kernels", [CUDA], indirect=True)
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation alone")
 
-# (B, H, Hkv, T, S): two rows, half a tile less a row, whole tiles, a second tile of queries with rows and without, tails
-# of both kinds, more keys than the ring holds, grouped heads, more queries than keys and the reverse.
+# (B, H, Hkv, T, S): two rows, a half less a row, whole tiles, a second half with rows and without, tails of both kinds,
+# more keys than the ring holds, grouped heads, more queries than keys and the reverse.
 SIZES = [
     (1, 1, 1, 2, 2),
     (1, 2, 1, 127, 200),
@@ -290,7 +290,8 @@ def test_it_is_not_chosen_unproved(monkeypatch, archs):
     monkeypatch.setattr(_native_cuda, "unusable", lambda: None)
     monkeypatch.setattr(_native_cuda, "architectures", lambda: archs)
     _dispatch.clear_cache()
-    request = _dispatch.Request("cuda", torch.bfloat16)
+    features = {"head_dim": 128, "mask": "none", "dropout": False, "lse": False, "window": False, "softcap": False}
+    request = _dispatch.Request("cuda", torch.bfloat16, tuple(features.items()), size=(5, 12, 12, 8))
     assert _dispatch._choose("scaled_dot_product_attention", request, None) == "torch"
     assert _dispatch._choose("scaled_dot_product_attention", request, "cuda") == "cuda"
     _dispatch.clear_cache()

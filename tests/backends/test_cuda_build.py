@@ -143,6 +143,19 @@ def test_hopper_kernels_use_its_instructions(built, stem, name, instructions):
 TENSOR = ("UTCHMMA", "UTCBAR", "LDTM", "STTM", "UTCATOMSWS", "UTMALDG.4D", "SYNCS", "USETMAXREG")
 
 
+@pytest.mark.parametrize(
+    ("archs", "own"),
+    [(["80", "90a", "100", "120"], ["80", "90a", "100a", "120"]), (["100", "100a"], ["100a"]), (["90a"], ["90a"])],
+)
+def test_blackwell_kernels_are_compiled_for_its_instructions(archs, own):
+    """In the place of sm_100, of which a GPU would find two versions otherwise; other files are compiled as asked."""
+    code = "import setuptools; setuptools.setup = dict; import runpy; of = runpy.run_path('setup.py')['archs_of']; "
+    code += f"print([of(name, {archs}) for name in ('csrc/cuda/attention_sm100.cu', 'csrc/cuda/attention_sm90.cu')])"
+    env = {**os.environ, "FASTLM_CUDA": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == str([own, archs]), done.stderr
+
+
 @pytest.mark.gpu_code
 def test_blackwell_kernels_use_its_instructions(tmp_path):
     """Within the registers of 512 threads, without a stack, and without a product that is not tcgen05's."""
