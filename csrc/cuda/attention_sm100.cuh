@@ -1,12 +1,12 @@
 // Attention forward for Blackwell (sm_100a): out = softmax(scale q k^T) v, full or causal, head sizes 64 and 128, bf16
 // and fp16, by an online softmax whose scores, weights and sums stay in tensor memory.
 //
-// A block owns two tiles of 128 queries of one head, and has four warpgroups. Warp 0 has TMA load the queries once, and
-// keys and values in tiles of 128 into a ring of two stages each. Warp 1 issues all products: S = q k^T into tensor
-// memory, then O += P v with P from there. A softmax warpgroup a tile of queries has a row a thread: it reads its scores
+// A block owns two tiles of 128 queries of one head, its halves, and has four warpgroups. Warp 0 has TMA load the
+// queries once, and keys and values in tiles of 128 into a ring of stages. Warp 1 issues all products: S = q k^T into
+// tensor memory, then O += P v with P from there. A half's softmax warpgroup has a row a thread: it reads its scores
 // without a shuffle, writes the 16-bit weights P over them, and says by how much the sums so far have to shrink; the
-// correction warpgroup multiplies O by that, and in the end brings O to memory. The softmax of one tile of queries runs
-// under the products of the other. Tiles of keys beyond a tile's diagonal are skipped.
+// correction warpgroup multiplies O by that, and in the end brings O to memory. The softmax of one half runs under the
+// products of the other. Tiles of keys beyond a half's diagonal are skipped.
 //
 // The shift of a row's exponentials, its highest score at first, is raised only where the highest score has grown by
 // more than 8 powers of two: until then weights are at most 256, which both types hold, O need not be touched, and the
@@ -21,80 +21,13 @@
 // Tensor memory, 512 columns: scores of both tiles (2 x 128, weights in the lower half of each), sums (2 x D).
 //
 // FLOPs: 4 D for each pair of query and key in a tile that is not skipped. Bytes: q, out and lse once; k and v once for
-// each 256 queries, mostly from L2. The plan is that of FlashAttention-4 (Shah et al., published description), the code
+// each 256 queries, mostly from L2. The plan is that of FlashAttention-4 (Zadouri et al. 2026, as published), the code
 // is not. No step has been timed: the kernel has not run on a GPU; blackwell.cuh says what the emulation leaves open.
 #pragma once
 
-#include <blackwell.cuh>
-
-#include "attention_sm90.cuh"  // the walk over the keys, values that are not finite
+#include "attention_tile_sm100.cuh"
 
 namespace fastlm::cuda {
-
-template <class T, int D>
-struct BlackwellTile {
-  static constexpr int kHalves = 2, kRows = 128;  // tiles of queries, rows of each
-  static constexpr int M = kHalves * kRows, N = 128, kStages = 256 / D, kPanels = D / kPanelColumns;
-  static constexpr int kWarps = kWarpgroup / kWarp, kThreads = 4 * kWarpgroup;
-  static constexpr int kIssueRegisters = 48, kSoftmaxRegisters = 184, kCorrectionRegisters = 96;
-  static_assert((kIssueRegisters + kHalves * kSoftmaxRegisters + kCorrectionRegisters) * kWarpgroup <= 64 * 1024);
-  static_assert(kHalves * (N + D) <= kTensorColumns);
-
-  // (half, panel, row), (stage, panel, row); `out` is where rows turn into lines of memory.
-  T q[kHalves][kPanels][kRows][kPanelColumns];
-  T k[kStages][kPanels][N][kPanelColumns];
-  T v[kStages][kPanels][N][kPanelColumns];
-  T out[kRows][D];
-  float shrink[kHalves][kRows];  // a row's factor for O: at each tile but the first, and the last one after the tiles
-  Barrier q_full[kHalves], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  Barrier scores_full[kHalves];                        // by the products
-  Barrier weights_full[kHalves];                       // by softmax, and by the correction: O has shrunk
-  Barrier shrink_full[kHalves], shrink_empty[kHalves]; // from softmax to correction and back
-  Barrier out_full[kHalves];                           // by the last products
-  Barrier cleaned[kStages];                            // by the correction, of the second pass alone
-  Barrier judged;                                      // by the correction: it has looked at the sums
-  uint32_t tensor;                                     // the address of tensor memory
-  int non_finite;                                      // whether some sums are not finite
-
-  FASTLM_DEVICE static int stage(int n) { return n % kStages; }
-  FASTLM_DEVICE static int turn(int n) { return n / kStages % 2; }
-  // In tensor memory: columns of a half's scores, weights and sums.
-  FASTLM_DEVICE static int scores_column(int half) { return half * N; }
-  FASTLM_DEVICE static int out_column(int half) { return kHalves * N + half * D; }
-
-  FASTLM_DEVICE void init() {
-#pragma unroll
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(&k_full[s], 1), barrier_init(&v_full[s], 1);
-      barrier_init(&k_empty[s], 1), barrier_init(&v_empty[s], 1), barrier_init(&cleaned[s], kWarps);
-    }
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      barrier_init(&q_full[h], 1), barrier_init(&scores_full[h], 1), barrier_init(&out_full[h], 1);
-      barrier_init(&weights_full[h], 2 * kWarps);
-      barrier_init(&shrink_full[h], kWarps), barrier_init(&shrink_empty[h], kWarps);
-    }
-    barrier_init(&judged, kWarps);
-    publish_barriers();
-    non_finite = 0;
-  }
-
-  FASTLM_DEVICE bool must_repeat() {
-    wait_tensor(&judged, 0);
-    return non_finite != 0;
-  }
-};
-
-// A block's tiles of keys: those of all its queries, and how many each half goes over, 0 for one without queries.
-template <class C>
-struct BlackwellWalk : KeyWalk {
-  int upper, lower;
-
-  FASTLM_DEVICE BlackwellWalk(const Problem& p, int right)
-      : KeyWalk(p, right, C::M, C::N), upper(divided_up(smaller(p.S, smaller(p.first + C::kRows, p.T) + right), C::N)),
-        lower(p.first + C::kRows < p.T ? tiles : 0) {}
-  FASTLM_DEVICE int of_half(int h) const { return h == 0 ? upper : lower; }
-};
 
 // One thread of warp 0: loads.
 template <class T, int D>
@@ -113,7 +46,8 @@ FASTLM_DEVICE void load_tiles(BlackwellTile<T, D>& tile, const HopperMaps& maps,
 #pragma unroll 1
   for (; n < 2 * walk.tiles; ++n) {
     if (n == walk.tiles && !(walk.is_cut() && tile.must_repeat())) break;
-    const int j0 = n % walk.tiles * C::N, s = C::stage(n), emptied = C::turn(n) ^ 1;  // the first turn waits for nothing
+    const int j0 = n % walk.tiles * C::N, s = C::stage(n);
+    const int emptied = C::turn(n) ^ 1;  // the first turn waits for nothing
     const auto load = [&](T(&to)[C::kPanels][C::N][kPanelColumns], const TensorMap& map, Barrier* full,
                           Barrier* empty) {
       wait_tensor(empty, emptied);
@@ -144,7 +78,8 @@ struct BlackwellProducts {
 #pragma unroll
     for (int column = 0; column < D; column += 16) {
       const int panel = column / kPanelColumns, in_panel = column % kPanelColumns;
-      umma_shared(tensor + C::scores_column(half), umma_descriptor(&tile.q[half][panel][0][in_panel], 16, 8 * kPanelRowBytes),
+      umma_shared(tensor + C::scores_column(half),
+                  umma_descriptor(&tile.q[half][panel][0][in_panel], 16, 8 * kPanelRowBytes),
                   umma_descriptor(&tile.k[s][panel][0][in_panel], 16, 8 * kPanelRowBytes),
                   umma_instruction<T, C::N, false>(), column > 0);
     }
@@ -198,66 +133,14 @@ FASTLM_DEVICE void issue_products(BlackwellTile<T, D>& tile, const BlackwellWalk
   }
 }
 
-// 2^x for x up to 100 without the special function unit, by a polynomial of degree 4 on [-1/2, 1/2] that is 1 at 0, whose
-// greatest relative error is least: 2.9e-6 in fp32. Exactly 0 below 2^-127, and for NaN.
-FASTLM_DEVICE float exp2_polynomial(float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = fmaxf(x, -127.0f);
-  const float shifted = x + kShift, f = x - (shifted - kShift);
-  float p = fmaf(0.009582855738699436f, f, 0.05590642988681793f);
-  p = fmaf(p, f, 0.24024099111557007f);
-  p = fmaf(p, f, 0.6931241750717163f);
-  return times_power(fmaf(p, f, 1.0f), shifted);
-}
-
-// A thread's row: the shift of its exponentials in units of products, and their sum.
-struct BlackwellRow {
-  static constexpr float kSlack = 8;  // powers of two
-  float shift = -kInfinity, sum = 0;
-
-  // Turns scores into weights, packed in pairs, hands them to `store` 32 at a time; returns what earlier weights have to
-  // be multiplied by, which `tell` receives before the weights are made.
-  template <class T, int N, class Tell, class Store>
-  FASTLM_DEVICE void step(float (&scores)[N / 32][32], float unit, const Tell& tell, const Store& store) {
-    float most[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) most[i] = scores[0][i];
-#pragma unroll
-    for (int j = 4; j < N; ++j) most[j % 4] = max_or_nan(most[j % 4], scores[j / 32][j % 32]);
-    const float highest = max_or_nan(max_or_nan(most[0], most[1]), max_or_nan(most[2], most[3]));
-    float shrink = 1;
-    if ((highest - shift) * unit > kSlack) {  // true for the first tile, unless it has no key for the row
-      shrink = exp2_approx((shift - highest) * unit);
-      shift = highest;
-    }
-    tell(shrink);
-    const float pivot = shift == -kInfinity ? 0 : shift * unit;
-    float added[4] = {};
-#pragma unroll
-    for (int c = 0; c < N / 32; ++c) {
-      uint32_t word[16];
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const float x = fmaf(scores[c][i], unit, -pivot);
-        scores[c][i] = i % 8 < 2 ? exp2_polynomial(x) : exp2_approx(x);
-        added[i % 4] += scores[c][i];
-      }
-#pragma unroll
-      for (int i = 0; i < 16; ++i) word[i] = packed<T>(scores[c][2 * i], scores[c][2 * i + 1]);
-      store(c, word);
-    }
-    sum = fmaf(sum, shrink, (added[0] + added[1]) + (added[2] + added[3]));
-    if (!(highest * unit < kInfinity)) sum = __builtin_nanf("");  // by NaN or infinity, which the polynomial loses
-  }
-};
-
 // A softmax warpgroup, of half h.
 template <class T, int D>
 FASTLM_DEVICE void soften(BlackwellTile<T, D>& tile, const AttentionParams& a, const Problem& p, int h,
                           const BlackwellWalk<BlackwellTile<T, D>>& walk) {
   using C = BlackwellTile<T, D>;
   const ScoreRules<T> rules(a, p, p.head);
-  const int row = thread_index() % kWarpgroup, first = p.first + h * C::kRows, i = first + row, tiles = walk.of_half(h);
+  const int row = thread_index() % kWarpgroup, tiles = walk.of_half(h);
+  const int first = p.first + h * C::kRows, i = first + row;
   const int keys = i < p.T ? smaller(p.S, i + a.right + 1) : 0;  // that this row attends to
   const uint32_t scores_at = tile.tensor + C::scores_column(h) + ((uint32_t)(row / kWarp * kWarp) << 16);
   const float unit = a.scale * kLog2e;
@@ -286,8 +169,11 @@ FASTLM_DEVICE void soften(BlackwellTile<T, D>& tile, const AttentionParams& a, c
         for (int j = 0; j < C::N; ++j)
           if (j0 + j >= keys) scores[j / 32][j % 32] = -kInfinity;
       state.template step<T, C::N>(
-          scores, unit, [&](float shrink) { if (n > 0) tell(shrink); },
-          [&](int c, const uint32_t(&word)[16]) { tensor_store(scores_at + 16 * c, word); });
+          scores, unit,
+          [&](float shrink) {
+            if (n > 0) tell(shrink);
+          },
+          [&](int c, const uint32_t (&word)[16]) { tensor_store(scores_at + 16 * c, word); });
       tensor_publish();
       sync_warp();
       release(&tile.weights_full[h]);
@@ -309,8 +195,8 @@ struct BlackwellCorrection {
   const Problem& p;
   const Rows<T> out;
   const int row, warp_row;  // this thread's row of a half, the first one of its warp
-  const uint32_t tensor;    // at this warp's lanes
-  int taken[C::kHalves];    // factors so far
+  const uint32_t tensor;  // at this warp's lanes
+  int taken[C::kHalves];  // factors so far
 
   FASTLM_DEVICE BlackwellCorrection(C& t, const AttentionParams& a, const Problem& problem)
       : tile(t), p(problem), out(rows_of<T>(a.out, p.b, p.head, 0, p.T, D, true)), row(thread_index() % kWarpgroup),

@@ -1,17 +1,17 @@
 // Instructions of sm_100a: tensor memory, products of one thread (tcgen05.mma) whose sums stay there, and loads and
-// stores between it and registers. mbarriers, TMA and setmaxnreg are hopper.cuh's. tests/emulation/blackwell.cuh has the
-// same names for a CPU.
+// stores between it and registers. mbarriers, TMA and setmaxnreg are hopper.cuh's. tests/emulation/blackwell.cuh has
+// the same names for a CPU.
 //
 // Encodings, by the PTX ISA 8.6 (sections of "tcgen05": "Tensor Memory Addressing", "Shared memory descriptor",
 // "Instruction descriptor", "Data path layout"), compared with CUTLASS's mma_sm100_desc.hpp:
 //   Tensor memory has 128 lanes of 512 columns of 32 bits; an address has the lane in bits 16 to 31, the column in 0 to
 //   15. Warp w of a warpgroup reaches lanes 32 w to 32 w + 31, its lane i the tensor memory's lane 32 w + i.
-//   A product's sums (128, N) in fp32 take a lane a row, a column a column. A left operand (128, 16) there takes a lane a
-//   row, eight columns of two 16-bit elements each, the lower k in the lower half.
-//   Tiles in shared memory are hopper.cuh's panels. A descriptor has the start address / 16 in bits 0 to 13, the leading
-//   offset / 16 in 16 to 29, the stride offset / 16 in 32 to 45, the version, 1, in 46 and 47, a base offset of 0 in 49
-//   to 51, the leading offset's mode, 0, in 52, and the swizzle in 61 to 63: 2 for 128 bytes. Offsets mean what they do
-//   for wgmma.
+//   A product's sums (128, N) in fp32 take a lane a row, a column a column. A left operand (128, 16) there takes a lane
+//   a row, eight columns of two 16-bit elements each, the lower k in the lower half.
+//   Tiles in shared memory are hopper.cuh's panels. A descriptor has the start address / 16 in bits 0 to 13, the
+//   leading offset / 16 in 16 to 29, the stride offset / 16 in 32 to 45, the version, 1, in 46 and 47, a base offset of
+//   0 in 49 to 51, the leading offset's mode, 0, in 52, and the swizzle in 61 to 63: 2 for 128 bytes. Offsets mean what
+//   they do for wgmma.
 //   An instruction descriptor has the type of the sums in bits 4 and 5 (1: fp32), of the left operand in 7 to 9 and of
 //   the right one in 10 to 12 (0: fp16, 1: bf16), whether they are MN-major in 15 and 16, N / 8 in 17 to 22, M / 16 in
 //   24 to 28; all else is 0.
@@ -41,10 +41,11 @@ constexpr int kTensorColumns = 512;
 // Reserves all of tensor memory and has its address written to shared memory; waits while another block holds some. One
 // warp calls, and the same one frees it when no product, load or store is under way.
 FASTLM_DEVICE void tensor_alloc(uint32_t* address) {
-  asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;\n"
-               "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" ::"r"(shared_address(address)),
-               "n"(kTensorColumns)
-               : "memory");
+  asm volatile(
+      "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;\n"
+      "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" ::"r"(shared_address(address)),
+      "n"(kTensorColumns)
+      : "memory");
 }
 FASTLM_DEVICE void tensor_free(uint32_t address) {
   asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, %1;" ::"r"(address), "n"(kTensorColumns) : "memory");
@@ -66,11 +67,10 @@ FASTLM_DEVICE void wait_tensor(Barrier* b, int parity) {
 #define FASTLM_X16(x, n, c) FASTLM_X8(x, n, c), FASTLM_X8(x, n + 8, c)
 #define FASTLM_X32(x, c) FASTLM_X16(x, 0, c), FASTLM_X16(x, 16, c)
 #define FASTLM_FIRST16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define FASTLM_FIRST32 \
-  FASTLM_FIRST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTLM_FIRST32 FASTLM_FIRST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
 // Loads 32 columns of this thread's lane; a whole warp calls, with the address of its first lane. x is not there before
-// tensor_wait_loads. In other units than columns: the address counts columns of 32 bits.
+// tensor_wait_loads.
 FASTLM_DEVICE void tensor_load(float (&x)[32], uint32_t address) {
 #define FASTLM_OUT(x) "=f"(x)
   asm volatile("tcgen05.ld.sync.aligned.32x32b.x32.b32 {" FASTLM_FIRST32 "}, [%32];"
@@ -126,23 +126,25 @@ template <class T, int N, bool MN_MAJOR>
 FASTLM_ANY constexpr uint32_t umma_instruction() {
   static_assert(N % 16 == 0 && N >= 16 && N <= 256);
   const uint32_t type = std::is_same_v<T, bf16> ? 1 : 0;
-  return 1u << 4 | type << 7 | type << 10 | (uint32_t)MN_MAJOR << 16 | (uint32_t)(N / 8) << 17 | (uint32_t)(128 / 16) << 24;
+  return 1u << 4 | type << 7 | type << 10 | (uint32_t)MN_MAJOR << 16 | (uint32_t)(N / 8) << 17 | 128u / 16 << 24;
 }
 
 // Products: sums (128, N) in tensor memory = a b, added to what is there where `add`. b is in shared memory; a too, or
 // in tensor memory. One thread issues and commits all of them; they are done when a barrier has got the arrival of a
 // commit that came after them. Until then neither sums nor operands may be touched.
 FASTLM_DEVICE void umma_shared(uint32_t sums, uint64_t a, uint64_t b, uint32_t instruction, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\n"
-               "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, add;\n}" ::"r"(sums),
-               "l"(a), "l"(b), "r"(instruction), "r"((int)add)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\n"
+      "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, add;\n}" ::"r"(sums),
+      "l"(a), "l"(b), "r"(instruction), "r"((int)add)
+      : "memory");
 }
 FASTLM_DEVICE void umma_tensor(uint32_t sums, uint32_t a, uint64_t b, uint32_t instruction, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\n"
-               "tcgen05.mma.cta_group::1.kind::f16 [%0], [%1], %2, %3, add;\n}" ::"r"(sums),
-               "r"(a), "l"(b), "r"(instruction), "r"((int)add)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\n"
+      "tcgen05.mma.cta_group::1.kind::f16 [%0], [%1], %2, %3, add;\n}" ::"r"(sums),
+      "r"(a), "l"(b), "r"(instruction), "r"((int)add)
+      : "memory");
 }
 // Arrives at the barrier once, when all products that this thread has issued are done.
 FASTLM_DEVICE void umma_commit(Barrier* b) {

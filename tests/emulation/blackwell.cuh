@@ -1,8 +1,8 @@
 // The names of csrc/cuda/blackwell.cuh on a CPU, as strict as the PTX ISA lets hardware be: products run only when
 // someone has to wait for the barrier of a commit that came after them, in the order of their issue; until then their
-// sums may not be touched, and an operand that changes is an error; descriptors are decoded bit by bit; loads from tensor
-// memory land when they are waited for, until then registers hold NaN; stores too, and products and other threads may
-// read them only when the thread that wrote has published them.
+// sums may not be touched, and an operand that changes is an error; descriptors are decoded bit by bit; loads from
+// tensor memory land when they are waited for, until then registers hold NaN; stores too, and products and other
+// threads may read them only when the thread that wrote has published them.
 #pragma once
 
 #include <deque>
@@ -116,11 +116,13 @@ inline void read_chunk(uint64_t descriptor, int64_t offset, uint16_t (&to)[8]) {
 }
 // Rows `row`, columns k on; and rows k, columns n on.
 inline void read_row(uint64_t descriptor, int row, int k, uint16_t (&to)[8]) {
-  read_chunk(descriptor, (int64_t)row / 8 * hopper::Product::field(descriptor, 32) + row % 8 * kPanelRowBytes + 2 * k, to);
+  const int64_t group = (int64_t)row / 8 * hopper::Product::field(descriptor, 32);
+  read_chunk(descriptor, group + row % 8 * kPanelRowBytes + 2 * k, to);
 }
 inline void read_column(uint64_t descriptor, int k, int n, uint16_t (&to)[8]) {
-  read_chunk(descriptor, (int64_t)n / 64 * hopper::Product::field(descriptor, 16) + n % 64 * 2 +
-                             (int64_t)k / 8 * hopper::Product::field(descriptor, 32) + k % 8 * kPanelRowBytes, to);
+  const int64_t group = (int64_t)k / 8 * hopper::Product::field(descriptor, 32);
+  const int64_t panel = (int64_t)n / 64 * hopper::Product::field(descriptor, 16);
+  read_chunk(descriptor, panel + n % 64 * 2 + group + k % 8 * kPanelRowBytes, to);
 }
 
 // left: (128, 16), right: (16, n).
@@ -217,8 +219,8 @@ inline void run_until(const Barrier* b) {
 inline int lane_at(const char* what, uint32_t address) {
   const int first = warp_index() % 4 * kWarp;
   if ((int)(address >> 16) != first)
-    emulation::fail(std::string(what) + " of lane " + std::to_string(address >> 16) + " by a warp that reaches lanes from " +
-                    std::to_string(first) + " on");
+    emulation::fail(std::string(what) + " of lane " + std::to_string(address >> 16) +
+                    " by a warp that reaches lanes from " + std::to_string(first) + " on");
   return first + lane_index();
 }
 
@@ -331,7 +333,7 @@ template <class T, int N, bool MN_MAJOR>
 constexpr uint32_t umma_instruction() {
   static_assert(N % 16 == 0 && N >= 16 && N <= 256);
   const uint32_t type = std::is_same_v<T, bf16> ? 1 : 0;
-  return 1u << 4 | type << 7 | type << 10 | (uint32_t)MN_MAJOR << 16 | (uint32_t)(N / 8) << 17 | (uint32_t)(128 / 16) << 24;
+  return 1u << 4 | type << 7 | type << 10 | (uint32_t)MN_MAJOR << 16 | (uint32_t)(N / 8) << 17 | 128u / 16 << 24;
 }
 inline void umma_shared(uint32_t sums, uint64_t a, uint64_t b, uint32_t instruction, bool add) {
   blackwell::issue({nullptr, sums, instruction, add, false, a, b, {}, {}});

@@ -53,9 +53,6 @@ struct Shared {
   uint32_t tensor;
 };
 
-// Shared memory's bits change one way where a mistake asks for it.
-FASTLM_DEVICE void spoil(bf16& x) { x.bits ^= 1; }
-
 // out (128, 64) = (a (128, 64) b (128, 64)^T / 4) c (128, 64): the first product's sums, rounded, are the second's left
 // operand.
 __global__ void products(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
@@ -89,7 +86,7 @@ __global__ void products(const __grid_constant__ TensorMap a, const __grid_const
                   descriptor(&tile.a[0][k], 16), descriptor(&tile.b[0][k], 16), umma_instruction<bf16, 128, false>(),
                   k > 0);
     if (fault != Fault::no_commit) umma_commit(&tile.scores_full);
-    if (fault == Fault::operand_overwritten) spoil(tile.a[5][7]);
+    if (fault == Fault::operand_overwritten) tile.a[5][7].bits ^= 1;
   }
   const int warp_row = warp_index() * kWarp, row = thread_index();
   const uint32_t mine = tensor + ((uint32_t)(fault == Fault::wrong_lanes ? 0 : warp_row) << 16);
@@ -117,9 +114,10 @@ __global__ void products(const __grid_constant__ TensorMap a, const __grid_const
   if (thread_index() == (fault == Fault::two_issuers ? 32 : 0)) {
     wait_tensor(&tile.weights_full, 0);
     for (int k = 0; k < kRows; k += 16)
-      umma_tensor(tensor + kOut, tensor + kScores + k / 2, descriptor(tile.c[k], (int)sizeof(tile.c)),
-                  fault == Fault::wrong_major ? umma_instruction<bf16, 64, false>() : umma_instruction<bf16, 64, true>(),
-                  k > 0);
+      umma_tensor(
+          tensor + kOut, tensor + kScores + k / 2, descriptor(tile.c[k], (int)sizeof(tile.c)),
+          fault == Fault::wrong_major ? umma_instruction<bf16, kK, false>() : umma_instruction<bf16, kK, true>(),
+          k > 0);
     umma_commit(&tile.out_full);
   }
   if (fault == Fault::freed_too_early) {
