@@ -1,6 +1,7 @@
 """Errors a user can cause. Each is also the built-in kind that a caller would expect to catch."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -38,3 +39,9 @@ def shown(value: Any, write: Callable[[Any], str] = repr) -> str:
         return f"a {type(value).__name__} nested too deeply"
     text = text if len(text) <= 80 else f"{text[:77]}..."
     return text if text.isprintable() else text.encode("unicode_escape").decode()  # one line, whatever it is
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """The tail of an error message that offers the closest valid name, if one is close."""
+    close = difflib.get_close_matches(name[:80].replace("-", "_"), valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

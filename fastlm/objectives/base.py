@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, nearest, shown
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -58,12 +60,27 @@ class Objective(ABC):
         decides: the field of its evaluations that says which of two models is the better one.
         higher_is_better: of that field.
         units: of the loss, for people.
+        costs: the fields of its evaluations of which less is better.
+        metrics: the fields that may decide, the default first; () where they are not known before an evaluation.
     """
 
     name: ClassVar[str]
-    decides: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
+    decides: str = "loss"
+    higher_is_better: bool = False
     units: ClassVar[str] = ""
+    costs: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte", "bits_per_char")
+    metrics: tuple[str, ...] = ()
+
+    def decide_by(self, metric: str) -> None:
+        """Let another field of the evaluations decide.
+
+        Raises:
+            ConfigError: for one that is not in `metrics`.
+        """
+        if self.metrics and metric not in self.metrics:
+            wanted = " or ".join(self.metrics)
+            raise ConfigError(f"metric is {shown(metric)}, expected {wanted}{nearest(metric, self.metrics)}")
+        self.decides, self.higher_is_better = metric, metric not in self.costs
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], positions: Sequence[int]) -> Batch:
@@ -82,10 +99,13 @@ class Objective(ABC):
         `model(...)` is what `compile` compiles; other methods of the model, as BERT's `loss`, run as they are written.
         """
 
-    def score(self, model: Callable[..., Any], batch: Batch) -> dict[str, float]:
-        """Sums over a batch of held-out examples, by name; `evaluation` gets their totals."""
+    def score(self, model: Callable[..., Any], batch: Batch) -> dict[str, Any]:
+        """Sums over a batch of held-out examples by name, or lists with what each gave.
+
+        `evaluation` gets the totals of the sums, and the lists of all batches one behind the other.
+        """
         return {"loss": self.loss(model, batch).item() * batch.targets}
 
-    def evaluation(self, totals: dict[str, float], targets: int) -> Evaluation:
+    def evaluation(self, totals: dict[str, Any], targets: int) -> Evaluation:
         """The result of held-out examples with so many targets, from the totals of what `score` gave."""
         return Evaluation(totals["loss"] / targets)

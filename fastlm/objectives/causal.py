@@ -14,6 +14,10 @@ from torch import Tensor
 from ..data.packing import Segments
 from ..ops.cross_entropy import IGNORE_INDEX
 from .base import Batch, Evaluation, Objective
+from .common.setup import Setup
+from .common.task import Task
+from .common.text import PreparedText
+from .registry import objective
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Causal(Objective):
             return model(batch["tokens"], batch["targets"], cu_seqlens=batch["cu_seqlens"])
         return model(batch["tokens"], batch["targets"])
 
-    def evaluation(self, totals: dict[str, float], targets: int) -> TextEvaluation:
+    def evaluation(self, totals: dict[str, Any], targets: int) -> TextEvaluation:
         loss = totals["loss"] / targets
         bits = loss / math.log(2)
         return TextEvaluation(loss, bits * self.tokens_per_byte, bits * self.tokens_per_char, targets)
@@ -93,3 +97,12 @@ def _in_a_row(pairs: list[tuple[np.ndarray, np.ndarray]], lengths: list[np.ndarr
     bounds = np.cumsum(np.concatenate([[0], *lengths])).astype(np.int32)
     tensors = {"tokens": tokens, "targets": targets, "cu_seqlens": bounds}
     return Batch({name: torch.from_numpy(x) for name, x in tensors.items()}, tokens.size)
+
+
+@objective("causal", summary="predict each token from those before it", models=("gpt", "llama"))
+def causal(setup: Setup) -> Task:
+    """On prepared text, of one corpus or of several."""
+    config, text = setup.config, PreparedText(setup)
+    examples, held_out = text.examples(config.context_length, config.eval_tokens)
+    goal = Causal(text.tokens_per_byte, text.tokens_per_char, config.separate_documents)
+    return text.task(setup.model(text.vocab_size), goal, examples, held_out)

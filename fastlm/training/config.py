@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import torch
+from typing import Any, Literal, get_type_hints
 
 from .._core.files import replace_text
-from ..errors import ConfigError, ConfigFileError, shown
-from ..runtime import memory_of
+from ..errors import ConfigError, ConfigFileError, nearest, shown
+from ..objectives.common.models import MODELS
+from ..objectives.registry import checked, objectives, settings_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,11 +25,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 MAX_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 MOST_BYTES = 1 << 14  # of a file of settings: two long paths and comments; a name of many dots takes its square
-BLOCK_BYTES = 30_000  # of Python objects in a Transformer block, whatever its width
 
 # Where each group of fields starts; only the printed and saved form uses it.
 GROUPS = {
+    "objective": "what is trained, and for what",
     "data": "input and output",
+    "text_column": "tables",
     "batch_size": "data",
     "n_layer": "model",
     "learning_rate": "optimizer",
@@ -48,12 +47,27 @@ class TrainConfig:
         ConfigError: on a value of the wrong type or outside its range, naming the field.
     """
 
-    data: str = ""  # folder that `fastlm prepare` wrote, or several of one tokenizer with commas between them
+    objective: str = "causal"  # what the model is trained for
+    model: str = ""  # what is trained; empty: the objective's own, or what `init` holds
+    init: str = ""  # begin with the weights and tokenizer of a Hugging Face folder, GGUF file or run
+    new_head: bool = False  # drop a head of `init` that does not fit the objective
+    tokenizer: str = ""  # for tables: file or folder with one; empty: that of `init`
+    metric: str = ""  # number of an evaluation that decides which checkpoint is the best; empty: the objective's own
+
+    data: str = ""  # folders that `fastlm prepare` wrote, of one tokenizer, with commas between them; or tables
     data_weights: str = ""  # shares of several folders in training, such as 0.7,0.3; empty: by their size
     out: str = "runs/train"  # run folder: checkpoints, metrics, plot
+    export: str = ""  # Hugging Face folder that the best model is written to at the end
     log_interval: int = 10  # steps between lines of metrics.jsonl
     eval_interval: int = 250  # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 1_048_576  # validation tokens read by one evaluation; 0 reads the whole split
+
+    text_column: str = "text"  # column or key of a table that holds the text
+    pair_column: str = ""  # that holds a second text, which belongs to the first
+    label_column: str = "label"  # that holds what is to be predicted
+    validation: str = ""  # table of held-out examples; empty: a share of the rows
+    validation_share: float = 0.1  # of the rows, by a hash of their text
+    truncation: Literal["end", "start", "middle", "drop", "refuse"] = "end"  # where a longer text is cut, or else
 
     batch_size: int = 16  # sequences in one forward pass
     gradient_accumulation: int = 1  # forward passes added up into one step
@@ -78,6 +92,7 @@ class TrainConfig:
     decay_steps: int = 0  # step at which the schedule reaches its minimum; 0: max_steps
     min_lr_ratio: float = 0.1  # floor of the schedule, as a part of learning_rate
     max_steps: int = 5000  # optimizer steps
+    epochs: float = 0.0  # passes over the examples, which then say max_steps; 0: as max_steps says
     max_minutes: float = 0.0  # stops earlier than max_steps, and the schedule follows the clock; 0: no limit
     patience: int = 0  # stop after so many evaluations without a better validation loss; 0: never
     max_bad_steps: int = 5  # skipped steps in a row (loss or gradient not finite) before giving up
@@ -88,9 +103,12 @@ class TrainConfig:
     compile: bool = False  # torch.compile the model: slow first step, then faster
     keep_freed_memory: bool = True  # glibc only: reuse freed tensors' pages and never return them
 
+    options: Any = None  # the objective's own settings: an instance of its dataclass, a mapping, or None for defaults
+
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
-            setattr(self, name, _checked(name, getattr(self, name), kind))
+            setattr(self, name, checked(name, getattr(self, name), kind))
+        self.options = settings_of(self.objective, self.options)
         _check_ranges(self)
 
     @property
@@ -98,7 +116,9 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation * self.context_length
 
     def to_dict(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+        """Every setting by name, and the objective's own, if it has any, as a table of the objective's name."""
+        own = dataclasses.asdict(self.options)
+        return {name: getattr(self, name) for name in field_types()} | ({self.objective: own} if own else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -107,14 +127,22 @@ class TrainConfig:
         Raises:
             ConfigError: on an unknown key (with the nearest valid one), a wrong type or a bad value.
         """
-        for name in values:
-            if name not in field_types():
-                raise ConfigError(f"unknown key {shown(name)}{nearest(name, list(field_types()))}")
-        return cls(**values)
+        objective = values.get("objective", cls.objective)
+        flat = {name: value for name, value in values.items() if name != objective}
+        for name in flat:
+            if name in field_types():
+                continue
+            if name in objectives() and isinstance(flat[name], dict):
+                raise ConfigError(f"there are settings of {name}, but objective is {objective!r}")
+            raise ConfigError(f"unknown key {shown(name)}{nearest(name, [*field_types(), *objectives()])}")
+        return cls(**flat, options=values.get(objective) if isinstance(objective, str) else None)
 
     @classmethod
-    def load(cls, path: str | Path) -> TrainConfig:
-        """Read a TOML file of flat `key = value` lines.
+    def load(cls, path: str | Path, defaults: TrainConfig | None = None) -> TrainConfig:
+        """Read a TOML file of `key = value` lines, and a table with the settings of the objective.
+
+        Args:
+            defaults: what is not in the file.
 
         Raises:
             ConfigFileError: if the file is missing, too long, is not TOML, or holds an unknown key or a bad value.
@@ -130,20 +158,24 @@ class TrainConfig:
             values = tomllib.loads(text.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
             raise ConfigFileError(f"{path}: not valid TOML: {error}") from None
+        before = {} if defaults is None else defaults.to_dict()
+        if defaults is not None and values.get("objective", defaults.objective) != defaults.objective:
+            before.pop(defaults.objective, None)
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(before | values)
         except ConfigError as error:
             raise ConfigFileError(f"{path}: {error}") from None
 
     def to_toml(self) -> str:
         """The configuration as TOML, grouped, every field written out."""
         lines = []
-        for name, value in self.to_dict().items():
+        for name in field_types():
             if name in GROUPS:
                 lines += ["", f"# {GROUPS[name]}"]
-            # JSON's strings, numbers and booleans are TOML's too, but for a delete character.
-            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"{name} = {text}")
+            lines.append(f"{name} = {_toml(getattr(self, name))}")
+        own = dataclasses.asdict(self.options)
+        lines += ["", f"[{self.objective}]"] if own else []
+        lines += [f"{name} = {_toml(value)}" for name, value in own.items()]
         return "\n".join(lines[1:]) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -152,54 +184,13 @@ class TrainConfig:
 
 @functools.cache
 def field_types() -> dict[str, Any]:
-    return get_type_hints(TrainConfig)
+    """The type of each setting, but for `options`."""
+    return {name: kind for name, kind in get_type_hints(TrainConfig).items() if name != "options"}
 
 
-def nearest(name: str, valid: list[str]) -> str:
-    """The tail of an error message that offers the closest valid name, if one is close."""
-    close = difflib.get_close_matches(name[:80].replace("-", "_"), valid, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def check_memory(config: TrainConfig, vocab_size: int, device: torch.device) -> None:
-    """Raise ConfigError if the least that the sizes need is more than the machine has, before any of it is made.
-
-    That is 16 bytes a parameter (weight, gradient and AdamW's two moments), the blocks' own objects, and a batch.
-    """
-    width, tokens = config.n_embd, config.batch_size * (config.context_length + 1)
-    parameters = width * (vocab_size + config.context_length + 12 * config.n_layer * width)
-    least = 16 * parameters + 4 * tokens * width + (BLOCK_BYTES * config.n_layer if device.type == "cpu" else 0)
-    there = memory_of(device)
-    if there and least > there:
-        sizes = ", ".join(f"{name} = {getattr(config, name)}" for name in ("n_layer", "n_embd", "batch_size"))
-        raise ConfigError(
-            f"{sizes}, context_length = {config.context_length} and {vocab_size} token ids need at least "
-            f"{least / 1e9:.3g} GB, but {device} has {there / 1e9:.3g} GB"
-        )
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    if get_origin(kind) is Literal:
-        choices = list(get_args(kind))
-        if value not in choices:
-            hint = nearest(value, choices) if isinstance(value, str) else ""
-            raise ConfigError(f"{name} is {shown(value)}, expected one of {', '.join(choices)}{hint}")
-        return value
-    # A bool is an int to Python, never to a user; a whole number may stand for a float.
-    if type(value) is int and kind in (int, float):
-        if value.bit_length() > 64 or (value.bit_length() == 64 and name != "seed"):
-            raise ConfigError(f"{name} is {shown(value)}, expected an integer of 64 bits")
-        return kind(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{name} is {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
-    if kind is str and ("\0" in value or not _is_unicode(value)):
-        raise ConfigError(f"{name} is {shown(value)}, expected text in UTF-8 without NUL")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether no byte of a command line or file name was put in as a lone surrogate."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _toml(value: Any) -> str:
+    """JSON's strings, numbers and booleans are TOML's too, but for a delete character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -219,6 +210,10 @@ def _check_ranges(config: TrainConfig) -> None:
     require("learning_rate", config.learning_rate > 0, "more than 0")
     require("min_lr_ratio", 0 <= config.min_lr_ratio <= 1, "from 0 to 1")
     require("threads", config.threads <= MAX_THREADS, f"at most {MAX_THREADS}")
+    require("validation_share", 0 <= config.validation_share < 1, "at least 0 and below 1")
+    if config.model not in ("", *MODELS):
+        hint = nearest(config.model, list(MODELS))
+        raise ConfigError(f"model is {shown(config.model)}, expected one of {', '.join(MODELS)}{hint}")
     require("n_head", config.n_embd % config.n_head == 0, f"a divisor of n_embd = {config.n_embd}")
 
 
@@ -242,6 +237,7 @@ _AT_LEAST_ZERO = (
     "warmup_steps",
     "decay_steps",
     "max_minutes",
+    "epochs",
     "patience",
     "threads",
 )

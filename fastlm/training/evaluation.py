@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    totals: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     targets = 0
     try:
         for batch in batches:
@@ -42,7 +43,10 @@ def evaluate(
                 return None
             with autocast():
                 for name, value in objective.score(model, batch).items():
-                    totals[name] = totals.get(name, 0.0) + value
+                    if isinstance(value, list):
+                        totals.setdefault(name, []).extend(value)
+                    else:
+                        totals[name] = totals.get(name, 0.0) + value
             targets += batch.targets
     finally:
         model.train(was_training)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from .._core.files import remove_leftovers, replacing
+from ..data import Tokenizer
 from ..data.loader import Loader, in_order
 from ..errors import CheckpointError, ConfigError, DataError, FastlmError, shown
 from ..formats import checkpoint as ckpt
-from ..objectives import Evaluation
+from ..objectives import Evaluation, Task, make_task
+from ..objectives.common.setup import data_folders, missing
 from ..ops._shadow import prepare_weights
 from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads, refuse_ranks
 from . import rng
@@ -31,7 +33,8 @@ from .optimizer import build_optimizer, set_learning_rate
 from .progress import Reporter, StepReport
 from .resume import describe_changes, learning_rate
 from .state import State, TrainResult
-from .task import Task, causal_gpt, data_folders
+
+INPUTS = ("init", "tokenizer", "validation")  # beside the data
 
 
 class DivergenceError(FastlmError, ArithmeticError):
@@ -44,7 +47,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
-    task: Callable[[TrainConfig, torch.device], Task] = causal_gpt,
+    task: Callable[[TrainConfig, torch.device], Task] = make_task,
 ) -> TrainResult:
     """Train a model for an objective and leave checkpoints, metrics and a plot in the run folder.
 
@@ -58,8 +61,8 @@ def train(
             `previous.safetensors`. The data must be the same, wherever they lie now.
         overwrite: start afresh in a run folder that holds a checkpoint.
         reporter: told what happens; silent by default.
-        task: makes what is trained, on what and for what; by default a GPT that predicts the next token of prepared
-            data. It is called with the seed set, so that what it draws from torch's generator is always the same.
+        task: makes what is trained, on what and for what; by default what the settings name. It is called
+            with the seed set, so that what it draws from torch's generator is always the same.
 
     Raises:
         ConfigError: if settings contradict each other or need more memory than there is, if the run folder holds
@@ -73,12 +76,11 @@ def train(
     refuse_ranks()
     if not config.out:
         raise ConfigError("out names no folder; give one to write the run to")
-    for folder in data_folders(config.data) if resume else ():
-        if not Path(folder).is_dir():
-            raise DataError(f"{folder}: no such folder; if the run's data moved, give their new place with --resume")
+    for name in missing(config.data) if resume else ():
+        raise DataError(f"{name}: no such folder; if the run's data moved, give their new place with --resume")
     if resume and not Path(config.out).is_dir():
         raise CheckpointError(f"{Path(config.out) / ckpt.LAST}: no such checkpoint")
-    trainer = Trainer(config, reporter, task)
+    trainer = Trainer(config, reporter, task, resume)
     with run_lock(trainer.out) as warning:
         trainer.open_folder(resume, overwrite)
         if warning:
@@ -86,6 +88,8 @@ def train(
         with contextlib.closing(reporter), catch_interrupts() as interrupt:
             reporter.start(trainer.record)
             reporter.message(trainer.describe())
+            for note in trainer.task.notes:
+                reporter.message(note)
             return trainer.run(interrupt)
 
 
@@ -96,19 +100,26 @@ class Trainer:
         self,
         config: TrainConfig,
         reporter: Reporter,
-        task: Callable[[TrainConfig, torch.device], Task] = causal_gpt,
+        task: Callable[[TrainConfig, torch.device], Task] = make_task,
+        resume: bool = False,
     ):
-        self.config, self.reporter = config, reporter
-        folders = ",".join(map(os.path.abspath, data_folders(config.data)))
-        self.record = dataclasses.replace(config, data=folders)  # to be resumed from anywhere
+        self.reporter = reporter
         self.out = Path(config.out)
         self.device = choose_device(config.device)
         self.dtype, self.why = choose_dtype(config.dtype, self.device)
         torch.set_num_threads(choose_threads(config.threads, torch.get_num_threads()))
         rng.seed_all(config.seed)
-        self.task = task(config, self.device)
+        # The weights of a run that is resumed are its own, so that what it began with may be gone.
+        gone = resume and config.init and not Path(config.init).exists()
+        self.task = task(dataclasses.replace(config, init=config.out) if gone else config, self.device)
         self.task.check()
         self.objective = self.task.objective
+        if config.metric:
+            self.objective.decide_by(config.metric)
+        if config.epochs:
+            steps = config.epochs * len(self.task.examples) / (config.batch_size * config.gradient_accumulation)
+            config = dataclasses.replace(config, max_steps=max(1, math.ceil(steps)))
+        self.config, self.record = config, _from_anywhere(config)
         self.loader = Loader(self.task.examples, config.batch_size, config.seed, self.objective.collate, self.device)
         self.tokens_per_step = config.batch_size * config.gradient_accumulation * self.task.tokens_per_example
         self.model: Any = self.task.model.to(self.device)
@@ -159,6 +170,8 @@ class Trainer:
         tokenizer = self.out / "tokenizer.json"
         if self.task.tokenizer is None:
             tokenizer.unlink(missing_ok=True)
+        elif isinstance(self.task.tokenizer, Tokenizer):
+            self.task.tokenizer.save(tokenizer)
         else:
             with replacing(tokenizer) as temporary:
                 shutil.copyfile(self.task.tokenizer, temporary)
@@ -170,6 +183,11 @@ class Trainer:
         if trained != type(self.model).__name__:
             raise CheckpointError(
                 f"{checkpoint.path}: holds a {shown(trained, str)}, expected a {type(self.model).__name__}"
+            )
+        goal = checkpoint.train_config.get("objective", "causal")
+        if checkpoint.train_config and goal != self.config.objective:
+            raise CheckpointError(
+                f"{checkpoint.path}: trained for {shown(goal, str)}, but objective is {self.config.objective!r}"
             )
         wanted = ckpt.as_stored(self.model.config)
         for name, value in checkpoint.model_config.items():
@@ -355,6 +373,8 @@ class Trainer:
                 f"objective {self.objective.name}: decides is {decides!r}, expected {' or '.join(numbers)}"
             )
         best = self.state.record_evaluation(numbers[decides], self.objective.higher_is_better)
+        if not math.isfinite(numbers[decides]) and math.isfinite(result.loss):
+            self.reporter.message(f"step {self.state.step}: {decides} is {numbers[decides]}, so it cannot be the best")
         values = {name: finite_or_none(value) for name, value in numbers.items()}
         self.metrics.append("validation", step=self.state.step, **values, seconds=round(self._seconds(), 3))
         self.reporter.evaluation(self.state.step, result, best)
@@ -401,4 +421,12 @@ class Trainer:
             parameters=self._parameters(),
             device=str(self.device),
             dtype=str(self.dtype)[6:],
+            metric=self.objective.decides,
+            units=self.objective.units,
         )
+
+
+def _from_anywhere(config: TrainConfig) -> TrainConfig:
+    """The settings with absolute paths, so that the run can be resumed from anywhere."""
+    paths = {name: os.path.abspath(value) for name in INPUTS if (value := getattr(config, name))}
+    return dataclasses.replace(config, data=",".join(map(os.path.abspath, data_folders(config.data))), **paths)

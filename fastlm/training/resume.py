@@ -28,8 +28,8 @@ def learning_rate(config: TrainConfig, state: State) -> float:
 
 def describe_changes(before: dict[str, Any], now: TrainConfig, state: State) -> list[str]:
     """Lines on the settings that differ from those of the checkpoint, `before`; none if nothing does."""
-    values = now.to_dict()
-    old = {name: value for name, value in before.items() if name in values} | {"out": now.out}
+    values = _flat(now.to_dict())
+    old = {name: value for name, value in _flat(before).items() if name in values} | {"out": now.out}
     old["data"] = os.path.abspath(str(old.get("data", now.data)))  # earlier versions stored it as it was given
     changed = [name for name, value in old.items() if value != values[name]]
     lines = []
@@ -37,7 +37,8 @@ def describe_changes(before: dict[str, Any], now: TrainConfig, state: State) -> 
         pairs = ", ".join(f"{name} {shown(old[name])} -> {shown(values[name])}" for name in changed)
         lines.append(f"changed since the checkpoint: {pairs}")
     try:
-        earlier = TrainConfig.from_dict(old)
+        flat = {name: value for name, value in before.items() if name in now.to_dict()}
+        earlier = TrainConfig.from_dict(flat)
     except ConfigError:  # of a version with other rules
         return lines
     rate, rate_before = learning_rate(now, state), learning_rate(earlier, state)
@@ -46,3 +47,11 @@ def describe_changes(before: dict[str, Any], now: TrainConfig, state: State) -> 
         hint = f"; --decay-steps {end} leaves the decay as it was" if end != (now.decay_steps or now.max_steps) else ""
         lines.append(f"the learning rate after step {state.step} goes from {rate_before:.3g} to {rate:.3g}{hint}")
     return lines
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Tables as settings with a dot in their names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

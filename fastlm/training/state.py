@@ -97,6 +97,8 @@ class TrainResult:
         tokens_per_second: training tokens over the time in training steps, evaluations left out.
         parameters: of the model.
         device, dtype: where it ran, and the type of its matrix products.
+        metric: the deciding number.
+        units: of the loss.
     """
 
     out: Path
@@ -110,6 +112,8 @@ class TrainResult:
     parameters: int
     device: str
     dtype: str
+    metric: str = "loss"
+    units: str = ""
 
     @property
     def interrupted(self) -> bool:

@@ -1,0 +1,1 @@
+"""What objectives share: tasks, where models come from, examples of text and of tables."""
