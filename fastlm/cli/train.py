@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,9 +44,13 @@ class Arguments(TrainConfig):
 def with_objectives(kind: type[Arguments]) -> type[Arguments]:
     """Such arguments with every objective's settings, and the choices of objective and model in the help."""
     known = objectives()
+    summaries = "; ".join(f"{name}: {each.summary}" for name, each in known.items())
+    choices = {
+        "objective": tyro.conf.arg(metavar=_choices(known), help=f"what the model is trained for: {summaries}"),
+        "model": tyro.conf.arg(metavar=_choices(MODELS)),
+    }
     fields: list[tuple[str, Any, Any]] = [
-        (name, Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(choices)}}}")], getattr(kind, name))
-        for name, choices in (("objective", list(known)), ("model", list(MODELS)))
+        (name, Annotated[str, note], getattr(kind, name)) for name, note in choices.items()
     ]
     for name, each in known.items():
         if dataclasses.fields(each.settings):
@@ -53,6 +58,10 @@ def with_objectives(kind: type[Arguments]) -> type[Arguments]:
     made = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,))
     made.__module__, made.__doc__ = kind.__module__, kind.__doc__
     return made
+
+
+def _choices(names: Iterable[str]) -> str:
+    return f"{{{','.join(names)}}}"
 
 
 Arguments = with_objectives(Arguments)  # type: ignore[misc]

@@ -137,12 +137,23 @@ class MaskedLMHead(nn.Module):
         return self.decoder(states) + self.bias
 
 
+def _counted(targets: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    """(B, T) -> places (N,) among the packed tokens of those that have a target, and these targets (N,)."""
+    flat = packing.pack(targets)
+    if packing.mask is not None:
+        flat = flat.masked_fill(~packing.mask.flatten(), IGNORE_INDEX)
+    counted = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+    return counted, flat[counted]
+
+
 class BERT(Model):
     """BERT: token, position and segment embeddings, post-norm encoder layers, and the heads that it was trained with.
 
     Args:
         config: the sizes. Weights and embeddings are fp32 draws of a normal of deviation 0.02; biases 0, norms 1.
     """
+
+    head_modules = ("masked_lm", "next_sentence", "classifier")
 
     def __init__(self, config: BERTConfig):
         super().__init__()
@@ -223,19 +234,33 @@ class BERT(Model):
             return self._classification_loss(self.class_logits(self.pooled(hidden, packing)), targets)
         check_same_shape("BERT", "targets", targets, "tokens", tokens)
         check_ids("BERT", "targets", targets, self.config.vocab_size, IGNORE_INDEX)
-        flat = packing.pack(targets)
-        if packing.mask is not None:
-            flat = flat.masked_fill(~packing.mask.flatten(), IGNORE_INDEX)
-        counted = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+        counted, found = _counted(targets, packing)
         if plain(self.masked_lm, MaskedLMHead) and (self.config.tie_decoder or plain(self.masked_lm.decoder, Linear)):
             states = self.masked_lm(hidden[counted])
-            loss = linear_cross_entropy(states, self.head_weight, flat[counted], self.masked_lm.bias)
+            loss = linear_cross_entropy(states, self.head_weight, found, self.masked_lm.bias)
         else:
-            loss = cross_entropy(self.masked_lm(hidden[counted], self.wte.weight), flat[counted])
+            loss = cross_entropy(self.masked_lm(hidden[counted], self.wte.weight), found)
         if next_sentence is not None:
             logits = self.next_sentence_logits(self.pooled(hidden, packing))
             loss = loss + F.cross_entropy(logits, next_sentence)
         return loss
+
+    def masked_logits(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the positions that have a target, (N, V), and these targets, (N,), in the order of the batch.
+
+        Args:
+            tokens, targets, attention_mask, token_types: as of `loss`, with a masked-lm or pretraining head.
+        """
+        hidden, packing = self.encode(tokens, attention_mask, token_types)
+        check_same_shape("BERT", "targets", targets, "tokens", tokens)
+        counted, found = _counted(targets, packing)
+        return self.masked_lm(hidden[counted], self.wte.weight), found
 
     def encode(
         self, tokens: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None

@@ -27,6 +27,7 @@ from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, 
 from . import rng
 from .config import TrainConfig
 from .evaluation import evaluate
+from .export import export
 from .lock import run_lock
 from .metrics import MetricsLog, finite_or_none, plot_losses
 from .optimizer import build_optimizer, set_learning_rate
@@ -90,7 +91,10 @@ def train(
             reporter.message(trainer.describe())
             for note in trainer.task.notes:
                 reporter.message(note)
-            return trainer.run(interrupt)
+            result = trainer.run(interrupt)
+            if config.export and not result.interrupted:
+                export(trainer.out, Path(config.export))
+            return result
 
 
 class Trainer:
@@ -179,15 +183,15 @@ class Trainer:
     def _resume(self, checkpoint: ckpt.Checkpoint) -> None:
         trained_with = checkpoint.tokenizer_fingerprint
         ckpt.check_tokenizer(checkpoint.path, trained_with, self.task.fingerprint, f"that of {self.task.source}")
-        trained = checkpoint.state.get("model", "GPT")  # earlier versions trained nothing else, and did not say so
-        if trained != type(self.model).__name__:
-            raise CheckpointError(
-                f"{checkpoint.path}: holds a {shown(trained, str)}, expected a {type(self.model).__name__}"
-            )
         goal = checkpoint.train_config.get("objective", "causal")
         if checkpoint.train_config and goal != self.config.objective:
             raise CheckpointError(
                 f"{checkpoint.path}: trained for {shown(goal, str)}, but objective is {self.config.objective!r}"
+            )
+        trained = checkpoint.state.get("model", "GPT")  # earlier versions trained nothing else, and did not say so
+        if trained != type(self.model).__name__:
+            raise CheckpointError(
+                f"{checkpoint.path}: holds a {shown(trained, str)}, expected a {type(self.model).__name__}"
             )
         wanted = ckpt.as_stored(self.model.config)
         for name, value in checkpoint.model_config.items():
