@@ -23,6 +23,7 @@ WORDS = {
     "bad": ["awful", "dreadful", "poor", "boring"],
     "so-so": ["plain", "average", "passable", "common"],
 }
+FILLING = ["the", "film", "was", "really", "actress", "undoubtedly"]
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -31,18 +32,34 @@ def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
     found = []
     for _ in range(count):
         label = list(WORDS)[random.integers(len(WORDS))]
-        filling = random.choice(["the", "film", "was", "really", "actress", "undoubtedly"], random.integers(2, 9))
+        filling = random.choice(FILLING, random.integers(2, 9))
         words = [*filling, random.choice(WORDS[label]), str(random.integers(1000))]
         found.append((" ".join(random.permutation(words)), label))
     return found
 
 
-def prepared(folder: Path, special: str = "masked", tokenizer: str = "wordpiece", count: int = 300) -> Path:
-    """Prepared text, a document a line, with a tokenizer of 300 ids at most."""
+def wordpiece(folder: Path) -> Path:
+    """A folder with BERT's kind of vocabulary: the sentences' words, of which two are in parts, and digits."""
+    parts = ["act", "##ress", "un", "##doubt", "##edly"]
+    whole = [word for words in (*WORDS.values(), FILLING) for word in words if word not in ("actress", "undoubtedly")]
+    digits = [mark + digit for mark in ("", "##") for digit in "0123456789"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused1]", *parts, *whole, "-", *digits]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return folder
+
+
+def prepared(folder: Path, special: str = "masked", tokenizer: str = "", count: int = 300) -> Path:
+    """Prepared text, a document a line, by default with the tokenizer of `wordpiece`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line, _ in sentences(count)), encoding="utf-8")
-    options = {"special": special, "vocab_size": 300, "tokenizer": tokenizer, "val_fraction": 0.1}
+    options = {
+        "special": special,
+        "vocab_size": 300,
+        "tokenizer": tokenizer or str(wordpiece(folder)),
+        "val_fraction": 0.1,
+    }
     prepare(PrepareConfig(inputs=(text,), out=folder / "data", **options))
     return folder / "data"
 
@@ -87,3 +104,13 @@ def losses(out: Path) -> list[float]:
     """Of each step."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def table(path: Path, rows: list[dict]) -> str:
+    """Rows as JSON lines; the file's name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def labelled(count: int, seed: int = 0) -> list[dict]:
+    return [{"text": text, "label": label} for text, label in sentences(count, seed)]

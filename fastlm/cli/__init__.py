@@ -16,7 +16,8 @@ from ..errors import ConfigFileError, FastlmError
 
 VERBS = {
     "prepare": "text files -> tokenizer and memory-mapped token files",
-    "train": "pretrain a GPT on prepared data",
+    "train": "train a model for an objective, on prepared text or a table",
+    "finetune": "train a model that is there on a table of examples",
     "generate": "sample text from a trained model",
     "demo": "prepare, train and generate on a small real corpus",
     "bench": "time every op and the engine against PyTorch and its peers",

@@ -30,6 +30,7 @@ from .common.model import Model
 from .common.positions import learned_positions
 from .common.unpad import Packing
 
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 HEADS = ("none", "masked-lm", "pretraining", "classification")
 
 
@@ -48,6 +49,9 @@ class BERTConfig(ModelConfig):
         head: what stands on the encoder: "none" (hidden states), "masked-lm", "pretraining" (masked-lm and
             next sentence) or "classification".
         n_class: classes of a classification head; 1 for regression.
+        labels: their names; None where nobody has said.
+        problem_type: what a classification head tells: "single_label_classification", "multi_label_classification" or
+            "regression"; None means the first, or the last for one class.
         pooler: whether the first token's hidden state has a layer of its own (the next-sentence and
             classification heads of BERT need it; RoBERTa's classification head brings its own).
         position_offset: 0 for BERT. RoBERTa counts its positions from 2 on, those without padding only.
@@ -73,6 +77,8 @@ class BERTConfig(ModelConfig):
     activation: str = "none"
     head: str = "masked-lm"
     n_class: int = 2
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
     pooler: bool = False
     position_offset: int = 0
     tie_decoder: bool = True
@@ -91,6 +97,12 @@ class BERTConfig(ModelConfig):
         self._check_positive("layer_norm_eps")
         self._check_choice("activation", ("none", "tanh"))
         self._check_choice("head", HEADS)
+        self._check_choice("problem_type", (None, *PROBLEM_TYPES))
+        if self.labels is not None:
+            texts = isinstance(self.labels, (list, tuple)) and all(isinstance(name, str) for name in self.labels)
+            if not texts or len(self.labels) != self.n_class:
+                self._refuse("labels", f"{self.n_class} texts")
+            object.__setattr__(self, "labels", tuple(self.labels))
         self._check_sizes("position_offset", low=0)
         self._check_flags("pooler", "tie_decoder")
         if self.head in ("pretraining", "classification") and not self.pooler:
@@ -220,7 +232,7 @@ class BERT(Model):
             tokens, attention_mask, token_types: see `forward`.
             targets: with a masked-lm or pretraining head (B, T) int64 ids, -100 for positions that do not count:
                 only those that do reach the vocabulary. With a classification head (B,) int64 classes, or
-                numbers to be regressed on where n_class is 1.
+                numbers to be regressed on; of several labels (B, n_class), 1 for those that are there.
             next_sentence: with a pretraining head (B,) int64, 0 where the second segment follows the first; its
                 loss is added.
 
@@ -304,9 +316,13 @@ class BERT(Model):
         return self.classifier(F.dropout(pooled, rate, self.training))
 
     def _classification_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if targets.shape != logits.shape[:1]:
-            raise ValueError(f"BERT: targets has shape {tuple(targets.shape)}, expected ({len(logits)},)")
-        if self.config.n_class == 1:
+        problem = self.config.problem_type or ("regression" if self.config.n_class == 1 else PROBLEM_TYPES[0])
+        wanted = logits.shape if problem == "multi_label_classification" else logits.shape[:1]
+        if targets.shape != wanted:
+            raise ValueError(f"BERT: targets has shape {tuple(targets.shape)}, expected {tuple(wanted)}")
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+        if problem == "regression":
             return F.mse_loss(logits.squeeze(1), targets.to(logits.dtype))
         return F.cross_entropy(logits, targets)
 

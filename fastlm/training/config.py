@@ -65,6 +65,7 @@ class TrainConfig:
     text_column: str = "text"  # column or key of a table that holds the text
     pair_column: str = ""  # that holds a second text, which belongs to the first
     label_column: str = "label"  # that holds what is to be predicted
+    header: bool = True  # the first row of CSV names the columns; where none does, they are called 1, 2 and so on
     validation: str = ""  # table of held-out examples; empty: a share of the rows
     validation_share: float = 0.1  # of the rows, by a hash of their text
     truncation: Literal["end", "start", "middle", "drop", "refuse"] = "end"  # where a longer text is cut, or else
@@ -89,6 +90,7 @@ class TrainConfig:
 
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"  # after the warm-up
     warmup_steps: int = 100  # steps of linear rise from 0
+    warmup_share: float = 0.0  # of max_steps, which then says warmup_steps; 0: as warmup_steps says
     decay_steps: int = 0  # step at which the schedule reaches its minimum; 0: max_steps
     min_lr_ratio: float = 0.1  # floor of the schedule, as a part of learning_rate
     max_steps: int = 5000  # optimizer steps
@@ -210,6 +212,7 @@ def _check_ranges(config: TrainConfig) -> None:
     require("learning_rate", config.learning_rate > 0, "more than 0")
     require("min_lr_ratio", 0 <= config.min_lr_ratio <= 1, "from 0 to 1")
     require("threads", config.threads <= MAX_THREADS, f"at most {MAX_THREADS}")
+    require("warmup_share", 0 <= config.warmup_share < 1, "at least 0 and below 1")
     require("validation_share", 0 <= config.validation_share < 1, "at least 0 and below 1")
     if config.model not in ("", *MODELS):
         hint = nearest(config.model, list(MODELS))

@@ -35,7 +35,7 @@ from .progress import Reporter, StepReport
 from .resume import describe_changes, learning_rate
 from .state import State, TrainResult
 
-INPUTS = ("init", "tokenizer", "validation")  # beside the data
+PATHS = ("init", "tokenizer", "export")  # beside those of several names
 
 
 class DivergenceError(FastlmError, ArithmeticError):
@@ -120,9 +120,7 @@ class Trainer:
         self.objective = self.task.objective
         if config.metric:
             self.objective.decide_by(config.metric)
-        if config.epochs:
-            steps = config.epochs * len(self.task.examples) / (config.batch_size * config.gradient_accumulation)
-            config = dataclasses.replace(config, max_steps=max(1, math.ceil(steps)))
+        config = _with_lengths(config, len(self.task.examples))
         self.config, self.record = config, _from_anywhere(config)
         self.loader = Loader(self.task.examples, config.batch_size, config.seed, self.objective.collate, self.device)
         self.tokens_per_step = config.batch_size * config.gradient_accumulation * self.task.tokens_per_example
@@ -430,7 +428,19 @@ class Trainer:
         )
 
 
+def _with_lengths(config: TrainConfig, examples: int) -> TrainConfig:
+    """The settings with the numbers of steps that follow from others."""
+    steps = config.max_steps
+    if config.epochs:
+        steps = max(1, math.ceil(config.epochs * examples / (config.batch_size * config.gradient_accumulation)))
+    warmup = round(config.warmup_share * steps) if config.warmup_share else config.warmup_steps
+    return dataclasses.replace(config, max_steps=steps, warmup_steps=warmup)
+
+
 def _from_anywhere(config: TrainConfig) -> TrainConfig:
     """The settings with absolute paths, so that the run can be resumed from anywhere."""
-    paths = {name: os.path.abspath(value) for name in INPUTS if (value := getattr(config, name))}
-    return dataclasses.replace(config, data=",".join(map(os.path.abspath, data_folders(config.data))), **paths)
+    paths = {name: os.path.abspath(value) for name in PATHS if (value := getattr(config, name))}
+    lists = {
+        name: ",".join(map(os.path.abspath, data_folders(getattr(config, name)))) for name in ("data", "validation")
+    }
+    return dataclasses.replace(config, **paths, **lists)

@@ -212,7 +212,7 @@ def test_a_longer_context_is_refused(data, begun, tmp_path):
 
 
 def test_another_tokenizer_is_refused(begun, tmp_path):
-    other = prepared(tmp_path / "other", count=60)
+    other = prepared(tmp_path / "other", tokenizer="wordpiece")
     with pytest.raises(DataError, match=r"its tokenizer is not that of .*; prepare it with --tokenizer"):
         run(tmp_path / "run", data=str(other), objective="masked", init=str(begun))
 

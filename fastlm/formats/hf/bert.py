@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...models.bert import BERT, BERTConfig
+from ...models.bert import BERT, PROBLEM_TYPES, BERTConfig
 from ...models.common.config import shown
 from .layout import TANH_GELUS, Architecture, Settings
 
@@ -76,11 +76,27 @@ def _read_bert(settings: Settings, dropout: float | None, name: str, heads: dict
         layer_norm_eps=settings.get("layer_norm_eps", 1e-12),
         activation="none" if activation == "gelu" else "tanh",
         head=head,
-        n_class=len(settings.mapping("id2label") or {"0": "", "1": ""}),
+        n_class=(n_class := len(settings.mapping("id2label") or {"0": "", "1": ""})),
+        labels=_labels(settings, n_class) if head == "classification" else None,
+        problem_type=settings.expect("problem_type", None, *PROBLEM_TYPES) if head == "classification" else None,
         pooler=head != "masked-lm",
         position_offset=offset,
         tie_decoder=head not in VOCABULARY_HEADS or settings.flag("tie_word_embeddings", True),
     )
+
+
+def _labels(settings: Settings, count: int) -> tuple[str, ...] | None:
+    """The names of classes, if they are more than their numbers."""
+    named = settings.mapping("id2label") or {}
+    names = tuple(named.get(str(index)) for index in range(count))
+    if not all(isinstance(name, str) for name in names) or names == _unnamed(count):
+        return None
+    return names  # type: ignore[return-value]
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls classes without names."""
+    return tuple(f"LABEL_{index}" for index in range(count))
 
 
 def _write_bert(config: BERTConfig, name: str, heads: dict[str, str]) -> dict[str, Any]:
@@ -91,6 +107,7 @@ def _write_bert(config: BERTConfig, name: str, heads: dict[str, str]) -> dict[st
         raise ConfigError(f"{name}{suffix} there is no model with pooler {str(config.pooler).lower()}")
     if config.position_offset and config.head == "masked-lm" and config.activation != "none":
         raise ConfigError(f"{name}{suffix} has the exact GELU in its head, this model activation {config.activation}")
+    labels = config.labels or _unnamed(config.n_class)
     return {
         "architectures": [name + suffix],
         "vocab_size": config.vocab_size,
@@ -106,8 +123,9 @@ def _write_bert(config: BERTConfig, name: str, heads: dict[str, str]) -> dict[st
         "layer_norm_eps": config.layer_norm_eps,
         "hidden_act": "gelu" if config.activation == "none" else "gelu_new",
         "position_embedding_type": "absolute",
-        "id2label": {str(index): f"LABEL_{index}" for index in range(config.n_class)},
-        "label2id": {f"LABEL_{index}": index for index in range(config.n_class)},
+        "id2label": {str(index): name for index, name in enumerate(labels)},
+        "label2id": {name: index for index, name in enumerate(labels)},
+        **({} if config.problem_type is None else {"problem_type": config.problem_type}),
         "pad_token_id": max(config.position_offset - 1, 0),
         "tie_word_embeddings": config.tie_decoder,
     }
