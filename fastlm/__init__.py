@@ -6,6 +6,7 @@ extras are loaded when something needs them.
 
 from . import errors, nn
 from ._core.dispatch import backend, explain
+from .api import train
 from .backends.cpu import cpu_isa, cpu_isas, set_cpu_isa
 from .compression.quantization import quantize
 from .errors import BackendError, CheckpointError, ConfigError, DataError, FastlmError
@@ -67,4 +68,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "set_cpu_isa",
     "swiglu",
+    "train",
 ]

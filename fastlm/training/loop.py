@@ -21,11 +21,12 @@ from ..data.loader import Loader, in_order
 from ..errors import CheckpointError, ConfigError, DataError, FastlmError, shown
 from ..formats import checkpoint as ckpt
 from ..objectives import Evaluation, Task, make_task
-from ..objectives.common.setup import data_folders, missing
+from ..objectives.common.setup import missing
 from ..ops._shadow import prepare_weights
 from ..runtime import Interrupt, catch_interrupts, choose_device, choose_dtype, choose_threads, refuse_ranks
 from . import rng
 from .config import TrainConfig
+from .derived import from_anywhere, with_lengths
 from .evaluation import evaluate
 from .export import export
 from .lock import run_lock
@@ -34,8 +35,6 @@ from .optimizer import build_optimizer, set_learning_rate
 from .progress import Reporter, StepReport
 from .resume import describe_changes, learning_rate
 from .state import State, TrainResult
-
-PATHS = ("init", "tokenizer", "export")  # beside those of several names
 
 
 class DivergenceError(FastlmError, ArithmeticError):
@@ -120,8 +119,8 @@ class Trainer:
         self.objective = self.task.objective
         if config.metric:
             self.objective.decide_by(config.metric)
-        config = _with_lengths(config, len(self.task.examples))
-        self.config, self.record = config, _from_anywhere(config)
+        config = with_lengths(config, len(self.task.examples))
+        self.config, self.record = config, from_anywhere(config)
         self.loader = Loader(self.task.examples, config.batch_size, config.seed, self.objective.collate, self.device)
         self.tokens_per_step = config.batch_size * config.gradient_accumulation * self.task.tokens_per_example
         self.model: Any = self.task.model.to(self.device)
@@ -426,21 +425,3 @@ class Trainer:
             metric=self.objective.decides,
             units=self.objective.units,
         )
-
-
-def _with_lengths(config: TrainConfig, examples: int) -> TrainConfig:
-    """The settings with the numbers of steps that follow from others."""
-    steps = config.max_steps
-    if config.epochs:
-        steps = max(1, math.ceil(config.epochs * examples / (config.batch_size * config.gradient_accumulation)))
-    warmup = round(config.warmup_share * steps) if config.warmup_share else config.warmup_steps
-    return dataclasses.replace(config, max_steps=steps, warmup_steps=warmup)
-
-
-def _from_anywhere(config: TrainConfig) -> TrainConfig:
-    """The settings with absolute paths, so that the run can be resumed from anywhere."""
-    paths = {name: os.path.abspath(value) for name in PATHS if (value := getattr(config, name))}
-    lists = {
-        name: ",".join(map(os.path.abspath, data_folders(getattr(config, name)))) for name in ("data", "validation")
-    }
-    return dataclasses.replace(config, **paths, **lists)

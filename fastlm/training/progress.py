@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,41 @@ class Reporter:
 
     def close(self) -> None:
         """The run is over, for whatever reason."""
+
+
+class Callbacks(Reporter):
+    """Calls functions, each of which may be None, and tells another reporter, if there is one."""
+
+    def __init__(
+        self,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_evaluation: Callable[[int, Evaluation, bool], None] | None = None,
+        on_message: Callable[[str], None] | None = None,
+        other: Reporter | None = None,
+    ):
+        self.on_step, self.on_evaluation, self.on_message = on_step, on_evaluation, on_message
+        self.other = other or Reporter()
+
+    def start(self, config: TrainConfig) -> None:
+        self.other.start(config)
+
+    def message(self, text: str) -> None:
+        self.other.message(text)
+        if self.on_message:
+            self.on_message(text)
+
+    def step(self, report: StepReport) -> None:
+        self.other.step(report)
+        if self.on_step:
+            self.on_step(report)
+
+    def evaluation(self, step: int, result: Evaluation, best: bool) -> None:
+        self.other.evaluation(step, result, best)
+        if self.on_evaluation:
+            self.on_evaluation(step, result, best)
+
+    def close(self) -> None:
+        self.other.close()
 
 
 class PipeConsole(Console):
