@@ -20,7 +20,7 @@ from ..data.tables import Row
 from ..errors import ConfigError, DataError, nearest, shown
 from .base import Batch, Evaluation, Objective
 from .common.setup import Setup
-from .common.tables import Example, TableData
+from .common.tables import Example, TableData, mean_tokens
 from .common.task import Task
 from .registry import Settings, objective
 
@@ -239,7 +239,7 @@ def classification(setup: Setup) -> Task:
         _weights(settings, labels, counts, len(table.train)),
         settings.label_smoothing,
         table.tokenizer.special_ids("masked")["pad"],
-        types=bool(setup.config.pair_column) and not table.has_roberta_pairs,
+        types=table.has_types,
     )
     train = table.framed(table.train, targets[0], "training")
     held_out = table.framed(table.held_out, targets[1], "held-out")
@@ -251,7 +251,7 @@ def classification(setup: Setup) -> Task:
         labels=tuple(labels) or None,
         problem_type=PROBLEMS[settings.kind],
     )
-    return table.task(model, goal, train, held_out)
+    return table.task(model, goal, train, held_out, mean_tokens(train))
 
 
 def _names(row: Row, settings: ClassificationSettings, column: str) -> list[str]:

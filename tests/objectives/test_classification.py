@@ -14,7 +14,9 @@ from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.hf.bert import BERT_FOLDER
 from fastlm.models import BERT, BERTConfig
 from fastlm.objectives.classification import PROBLEMS, Classification
-from fastlm.objectives.common.tables import Example
+from fastlm.objectives.common.setup import Setup
+from fastlm.objectives.common.tables import Example, TableData
+from fastlm.training import TrainConfig
 from hf import check_gradients, perturbed, reload_as_theirs, transformers
 from runs import Listening, StopAfter, labelled, losses, prepared, run, same_bits, table, tensors
 
@@ -220,6 +222,31 @@ def test_pairs_have_types(data, tmp_path):
     run(tmp_path / "run", data=rows, objective="classification", tokenizer=str(data), pair_column="more")
     assert fastlm.load(tmp_path / "run").config.labels == ("False", "True")
     assert tensors(tmp_path / "run")["optimizer.wse.weight.exp_avg"][1].abs().sum() > 0
+
+
+def test_roberta_is_fine_tuned_on_pairs(data, tmp_path):
+    """Two separators, one type of tokens, positions from 2 on."""
+    vocabulary = Tokenizer.load(data).vocab_size
+    config = BERTConfig(vocabulary, 24, 1, 2, 16, n_token_type=1, position_offset=2, head="masked-lm", family="roberta")
+    fastlm.save(BERT(config), tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
+    rows = table(tmp_path / "rows.jsonl", [row | {"more": "the film"} for row in labelled(60)])
+    run(tmp_path / "run", data=rows, objective="classification", init=str(tmp_path / "hf"), new_head=True,
+        pair_column="more", export=str(tmp_path / "out"))  # fmt: skip
+    ours = fastlm.load(tmp_path / "run")
+    theirs = reload_as_theirs(transformers.RobertaForSequenceClassification, tmp_path / "out")
+    ids = torch.arange(6, 18)[None]
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_without_labels_is_read_for_those_that_need_none(data, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,translation\n" + "".join(f"a {i},b {i}\n" for i in range(30)))
+    config = TrainConfig(
+        data=str(rows), objective="classification", tokenizer=str(data), pair_column="translation", n_layer=1
+    )
+    found = TableData(Setup(config, torch.device("cpu")), labelled=False)
+    assert {row.pair for row in found.train + found.held_out} == {f"b {i}" for i in range(30)}
 
 
 def told(tmp_path, data, made, **settings):

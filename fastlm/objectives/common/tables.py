@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import nn
 
 from ...data.framing import Frame, Framed
@@ -28,6 +27,10 @@ class Example(NamedTuple):
 class TableData:
     """The rows of a run's tables.
 
+    Args:
+        setup: of the run.
+        labelled: whether there is a column of labels to read.
+
     Attributes:
         train, held_out: rows.
         notes: what a person should know of them, a line each.
@@ -38,8 +41,9 @@ class TableData:
         DataError: for tables that cannot be read, or no row on one of the two sides.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, labelled: bool = True):
         self.setup, self.config = setup, setup.config
+        self._label_column = self.config.label_column if labelled else ""
         names = data_folders(self.config.data)
         if not names:
             raise ConfigError("data names no table; give a file of CSV, TSV, JSON lines or Parquet")
@@ -54,7 +58,7 @@ class TableData:
 
     def _read(self, names: Sequence[str]) -> list[Row]:
         config = self.config
-        return read_rows(names, config.text_column, config.pair_column, config.label_column, config.header)
+        return read_rows(names, config.text_column, config.pair_column, self._label_column, config.header)
 
     def _split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         config = self.config
@@ -107,18 +111,35 @@ class TableData:
         """Whether two separators stand between the texts of a pair, and all tokens have one type."""
         return bool(self.config.init) and getattr(self.setup.loaded.config, "position_offset", 0) > 0
 
-    def task(self, model: nn.Module, goal: Objective, train: Sequence[Example], held_out: Sequence[Example]) -> Task:
-        """The task of such a model on these rows."""
+    @property
+    def has_types(self) -> bool:
+        """Whether a model is told which text of a pair a token belongs to."""
+        known = getattr(self.setup.loaded.config, "n_token_type", 1) if self.config.init else 2
+        return bool(self.config.pair_column) and not self.has_roberta_pairs and known > 1
+
+    def task(
+        self, model: nn.Module, goal: Objective, train: Sequence[Any], held_out: Sequence[Any], tokens: float
+    ) -> Task:
+        """The task of such a model on examples of these rows.
+
+        Args:
+            tokens: of an example of training, on average.
+        """
         return Task(
             model=model,
             objective=goal,
             examples=Fixed(train),
             held_out=held_out,
             amount=f"{len(train):,} rows and {len(held_out):,} held out",
-            tokens_per_example=max(1, round(float(np.mean([len(each.framed.tokens) for each in train])))),
+            tokens_per_example=max(1, round(tokens)),
             tokenizer=self.tokenizer,
             fingerprint=self.tokenizer.fingerprint,
             hashes=self.hashes,
             source=self.config.data,
             notes=self.notes,
         )
+
+
+def mean_tokens(examples: Sequence[Example]) -> float:
+    """Of a framed example."""
+    return sum(len(each.framed.tokens) for each in examples) / len(examples)
