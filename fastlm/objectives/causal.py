@@ -56,6 +56,7 @@ class Causal(Objective):
 
     name = "causal"
     units = "nats per token"
+    metrics = ("loss", "bits_per_byte", "bits_per_char")
 
     def __init__(
         self, tokens_per_byte: float = math.nan, tokens_per_char: float = math.nan, separate_documents: bool = False

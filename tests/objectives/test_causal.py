@@ -47,3 +47,9 @@ def test_a_folder_is_trained_on_and_resumed_bit_for_bit(data, tmp_path):
 def test_a_model_that_does_not_continue_text_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match="model is 'bert', expected gpt or llama for objective causal"):
         run(tmp_path / "run", data=str(data), model="bert")
+
+
+def test_a_number_that_does_not_exist_is_named_before_the_first_step(data, tmp_path):
+    with pytest.raises(ConfigError, match="metric is 'accuracy', expected loss or bits_per_byte or bits_per_char"):
+        run(tmp_path / "run", data=str(data), metric="accuracy")
+    assert run(tmp_path / "run", data=str(data), metric="bits_per_byte").best > 0
