@@ -108,6 +108,22 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+def in_pairs(arch: Architecture) -> bool:
+    """Whether a kernel takes PTX, which `widened` is made of."""
+    return arch.vendor == "nvidia" and not INTERPRETING
+
+
+@triton.jit
+def widened(x, PAIRS: tl.constexpr):
+    """x in fp32. With PAIRS a register of two bfloat16 takes two instructions, where the compiler makes three."""
+    if PAIRS and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
 class Dropout(NamedTuple):
     """A call's dropout as kernel arguments; see fastlm/ops/_dropout.py for what they mean."""
 

@@ -15,6 +15,7 @@ Nothing here waits for the device: the count of targets and the factors of the g
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from fastlm._core.architecture import SM80, Architecture
 
-from ._common import Table, Tile, architecture, kernel, on_device_of, tile_for
+from ._common import Table, Tile, architecture, in_pairs, kernel, on_device_of, tile_for, widened
 
-# Not measured on any GPU yet: 16 elements a thread.
-FORWARD: Table = {SM80: (Tile(1024, 2048, 4), Tile(4096, 4096, 8))}
-BACKWARD: Table = {SM80: (Tile(1024, 2048, 4), Tile(4096, 4096, 8))}
+# Not measured on any GPU yet: 16 elements a thread of a short row, 32 of a longer one.
+FORWARD: Table = {SM80: (Tile(1024, 2048, 4), Tile(4096, 4096, 4))}
+BACKWARD: Table = {SM80: (Tile(1024, 2048, 4), Tile(4096, 4096, 4))}
 # Windows of columns begin at multiples of this.
 CROSS_ENTROPY_BLOCK = 2048
 
@@ -47,36 +48,152 @@ def _log1p(x):
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
+class _Fold(NamedTuple):
+    """What is known of the columns so far, of each row or of each lane of a row."""
+
+    m: tl.tensor  # maximum
+    others: tl.tensor  # sum of exp(x - m), without y
+    smooth: tl.tensor  # sum of w (x - m)
+    weight: tl.tensor  # sum of w
+
+
 @triton.jit
-def _fold_row(
-    x_ptr, w_ptr, row, target, in_rows, first, n, m, others, smooth, weight,
-    SMOOTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The rows' columns first .. first + n folded into a running maximum, sum without y, and smoothing sums."""
-    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for start in tl.range(0, n, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
-        mask = in_rows[:, None] & (col < n)[None, :]
-        x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask, float("-inf")).to(tl.float32)
-        above = tl.maximum(m, tl.max(x, 1))
-        fade = tl.where(m == above, 1.0, tl.exp2((m - above) * LOG2_E))
-        total *= fade[:, None]
-        others *= fade
-        centred = x - _pivot(above)[:, None]
-        total += tl.where(first + col[None, :] == target[:, None], 0.0, tl.exp2(centred * LOG2_E))
-        if SMOOTH:
-            w = tl.where(mask, 1.0, 0.0)
+def _nothing(ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The folds of no column."""
+    zero = tl.zeros((ROWS, LANES), tl.float32)
+    return _Fold(tl.full((ROWS, LANES), float("-inf"), tl.float32), zero, zero, zero)
+
+
+@triton.jit
+def _faded(fold, m):
+    """A fold as it is where the maximum is m, which is no less than its own."""
+    fade = tl.where(fold.m == m, 1.0, tl.exp2((fold.m - m) * LOG2_E))
+    smooth = fold.smooth + fold.weight * (_pivot(fold.m) - _pivot(m))
+    return _Fold(m, fold.others * fade, smooth, fold.weight)
+
+
+@triton.jit
+def _joined(a, b):
+    """Two folds in one."""
+    m = tl.maximum(a.m, b.m)
+    a, b = _faded(a, m), _faded(b, m)
+    return _Fold(m, a.others + b.others, a.smooth + b.smooth, a.weight + b.weight)
+
+
+@triton.jit
+def _over_lanes(lanes):
+    """A row's fold from those of its lanes."""
+    m = tl.max(lanes.m, 1)
+    faded = _faded(lanes, m[:, None])
+    return _Fold(m, tl.sum(faded.others, 1), tl.sum(faded.smooth, 1), tl.sum(faded.weight, 1))
+
+
+@triton.jit
+def _columns(tile: tl.constexpr):
+    """[1, REPEATS, LANES, VECTOR]: a tile's columns."""
+    REPEATS: tl.constexpr = tile.N // (tile.LANES * tile.VECTOR)
+    repeat = tl.arange(0, REPEATS)[None, :, None, None] * (tile.LANES * tile.VECTOR)
+    lane = tl.arange(0, tile.LANES)[None, None, :, None] * tile.VECTOR
+    return repeat + lane + tl.arange(0, tile.VECTOR)[None, None, None, :]
+
+
+@triton.jit
+def _of_row(x):
+    """[ROWS] beside a tile."""
+    return x[:, None, None, None]
+
+
+@triton.jit
+def _offsets(n, start, tile: tl.constexpr):
+    """Where a tile's elements are, from the first element of its rows on."""
+    N: tl.constexpr = tile.N
+    inner = _columns(tile)
+    if tile.ROWS > 1:
+        inner += _of_row(tl.arange(0, tile.ROWS)) * n
+    return tl.multiple_of(start, N) + inner
+
+
+@triton.jit
+def _fold_tile(lanes, x_ptr, w_ptr, own, there, first, n, start, tile: tl.constexpr, SMOOTH: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
+    """The columns from `start` on taken into each lane's fold. Without MASKED all of them are there, y is not."""
+    offsets = _offsets(n, start, tile)
+    col = start + _columns(tile)
+    if MASKED:
+        mask = _of_row(there) & (col < n)
+        x = tl.load(x_ptr + offsets, mask, float("-inf")).to(tl.float32)
+    else:
+        x = widened(tl.load(x_ptr + offsets), tile.PAIRS)
+    m = tl.maximum(lanes.m, tl.max(tl.max(x, 3), 1))
+    faded = _faded(lanes, m)
+    centred = x - _pivot(m)[:, None, :, None]
+    e = tl.exp2(centred * LOG2_E)
+    if MASKED:
+        e = tl.where(col == _of_row(own), 0.0, e)
+    smooth, weight = faded.smooth, faded.weight
+    if SMOOTH:
+        w = tl.full(x.shape, 1.0, tl.float32)
+        if MASKED:
+            w = tl.where(mask, w, 0.0)
             if w_ptr is not None:
-                w = tl.load(w_ptr + first + col[None, :], mask, 0.0).to(tl.float32)
-            smooth += weight * (_pivot(m) - _pivot(above)) + tl.sum(tl.where(mask, w * centred, 0.0), 1)
-            weight += tl.sum(w, 1)
-        m = above
-    return m, others + tl.sum(total, 1), smooth, weight
+                w = tl.load(w_ptr + first + col, mask, 0.0).to(tl.float32)
+            centred = tl.where(mask, centred, 0.0)
+        elif w_ptr is not None:
+            w = tl.load(w_ptr + first + col).to(tl.float32)
+        smooth += tl.sum(tl.sum(w * centred, 3), 1)
+        weight += tl.sum(tl.sum(w, 3), 1)
+    return _Fold(m, faded.others + tl.sum(tl.sum(e, 3), 1), smooth, weight)
+
+
+class _Schedule(NamedTuple):
+    """In what order a program takes the blocks of its rows' columns."""
+
+    fast: tl.tensor  # how many go without masks
+    own: tl.tensor  # the block that has the row's class, or the number of whole blocks
+    whole: tl.tensor  # how many blocks are whole
+    slow: tl.tensor  # how many go with masks
 
 
 @triton.jit
-def _finish_row(m, others, smooth, weight, x_y, target, w_ptr, N, ignore_index, keep, spread, SMOOTH: tl.constexpr):
+def _own_column(target, first, n):
+    """[ROWS] int32: which column of the window is the row's class, -1 where none is."""
+    place = target - first
+    return tl.where((place >= 0) & (place < n), place, -1).to(tl.int32)
+
+
+@triton.jit
+def _schedule(own, n, tile: tl.constexpr):
+    """Masks are for the block with the row's class and for the last one; for all where a tile has several rows."""
+    whole = n // tile.N
+    if tile.ROWS > 1:
+        return _Schedule(whole * 0, whole, whole, tl.cdiv(n, tile.N))
+    else:
+        own = tl.max(own, 0)
+        here = (own >= 0) & (own < whole * tile.N)
+        with_own = tl.where(here, 1, 0)
+        own = tl.where(here, own // tile.N, whole)
+        return _Schedule(whole - with_own, own, whole, with_own + tl.cdiv(n, tile.N) - whole)
+
+
+@triton.jit
+def _fast_block(i, schedule):
+    """The i-th of those that go without masks."""
+    return i + tl.where(i >= schedule.own, 1, 0)
+
+
+@triton.jit
+def _slow_block(i, schedule, EACH: tl.constexpr):
+    """The i-th of those that go with masks; EACH: of all."""
+    if EACH:
+        return i
+    else:
+        return tl.where(i == 0, schedule.own, schedule.whole)  # own is the number of the last where none has the class
+
+
+@triton.jit
+def _finish_row(fold, x_y, target, w_ptr, N, ignore_index, keep, spread, SMOOTH: tl.constexpr):
     """(loss, 1 / s, 1 - p_y); keep is 1 - e, spread e / N."""
+    m, others = fold.m, fold.others
     ignored = target == ignore_index
     wrong = (tl.abs(m) == float("inf")) | (target < 0) | (target >= N)
     s = others + tl.exp2((x_y - m) * LOG2_E)
@@ -85,35 +202,62 @@ def _finish_row(m, others, smooth, weight, x_y, target, w_ptr, N, ignore_index, 
     if w_ptr is not None:
         loss *= tl.load(w_ptr + target, (target >= 0) & (target < N), 0.0).to(tl.float32)
     if SMOOTH:
-        loss = keep * loss + spread * (weight * log_s - smooth)
+        loss = keep * loss + spread * (fold.weight * log_s - fold.smooth)
     loss = tl.where(wrong, float("nan"), loss)
     inv_s = tl.where(wrong, float("nan"), 1.0 / s)
     return tl.where(ignored, 0.0, loss), tl.where(ignored, 0.0, inv_s), tl.where(ignored, 0.0, others * inv_s)
 
 
+class _Gradient(NamedTuple):
+    """dx of a row: exp(x - m) factor - w constant, but own for its class."""
+
+    m: tl.tensor
+    factor: tl.tensor
+    constant: tl.tensor
+    own: tl.tensor
+
+
 @triton.jit
-def _store_gradient(
-    x_ptr, dx_ptr, w_ptr, w_sum_ptr, row, col, target, first, n, N, mask, m, inv_s, q, g, ignore_index, keep, spread,
-    SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """dx of one tile; w_sum is W."""
-    offsets = row[:, None] * n + col[None, :]
-    x = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
-    p = tl.exp2((x - _pivot(m)[:, None]) * LOG2_E) * inv_s[:, None]
-    kept = keep * tl.full(p.shape, 1.0, tl.float32)
+def _gradient(m, inv_s, q, g, target, w_ptr, w_sum_ptr, N, keep, spread, SMOOTH: tl.constexpr):
+    """w_sum is W; without class weights N."""
+    kept = keep + tl.zeros_like(inv_s)
+    w_y = tl.full(kept.shape, 1.0, tl.float32)
     if w_ptr is not None:
         w_y = tl.load(w_ptr + target, (target >= 0) & (target < N), 0.0).to(tl.float32)
-        kept *= w_y[:, None]
-    here = first + col[None, :] == target[:, None]
-    dx = tl.where(here, -kept * q[:, None], kept * p)
+        kept *= w_y
+    total, own = kept, -kept * q
     if SMOOTH:
+        w_sum = tl.load(w_sum_ptr) if w_sum_ptr is not None else N
+        total += spread * w_sum
+        p_y = 1.0 - q
+        own += spread * (w_sum * p_y - w_y)
+    return _Gradient(_pivot(m), g * total * inv_s, g * spread, g * own)
+
+
+@triton.jit
+def _store_gradient(
+    x_ptr, dx_ptr, w_ptr, gradient, own, there, counted, first, n, start,
+    tile: tl.constexpr, SMOOTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile, 0 in rows that are not `counted`."""
+    offsets = _offsets(n, start, tile)
+    col = start + _columns(tile)
+    if MASKED:
+        mask = _of_row(there) & (col < n)
+        x = tl.load(x_ptr + offsets, mask & _of_row(counted), 0.0).to(tl.float32)
+    else:
+        x = widened(tl.load(x_ptr + offsets), tile.PAIRS)
+    dx = tl.exp2((x - _of_row(gradient.m)) * LOG2_E) * _of_row(gradient.factor)
+    if SMOOTH:
+        w = tl.full(x.shape, 1.0, tl.float32)
         if w_ptr is not None:
-            w = tl.load(w_ptr + first + col[None, :], mask, 0.0).to(tl.float32)
-            dx += spread * (tl.load(w_sum_ptr) * p - w)
-        else:
-            dx += spread * (N * p - 1.0)
-    dx = tl.where((target == ignore_index)[:, None], 0.0, g[:, None] * dx)
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
+            w = (tl.load(w_ptr + first + col, mask, 0.0) if MASKED else tl.load(w_ptr + first + col)).to(tl.float32)
+        dx -= w * _of_row(gradient.constant)
+    if MASKED:
+        dx = tl.where(col == _of_row(own), _of_row(gradient.own), dx)
+        tl.store(dx_ptr + offsets, tl.where(_of_row(counted), dx, 0.0).to(dx_ptr.dtype.element_ty), mask)
+    else:
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -146,52 +290,60 @@ def _cross_entropy_fwd_kernel(
     spread,
     scale,
     SMOOTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    tile: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    row = program * tile.ROWS + tl.arange(0, tile.ROWS)
+    x_ptr += program * tile.ROWS * n
     in_rows = row < M
     target = tl.load(target_ptr + row, in_rows, ignore_index)
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    others = tl.zeros((ROWS,), tl.float32)
-    smooth = tl.zeros((ROWS,), tl.float32)
-    weight = tl.zeros((ROWS,), tl.float32)
-    x_y = tl.zeros((ROWS,), tl.float32)
+    counted = in_rows & (target != ignore_index)
+    own = _own_column(target, first, n)
+    schedule = _schedule(own, n, tile)
+    some = tl.max(counted.to(tl.int32), 0)
+    lanes = _nothing(tile.ROWS, tile.LANES)
+    for i in tl.range(0, schedule.fast * some):
+        start = _fast_block(i, schedule) * tile.N
+        lanes = _fold_tile(lanes, x_ptr, w_ptr, own, counted, first, n, start, tile, SMOOTH, False)
+    for i in tl.range(0, schedule.slow * some):
+        start = _slow_block(i, schedule, tile.ROWS > 1) * tile.N
+        lanes = _fold_tile(lanes, x_ptr, w_ptr, own, counted, first, n, start, tile, SMOOTH, True)
+    fold = _over_lanes(lanes)
+    x_y = tl.load(x_ptr + tl.arange(0, tile.ROWS) * n + own, counted & (own >= 0), 0.0).to(tl.float32)
     if states_ptr is not None:
+        states = states_ptr + row * 5
         later = row < tl.where(first > 0, M, 0)  # no row in the first window
-        m = tl.load(states_ptr + row * 5, later, float("-inf"))
-        others = tl.load(states_ptr + row * 5 + 1, later, 0.0)
-        smooth = tl.load(states_ptr + row * 5 + 2, later, 0.0)
-        weight = tl.load(states_ptr + row * 5 + 3, later, 0.0)
-        x_y = tl.load(states_ptr + row * 5 + 4, later, 0.0)
-    here = in_rows & (target >= first) & (target < first + n)
-    x_y += tl.load(x_ptr + row * n + (target - first), here, 0.0).to(tl.float32)
-    m, others, smooth, weight = _fold_row(
-        x_ptr, w_ptr, row, target, in_rows, first, n, m, others, smooth, weight, SMOOTH, ROWS, BLOCK_N
-    )
-    if states_ptr is not None:
-        tl.store(states_ptr + row * 5, m, in_rows)
-        tl.store(states_ptr + row * 5 + 1, others, in_rows)
-        tl.store(states_ptr + row * 5 + 2, smooth, in_rows)
-        tl.store(states_ptr + row * 5 + 3, weight, in_rows)
-        tl.store(states_ptr + row * 5 + 4, x_y, in_rows)
+        before = _Fold(
+            tl.load(states, later, float("-inf")), tl.load(states + 1, later, 0.0),
+            tl.load(states + 2, later, 0.0), tl.load(states + 3, later, 0.0),
+        )  # fmt: skip
+        fold = _joined(before, fold)
+        x_y += tl.load(states + 4, later, 0.0)
+        tl.store(states, fold.m, in_rows)
+        tl.store(states + 1, fold.others, in_rows)
+        tl.store(states + 2, fold.smooth, in_rows)
+        tl.store(states + 3, fold.weight, in_rows)
+        tl.store(states + 4, x_y, in_rows)
     else:
-        loss, inv_s, q = _finish_row(
-            m, others, smooth, weight, x_y, target, w_ptr, N, ignore_index, keep, spread, SMOOTH
-        )
+        loss, inv_s, q = _finish_row(fold, x_y, target, w_ptr, N, ignore_index, keep, spread, SMOOTH)
         tl.store(loss_ptr + row, loss, in_rows)
-        tl.store(stats_ptr + row * 3, m, in_rows)
+        tl.store(stats_ptr + row * 3, fold.m, in_rows)
         tl.store(stats_ptr + row * 3 + 1, inv_s, in_rows)
         tl.store(stats_ptr + row * 3 + 2, q, in_rows)
         if dx_ptr is not None:
+            dx_ptr += program * tile.ROWS * n
             g = _factors(scale_ptr, scale_stride, scale, row, in_rows)
-            for start in tl.range(0, n, BLOCK_N):
-                col = start + tl.arange(0, BLOCK_N)
-                mask = in_rows[:, None] & (col < n)[None, :]
+            gradient = _gradient(fold.m, inv_s, q, g, target, w_ptr, w_sum_ptr, N, keep, spread, SMOOTH)
+            for i in tl.range(0, schedule.fast * some):
+                start = _fast_block(i, schedule) * tile.N
                 _store_gradient(
-                    x_ptr, dx_ptr, w_ptr, w_sum_ptr, row, col, target, first, n, N, mask, m, inv_s, q, g,
-                    ignore_index, keep, spread, SMOOTH,
-                )  # fmt: skip
+                    x_ptr, dx_ptr, w_ptr, gradient, own, in_rows, counted, first, n, start, tile, SMOOTH, False
+                )
+            for i in tl.range(0, tl.where(some != 0, schedule.slow, tl.cdiv(n, tile.N))):
+                start = tl.where(some != 0, _slow_block(i, schedule, tile.ROWS > 1), i) * tile.N
+                _store_gradient(
+                    x_ptr, dx_ptr, w_ptr, gradient, own, in_rows, counted, first, n, start, tile, SMOOTH, True
+                )
 
 
 @kernel(do_not_specialize=["M", "ignore_index"])
@@ -212,14 +364,15 @@ def _cross_entropy_finish_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < M
     target = tl.load(target_ptr + row, in_rows, ignore_index)
-    m = tl.load(states_ptr + row * 5, in_rows, 0.0)
-    others = tl.load(states_ptr + row * 5 + 1, in_rows, 0.0)
-    smooth = tl.load(states_ptr + row * 5 + 2, in_rows, 0.0)
-    weight = tl.load(states_ptr + row * 5 + 3, in_rows, 0.0)
-    x_y = tl.load(states_ptr + row * 5 + 4, in_rows, 0.0)
-    loss, inv_s, q = _finish_row(m, others, smooth, weight, x_y, target, w_ptr, N, ignore_index, keep, spread, SMOOTH)
+    states = states_ptr + row * 5
+    fold = _Fold(
+        tl.load(states, in_rows, 0.0), tl.load(states + 1, in_rows, 0.0),
+        tl.load(states + 2, in_rows, 0.0), tl.load(states + 3, in_rows, 0.0),
+    )  # fmt: skip
+    x_y = tl.load(states + 4, in_rows, 0.0)
+    loss, inv_s, q = _finish_row(fold, x_y, target, w_ptr, N, ignore_index, keep, spread, SMOOTH)
     tl.store(loss_ptr + row, loss, in_rows)
-    tl.store(stats_ptr + row * 3, m, in_rows)
+    tl.store(stats_ptr + row * 3, fold.m, in_rows)
     tl.store(stats_ptr + row * 3 + 1, inv_s, in_rows)
     tl.store(stats_ptr + row * 3 + 2, q, in_rows)
 
@@ -245,35 +398,58 @@ def _cross_entropy_bwd_kernel(
     scale,
     expected,
     SMOOTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    tile: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(n, BLOCK_N)
-    row = program // blocks * ROWS + tl.arange(0, ROWS)
-    col = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(n, tile.N)
+    program = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    row = program * tile.ROWS + tl.arange(0, tile.ROWS)
+    x_ptr += program * tile.ROWS * n
+    dx_ptr += program * tile.ROWS * n
     in_rows = row < M
+    wanted = True
     if grad_ptr is not None:
-        same = tl.load(grad_ptr + tl.zeros((ROWS,), tl.int32)).to(tl.float32) == expected
-        in_rows = in_rows & (same == 0)
-    target = tl.load(target_ptr + row, in_rows, ignore_index)
-    m = tl.load(stats_ptr + row * 3, in_rows, 0.0)
-    inv_s = tl.load(stats_ptr + row * 3 + 1, in_rows, 0.0)
-    q = tl.load(stats_ptr + row * 3 + 2, in_rows, 0.0)
-    g = _factors(scale_ptr, scale_stride, scale, row, in_rows)
-    mask = in_rows[:, None] & (col < n)[None, :]
-    _store_gradient(
-        x_ptr, dx_ptr, w_ptr, w_sum_ptr, row, col, target, first, n, N, mask, m, inv_s, q, g,
-        ignore_index, keep, spread, SMOOTH,
-    )  # fmt: skip
+        wanted = tl.load(grad_ptr).to(tl.float32) != expected
+    if wanted:
+        target = tl.load(target_ptr + row, in_rows, ignore_index)
+        counted = in_rows & (target != ignore_index)
+        m = tl.load(stats_ptr + row * 3, in_rows, 0.0)
+        inv_s = tl.load(stats_ptr + row * 3 + 1, in_rows, 0.0)
+        q = tl.load(stats_ptr + row * 3 + 2, in_rows, 0.0)
+        g = _factors(scale_ptr, scale_stride, scale, row, in_rows)
+        gradient = _gradient(m, inv_s, q, g, target, w_ptr, w_sum_ptr, N, keep, spread, SMOOTH)
+        own = _own_column(target, first, n)
+        schedule = _schedule(own, n, tile)
+        start = block * tile.N
+        if tile.ROWS > 1:
+            _store_gradient(x_ptr, dx_ptr, w_ptr, gradient, own, in_rows, counted, first, n, start, tile, SMOOTH, True)
+        elif (block < schedule.whole) & (block != schedule.own) & (tl.max(counted.to(tl.int32), 0) != 0):
+            _store_gradient(x_ptr, dx_ptr, w_ptr, gradient, own, in_rows, counted, first, n, start, tile, SMOOTH, False)
+        else:
+            _store_gradient(x_ptr, dx_ptr, w_ptr, gradient, own, in_rows, counted, first, n, start, tile, SMOOTH, True)
+
+
+class _Columns(NamedTuple):
+    """A program's tile: ROWS rows by N columns, of which a thread takes VECTOR side by side, then LANES * VECTOR on.
+
+    PAIRS: as in `widened`.
+    """
+
+    ROWS: int
+    N: int
+    LANES: int
+    VECTOR: int
+    PAIRS: bool
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(n: int, backward: bool, arch: Architecture) -> tuple[int, int, int]:
-    """(rows and columns of a tile, warps)."""
+def _plan(n: int, itemsize: int, backward: bool, arch: Architecture) -> tuple[_Columns, int]:
+    """(tile, warps); rows that no 16-byte load can take go an element a load, neighbours to neighbouring threads."""
     tile = tile_for(BACKWARD if backward else FORWARD, arch, n)
     block = min(tile.block, max(16, triton.next_power_of_2(n)))
-    return tile.rows(block), block, tile.warps
+    vector = 1 if n % 16 else 16 // itemsize
+    lanes = min(tile.warps * arch.wavefront, block // vector)
+    return _Columns(tile.rows(block), block, lanes, vector, in_pairs(arch)), tile.warps
 
 
 def _factor_arguments(scale: Tensor | float | None) -> tuple[Tensor | None, int, float]:
@@ -311,12 +487,12 @@ def cross_entropy_fwd(
     dx = None if scale is None else torch.empty_like(x)
     w_sum = None if dx is None else _weight_sum(class_weight, smoothing)
     pointer, stride, value = _factor_arguments(scale)
-    rows, block, warps = _plan(N, False, architecture(x.device))
+    tile, warps = _plan(N, x.element_size(), False, architecture(x.device))
     if M:
         with on_device_of(x):
-            _cross_entropy_fwd_kernel[(triton.cdiv(M, rows),)](
+            _cross_entropy_fwd_kernel[(triton.cdiv(M, tile.ROWS),)](
                 x, target, class_weight, w_sum, pointer, None, loss, stats, dx, M, 0, N, N, stride, ignore_index,
-                1.0 - smoothing, smoothing / N, value, smoothing > 0, rows, block, num_warps=warps,
+                1.0 - smoothing, smoothing / N, value, smoothing > 0, tile, num_warps=warps,
             )  # fmt: skip
     return loss, stats, dx
 
@@ -333,12 +509,12 @@ def cross_entropy_update(
 ) -> None:
     """As fastlm.backends.cpu.cross_entropy.cross_entropy_update."""
     M, n = x.shape
-    rows, block, warps = _plan(n, False, architecture(x.device))
+    tile, warps = _plan(n, x.element_size(), False, architecture(x.device))
     if M:
         with on_device_of(x):
-            _cross_entropy_fwd_kernel[(triton.cdiv(M, rows),)](
+            _cross_entropy_fwd_kernel[(triton.cdiv(M, tile.ROWS),)](
                 x, target, class_weight, None, None, states, None, None, None, M, first, n, N, 0, ignore_index,
-                1.0 - smoothing, smoothing / N, 0.0, smoothing > 0, rows, block, num_warps=warps,
+                1.0 - smoothing, smoothing / N, 0.0, smoothing > 0, tile, num_warps=warps,
             )  # fmt: skip
 
 
@@ -383,12 +559,12 @@ def cross_entropy_bwd(
     dx = torch.empty_like(x) if out is None else out
     grad, expected = unless or (None, 0.0)
     pointer, stride, value = _factor_arguments(scale)
-    rows, block, warps = _plan(n, True, architecture(x.device))
+    tile, warps = _plan(n, x.element_size(), True, architecture(x.device))
     if M:
         with on_device_of(x):
-            _cross_entropy_bwd_kernel[(triton.cdiv(M, rows) * triton.cdiv(n, block),)](
+            _cross_entropy_bwd_kernel[(triton.cdiv(M, tile.ROWS) * triton.cdiv(n, tile.N),)](
                 x, target, class_weight, _weight_sum(class_weight, smoothing), stats, pointer, grad, dx,
                 M, first, n, N, stride, ignore_index, 1.0 - smoothing, smoothing / N, value, expected,
-                smoothing > 0, rows, block, num_warps=warps,
+                smoothing > 0, tile, num_warps=warps,
             )  # fmt: skip
     return dx
