@@ -29,7 +29,7 @@ from .seqlen import (
     seqlen_info,
     store_limit,
 )
-from .softmax import Rows, epilogue, mainloop, online_softmax, recompute_rows, signed, store_lse
+from .softmax import Rows, epilogue, mainloop, online_softmax, recompute_rows, store_lse
 from .tables import (
     Blocking,
     Blockings,
@@ -195,7 +195,7 @@ def _attention_fwd_kernel(
     schedule = Schedule(tiles, heads, swizzle)
     tile = _tile(tl.program_id(0), args, schedule, out_ptr, config)
     row = tile.first + tl.arange(0, config.M)
-    q = signed(load_rows(tile.q, row, tile.seqlen.seqlen_q, config.D, config.BLOCK_D), scale)
+    q = load_rows(tile.q, row, tile.seqlen.seqlen_q, config.D, config.BLOCK_D)
     acc, row_sum, row_max = online_softmax(config.M, config.BLOCK_DV)
     blocks = n_block_range(tile.first, tile.seqlen, args.scoring.window, config)
     for phase in tl.static_range(3):
@@ -227,6 +227,8 @@ def launch_forward(q, k, v, mask, cu_q, cu_k, B, options, lse, rest=None):
     if cu_q is None and splits_keys(size):
         launch_decode(q, k, v, mask, out, sums, rest, size, options)
         return out, sums
+    if scale < 0:  # the main loop's is none; a copy of q here keeps it out of the program's registers there
+        q, scale = -q, -scale
     masked = mask is not None or dropout_p > 0
     arch = architecture(q.device)
     blocks = blocks_for(FORWARD, arch, q.dtype, max(size.head[2:]), masked)

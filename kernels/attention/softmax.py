@@ -15,7 +15,7 @@ import triton.language as tl
 from .._common import dropout_factors
 from .arguments import Scoring
 from .mask import LN2, LOG2E, MaskRows, scores
-from .tiles import RECOMPUTE_KEYS, dot, finite, load_at, load_rows, store_at
+from .tiles import RECOMPUTE_KEYS, dot, finite, load_at, load_block, store_at
 
 
 class Rows(NamedTuple):
@@ -66,7 +66,7 @@ def mainloop(
     for first in tl.range(start, end, N, num_stages=STAGES):
         first = tl.multiple_of(first, N)
         col = first + tl.arange(0, N)
-        keys = load_rows(k, col, seqlen.seqlen_k, config.D, config.BLOCK_D, BOUNDS)
+        keys = load_block(k, first, N, seqlen.seqlen_k, config.D, config.BLOCK_D, BOUNDS)
         if RECOMPUTE:
             keys, not_finite = finite(keys)
             non_finite = tl.max(not_finite.to(tl.float32), 1)[None, :] != 0
@@ -79,10 +79,11 @@ def mainloop(
             if RECOMPUTE:
                 s = tl.where(non_finite & (s != float("-inf")), float("nan"), s)
             new_max = tl.maximum(row_max, tl.max(s, 1))
+            pivot = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that attend to nothing yet
         else:  # the scale is not negative, so the maximum can be taken before it: one multiply-add an element less
             s = qk * (scale * LOG2E)
             new_max = tl.maximum(row_max, tl.max(qk, 1) * (scale * LOG2E))
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that attend to nothing yet
+            pivot = new_max
         if config.NATURAL:
             p = tl.exp2((s - pivot[:, None]) * LOG2E)
             alpha = tl.exp2((row_max - pivot) * LOG2E)
@@ -92,7 +93,7 @@ def mainloop(
         row_sum = row_sum * alpha + tl.sum(p, 1)
         if config.DROPOUT:
             p *= dropout_factors(rows.index, first, *dropout, N)
-        values = load_rows(v, col, seqlen.seqlen_k, config.DV, config.BLOCK_DV, BOUNDS)
+        values = load_block(v, first, N, seqlen.seqlen_k, config.DV, config.BLOCK_DV, BOUNDS)
         if RECOMPUTE:
             values, not_finite = finite(values)
             attended = tl.where(s != float("-inf"), 1.0, 0.0).to(values.dtype)

@@ -41,6 +41,14 @@ def load_rows(x, row, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDS: tl.
 
 
 @triton.jit
+def load_block(x, first, N: tl.constexpr, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDS: tl.constexpr):
+    """As `load_rows` the N rows from `first` on; where they are in the block is the same in each turn of a loop."""
+    row = tl.arange(0, N)
+    there = first + row < limit if BOUNDS else None
+    return load_at(x.ptr + first.to(tl.int64) * x.row, row.to(tl.int64) * x.row, there, D, BLOCK_D)
+
+
+@triton.jit
 def store_at(ptr, x, offset, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     mask = there[:, None]
