@@ -41,8 +41,8 @@ from ._common import (
 )
 
 # Not measured on any GPU yet. 32 elements a thread, so that few threads share a row's sums: forward, rows of up to 1024
-# need no other warp at all; backward, which keeps weights and their gradients in registers too, of several rows. A program
-# more a multiprocessor would hide more latency there, and write another partial sum of the weights' gradients.
+# need no other warp at all; backward, which keeps weights and their gradients in registers too, of several rows. There
+# another program a multiprocessor would hide more latency, and write another partial sum of the weights' gradients.
 FORWARD: Table = {
     SM80: (Tile(1024, 1024, 1), Tile(2048, 2048, 2), Tile(4096, 4096, 4), Tile(8192, 8192, 8), Tile(16384, 16384, 16)),
 }
@@ -52,7 +52,7 @@ BACKWARD: Table = {
         Tile(1024, 4096, 4, programs=2),
         Tile(2048, 8192, 8, programs=1),
         Tile(4096, 8192, 8, programs=1),
-        Tile(8192, 8192, 16, programs=1),
+        Tile(8192, 8192, 8, programs=1),
     ),
 }
 ONE_BLOCK_FORWARD, ONE_BLOCK_BACKWARD = 16384, 8192  # the last row of each table
@@ -76,7 +76,7 @@ class Columns(NamedTuple):
 
 def _columns(N: int, block: int, rows: int, warps: int, arch: Architecture) -> Columns:
     in_thread = block >= warps * arch.wavefront * 8
-    return Columns(rows, 1 if in_thread else rows, block, N == block, in_pairs(arch))
+    return Columns(rows, 1 if in_thread else rows, block, block == N, in_pairs(arch))
 
 
 @functools.cache

@@ -235,7 +235,7 @@ def _our_attention(arch: Architecture, D: int, causal: bool) -> None:
     """With the tile of TILES in the place of the table's."""
     q = meta(2, 16, 2048, D)
     kept = forward.blocks_for
-    forward.blocks_for = lambda *_: TILES[D]  # type: ignore[assignment]
+    forward.blocks_for = lambda *_: TILES[D]
     try:
         attention.attention_fwd(q, q, q, None, causal, 0.125, 0.0, 0, -1, 0 if causal else -1, 0.0)
     finally:
@@ -268,7 +268,8 @@ def liger(arch: Architecture) -> Iterator[Case]:
             "rms_norm_bwd", N, "liger",
             partial(rms.rms_norm_backward, x, x, w, rows, 0.0, "llama", block, warps, True, None), turns, ROWS, padded,
         )  # fmt: skip
-    ce.infer_device_arch = lambda: "blackwell" if arch.number >= 100 else "hopper"  # by which it chooses its warps
+    family = "blackwell" if arch.number >= 100 else "hopper"
+    vars(ce)["infer_device_arch"] = lambda: family  # by which it chooses its warps
     for V in VOCABULARIES:
         block = min(ce.MAX_FUSED_SIZE, triton.next_power_of_2(V))
         passes = math.ceil(V / block)
@@ -344,7 +345,7 @@ class _NoDriver:
         return torch.device("cpu")
 
     def get_current_target(self) -> Any:
-        return types.SimpleNamespace(backend="none", arch="none")
+        return types.SimpleNamespace(backend="cpu", arch="none")
 
 
 def _imported_without_gpu(path: Path) -> types.ModuleType:
@@ -374,7 +375,7 @@ def _tutorial(module: types.ModuleType, arch: Architecture, D: int, causal: bool
 
 
 def lines(cases: Iterable[Case], arch: Architecture) -> Iterator[Counted]:
-    """The counts of cases; of several of one project for the same op and shape, the one with the fewest instructions."""
+    """The counts of cases; of several of one project for an op and a shape the one with the fewest instructions."""
     best: dict[tuple, Counted] = {}
     for case in cases:
         line = counted(arch, case)

@@ -4,6 +4,7 @@ Run by test_side_by_side.py, outside the interpreter.
 """
 
 import json
+from functools import partial
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from fastlm._core.architecture import parse
 
 # 4 warps: 128 threads, so that a thread has 8 of 1024 elements.
 N, WARPS = 1024, 4
+HALF, SINGLE = (torch.empty(2**20, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
 
 
 @triton.jit
@@ -39,18 +41,11 @@ def regions(call, arch):
     return sass.regions(sass.disassembled(compiled.asm["cubin"]))
 
 
-def empty(dtype):
-    return torch.empty(2**20, dtype=dtype, device="meta")
-
-
 if __name__ == "__main__":
     for name in ("sm_80", "sm_90"):
         arch = parse(name)
-        calls = {
-            f"copy {dtype}": lambda x=empty(dtype): _copy[(1,)](x, x, N, num_warps=WARPS)
-            for dtype in (torch.bfloat16, torch.float32)
-        }
-        calls["sum"] = lambda x=empty(torch.float32): _sum[(1,)](x, x, 37, N, num_warps=WARPS)
+        calls = {f"copy {x.dtype}": partial(_copy[(1,)], x, x, N, num_warps=WARPS) for x in (HALF, SINGLE)}
+        calls["sum"] = partial(_sum[(1,)], SINGLE, SINGLE, 37, N, num_warps=WARPS)
         for case, call in calls.items():
             found = [{"n": r.instructions, "loads": r.loads, "stores": r.stores, "names": r.names}
                      for r in regions(call, arch)]  # fmt: skip
