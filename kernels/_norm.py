@@ -197,7 +197,7 @@ def _norm_fwd_kernel(
         mean = tl.sum(z, 1) * inv_n
         z -= mean[:, None]
         if not tile.WHOLE:
-            z = tl.where(in_row[None, :], z, 0.0)
+            z = tl.where((col < N)[None, :], z, 0.0)
         total, squares = _two_sums(z, z * z)
         shift = total * inv_n
         rstd = tl.rsqrt(tl.maximum(squares * inv_n - shift * shift, 0.0, tl.PropagateNan.ALL) + eps)
@@ -261,10 +261,10 @@ def _norm_bwd_tile(
     ROWS: tl.constexpr = tile.ROWS
     col = tl.arange(0, tile.BLOCK_N)
     row = start + tl.arange(0, ROWS)
-    mask = None if tile.WHOLE else (col < rows.N)[None, :]
     there = row < rows.M if MASKED else None
+    mask = None if tile.WHOLE else (col < rows.N)[None, :]
     if MASKED:
-        mask = there[:, None] if tile.WHOLE else mask & there[:, None]
+        mask = _mask(start, rows.M, col, rows.N, ROWS, tile.WHOLE)
     N = tile.BLOCK_N if tile.WHOLE else rows.N
     begin, inner = start * N, _inner(N, col, ROWS)
     dy = _loaded(rows.dy + begin + inner, mask, tile.PAIRS)

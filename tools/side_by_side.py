@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -135,7 +135,7 @@ def counted(arch: Architecture, case: Case) -> Counted:
     work = threads / (case.rows * case.N)
     line.loop = max(zip(turns, regions, strict=True), key=lambda pair: pair[0] * pair[1].instructions)[1].instructions
     line.per_element = sum(n * region.instructions for n, region in zip(turns, regions, strict=True)) * work
-    moved = [_moved(region, region is regions[0]) for region in regions]
+    moved = [_moved(region, region is regions[0] and len(regions) > 1) for region in regions]
     line.loaded, line.stored, wide = (
         sum(n * m[i] for n, m in zip(turns, moved, strict=True)) * threads / case.rows / case.padded for i in range(3)
     )
@@ -283,15 +283,15 @@ def liger(arch: Architecture) -> Iterator[Case]:
 
 
 def fla(arch: Architecture) -> Iterator[Case]:
-    """fla-core, in the configuration of its autotuner that takes the fewest instructions."""
+    """fla-core, with those of its autotuner's warps that give a thread 32 elements: the fewest instructions."""
     norm = importlib.import_module("fla.modules.norm.layernorm")
     for N in NORM_SIZES:
         padded = triton.next_power_of_2(N) / N
         for rms, name in ((False, "layer_norm"), (True, "rms_norm")):
-            for warps in (2, 4, 8):
-                yield Case(name, N, "fla", partial(_fla_forward, norm, N, rms, warps), once, padded=padded)
-                yield Case(f"{name}_bwd", N, "fla", partial(_fla_backward, norm, N, rms, warps),
-                           over_rows(ROWS, 2, 2), ROWS, padded)  # fmt: skip
+            warps = max(2, min(8, N // 1024))
+            yield Case(name, N, "fla", partial(_fla_forward, norm, N, rms, warps), once, padded=padded)
+            yield Case(f"{name}_bwd", N, "fla", partial(_fla_backward, norm, N, rms, warps), over_rows(ROWS, 2, 2),
+                       ROWS, padded)  # fmt: skip
 
 
 def _fla_common(N: int, rms: bool) -> dict[str, Any]:
@@ -374,17 +374,6 @@ def _tutorial(module: types.ModuleType, arch: Architecture, D: int, causal: bool
     )  # fmt: skip
 
 
-def lines(cases: Iterable[Case], arch: Architecture) -> Iterator[Counted]:
-    """The counts of cases; of several of one project for an op and a shape the one with the fewest instructions."""
-    best: dict[tuple, Counted] = {}
-    for case in cases:
-        line = counted(arch, case)
-        key = line.op, line.N, line.who
-        if key not in best or line.per_element < best[key].per_element:
-            best[key] = line
-    yield from best.values()
-
-
 if __name__ == "__main__":
     import side_by_side_page
 
@@ -394,8 +383,8 @@ if __name__ == "__main__":
     parser.add_argument("--ours", metavar="ARCH", help="print the counts of our own kernels on one architecture")
     asked = parser.parse_args()
     if asked.ours:
-        for line in lines(ours(parse(asked.ours)), parse(asked.ours)):
-            print(json.dumps(asdict(line)), flush=True)
+        for case in ours(parse(asked.ours)):
+            print(json.dumps(asdict(counted(parse(asked.ours), case))), flush=True)
         sys.exit()
     if asked.peers is None or asked.tutorial is None:
         parser.error("--peers and --tutorial are needed, or --ours")
@@ -403,7 +392,7 @@ if __name__ == "__main__":
     found: list[Counted] = []
     for arch in ARCHITECTURES:
         for project in (ours, liger, fla, tutorial(asked.tutorial)):
-            for line in lines(project(arch), arch):
-                print(json.dumps(asdict(line)), file=sys.stderr, flush=True)
-                found.append(line)
+            for case in project(arch):
+                found.append(counted(arch, case))
+                print(json.dumps(asdict(found[-1])), file=sys.stderr, flush=True)
     side_by_side_page.write([asdict(line) for line in found], RESULTS, PAGE)
