@@ -2,7 +2,7 @@
 
 What nvdisasm prints is read, so that what is counted is what runs: ptxas has scheduled, unrolled and allocated by then.
 A loop is what lies between a label and the last jump back to it. An instruction counts for the innermost loop around it
-and, outside of all, for the kernel once. Padding (NOP) and the endless jump behind the last exit count nowhere.
+and, outside of all, for the kernel once; a jump back from a slow path behind the last exit makes no loop. Padding (NOP) and the endless jump behind the last exit count nowhere.
 """
 
 from __future__ import annotations
@@ -112,8 +112,11 @@ def regions(text: str) -> list[Region]:
     """[what is outside of all loops, the loops in the order in which they begin] of a kernel's disassembly."""
     code, labels = parsed(text)
     ends: dict[int, int] = {}
+    final = max((instruction.place for instruction in code if instruction.name == "EXIT"), default=0)
     for instruction in code:
         target = _jump(instruction, labels)
+        if target is not None and target < final < instruction.place:
+            continue  # back from a slow path that was put behind the last exit: where a wait was not over at once
         if target is not None and target < instruction.place:  # to itself: the endless one behind the last exit
             ends[target] = max(ends.get(target, 0), instruction.place)
     loops = [Region(first, last) for first, last in sorted(ends.items())]

@@ -20,8 +20,8 @@ time for the same shapes and dtypes, run on no GPU. What is counted is SASS as n
 after ptxas has scheduled, unrolled and allocated; how fast it is only a GPU can say.
 
 The peers are liger-kernel 0.8.5, fla-core 0.6.0 (the kernels of flash-linear-attention; of its autotuner's
-configurations the one that gives a thread 32 elements) and `06-fused-attention.py` of Triton's repository, through their
-own launchers. Inputs are bfloat16; the tutorial writes float16 alone, which takes as many instructions.
+configurations the one that gives a thread 32 elements) and `06-fused-attention.py` of Triton's repository, through
+their own launchers. Inputs are bfloat16; the tutorial writes float16 alone, which takes as many instructions.
 
 - *Instructions*: of a thread, an element of a row. A loop counts as often as a program goes through it, columns that a
   tile has and the row has not count in full, and what a program does once is shared out over its rows: 32 of a

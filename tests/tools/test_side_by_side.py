@@ -54,6 +54,11 @@ def test_code_without_loops_is_one_region():
     assert (outside.instructions, outside.stream, outside.stored) == (2, 0, 0)
 
 
+def test_a_jump_back_from_behind_the_last_exit_makes_no_loop():
+    slow = LISTING.replace("BRA `(.L_x_3)", "BRA `(.L_x_1)")
+    assert [region.instructions for region in sass.regions(slow)] == [6, 3, 4]
+
+
 def test_loops_that_overlap_are_found():
     overlapping = LISTING.replace("@P1 BRA `(.L_x_1)", "NOP").replace("@P3 BRA `(.L_x_2)", "@P3 BRA `(.L_x_1)")
     assert sass.crossing(sass.regions(overlapping))
@@ -80,18 +85,20 @@ def test_counts_of_kernels_whose_source_tells_them():
             accesses = {"16": 1 if "bfloat16" in case else 2}
             assert (outside["loads"], outside["stores"], loops) == (accesses, accesses, [])
         else:
-            (loop,) = loops
-            assert (loop["loads"], loop["stores"], loop["names"]["FADD"]) == ({"16": 2}, {}, 8)
-            assert (outside["loads"], outside["stores"]) == ({}, {"16": 2})
-            assert loop["n"] < 8 + 2 + 12  # adds, loads, and a loop's counters and addresses
+            reading = [loop for loop in loops if loop["loads"]]  # ptxas may make one of four turns, and one for the rest
+            assert reading
+            for loop in reading:
+                assert set(loop["loads"]) == {"16"}
+                assert (loop["stores"], loop["names"]["FADD"]) == ({}, 4 * loop["loads"]["16"])
+            assert outside["stores"] == {"16": 2}
 
 
 # Of our kernels for sm_90: instructions an element (of attention a tile), with a twentieth for another compiler.
 BOUNDS = {
     ("layer_norm", 1024): 12.8, ("layer_norm", 4096): 14.0, ("layer_norm", 8192): 14.4,
     ("rms_norm", 1024): 7.5, ("rms_norm", 4096): 8.2, ("rms_norm", 8192): 8.4,
-    ("layer_norm_bwd", 1024): 18.8, ("layer_norm_bwd", 4096): 16.0, ("layer_norm_bwd", 8192): 17.6,
-    ("rms_norm_bwd", 1024): 13.7, ("rms_norm_bwd", 4096): 11.8, ("rms_norm_bwd", 8192): 13.2,
+    ("layer_norm_bwd", 1024): 19.1, ("layer_norm_bwd", 4096): 16.0, ("layer_norm_bwd", 8192): 15.2,
+    ("rms_norm_bwd", 1024): 13.9, ("rms_norm_bwd", 4096): 11.8, ("rms_norm_bwd", 8192): 11.2,
     ("cross_entropy", 50257): 23.6, ("cross_entropy", 50304): 18.1, ("cross_entropy", 128256): 15.8,
     ("cross_entropy_loss", 50257): 11.4, ("cross_entropy_loss", 50304): 9.2, ("cross_entropy_loss", 128256): 8.0,
     ("attention", 64): 545, ("attention", 128): 375, ("attention, causal", 64): 545, ("attention, causal", 128): 377,
