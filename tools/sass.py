@@ -1,8 +1,9 @@
 """Counts in a kernel's SASS: instructions, and the bytes that they move through global memory, loop by loop.
 
 What nvdisasm prints is read, so that what is counted is what runs: ptxas has scheduled, unrolled and allocated by then.
-A loop is what lies between a label and the last jump back to it. An instruction counts for the innermost loop around it
-and, outside of all, for the kernel once; a jump back from a slow path behind the last exit makes no loop. Padding (NOP) and the endless jump behind the last exit count nowhere.
+A loop is what lies between a label and the last jump back to it; a jump back from a slow path that was put behind the
+last exit makes none. An instruction counts for the innermost loop around it and, outside of all, for the kernel once.
+Padding (NOP) and the endless jump behind the last exit count nowhere.
 """
 
 from __future__ import annotations

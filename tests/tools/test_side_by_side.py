@@ -85,7 +85,7 @@ def test_counts_of_kernels_whose_source_tells_them():
             accesses = {"16": 1 if "bfloat16" in case else 2}
             assert (outside["loads"], outside["stores"], loops) == (accesses, accesses, [])
         else:
-            reading = [loop for loop in loops if loop["loads"]]  # ptxas may make one of four turns, and one for the rest
+            reading = [loop for loop in loops if loop["loads"]]  # ptxas may make one of four turns and one for the rest
             assert reading
             for loop in reading:
                 assert set(loop["loads"]) == {"16"}
