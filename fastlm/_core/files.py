@@ -98,6 +98,13 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                 _remove_unlocked(path)
 
 
+def was_interrupted(path: str | os.PathLike[str]) -> bool:
+    """Whether a process that wrote to `path`, by `replacing` or `staging`, left something half-written beside it."""
+    path = Path(path)
+    matches = (TEMPORARY.fullmatch(other.name) for other in path.parent.iterdir())
+    return any(match and match[1] == path.name for match in matches)
+
+
 def _remove_unlocked(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

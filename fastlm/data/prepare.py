@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .._core.files import naming, staging, sync
+from .._core.files import naming, staging, sync, was_interrupted
 from ..errors import DataError
 from .config import TRAINED_KINDS, PrepareConfig
 from .documents import Documents, make_documents, working_folder
@@ -251,5 +251,7 @@ def _check_out(config: PrepareConfig) -> None:
     if config.out.exists() and not config.out.is_dir():
         raise DataError(f"{config.out}: is a file, expected a folder to write into")
     present = [name for name in FILES if (config.out / name).exists()]
+    if present and FILES[-1] not in present and was_interrupted(config.out / "prepare"):
+        return  # of a run that was killed while it moved its files there
     if present and not config.overwrite:
         raise DataError(f"{config.out}: already holds {', '.join(present)}; add --overwrite to replace them")

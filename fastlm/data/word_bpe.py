@@ -11,6 +11,7 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from ..backends.cpu.words import BpeParts
 from .tokenizers.patterns import GPT2
+from .tokenizers.tiktoken import byte_letters
 from .word_cache import CASES, SUFFIX, alternatives, steps_of
 
 # The alternatives of regular expressions that csrc/cpu/words_bpe.h knows, by the order of its `Piece`.
@@ -54,7 +55,7 @@ def bpe_parts(backend: tokenizers.Tokenizer) -> BpeParts | None:
     if model["dropout"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         return None
     vocabulary: dict[str, int] = model["vocab"]
-    names = byte_names()
+    names = byte_letters()
     if not all(name in vocabulary for name in names):
         return None
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
@@ -98,16 +99,6 @@ def _suffixes_together(found: list[str]) -> bool:
     """Whether the endings are all there and side by side, as one alternative would be."""
     places = [number for number, part in enumerate(found) if part in _SUFFIXES]
     return {found[place] for place in places} == set(_SUFFIXES) and places[-1] - places[0] == len(_SUFFIXES) - 1
-
-
-def byte_names() -> list[str]:
-    """The characters by which byte-level vocabularies name the bytes, in their order.
-
-    Source: Radford et al. 2019 (its code): printable ones of Latin-1 name themselves, the others follow from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 @cache

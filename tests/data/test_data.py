@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -682,3 +683,42 @@ def test_load_tokens_names_the_split(tmp_path):
         load_tokens(tmp_path / "out", "test")
     with pytest.raises(DataError, match=r"val.bin: the split is empty"):
         load_tokens(tmp_path / "out", "val")
+
+
+_KILLED_WHILE_MOVING = """
+import os, signal, sys
+from pathlib import Path
+from fastlm.data import PrepareConfig, prepare
+
+moved, replace = [], os.replace
+
+def until(*paths):
+    if len(moved) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    moved.append(paths)
+    replace(*paths)
+
+os.replace = until
+prepare(PrepareConfig(inputs=(Path(sys.argv[1]),), out=Path(sys.argv[2]), vocab_size=300))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+@pytest.mark.parametrize("moves", range(4))
+def test_killed_while_its_files_move_the_same_call_goes_on(tmp_path, moves):
+    expected = make(tmp_path, [prose(2, 300)], out="whole")
+    command = [sys.executable, "-c", _KILLED_WHILE_MOVING, tmp_path / "source", tmp_path / "out", str(moves)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    there = [name for name in ("train.bin", "val.bin", "tokenizer.json") if (tmp_path / "out" / name).exists()]
+    assert len(there) == moves
+    assert make(tmp_path, [prose(2, 300)]).splits == expected.splits
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "whole").keys()
+
+
+def test_a_folder_without_a_manifest_that_no_run_left_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.bin").write_bytes(b"mine")
+    with pytest.raises(DataError, match="already holds train.bin"):
+        make(tmp_path, [prose(2, 300)])
+    assert (tmp_path / "out" / "train.bin").read_bytes() == b"mine"

@@ -17,7 +17,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from fastlm.backends import cpu
 from fastlm.data import Tokenizer, word_cache
 from fastlm.data.tokenizers.patterns import CL100K, GPT2, O200K, QWEN
-from fastlm.data.word_bpe import bpe_parts, byte_names, character_classes
+from fastlm.data.tokenizers.tiktoken import byte_letters
+from fastlm.data.word_bpe import bpe_parts, character_classes
 from fastlm.errors import DataError
 
 needs_extension = pytest.mark.skipif(cpu.missing_reason is not None, reason=str(cpu.missing_reason))
@@ -203,7 +204,7 @@ def test_classes_of_characters_are_those_of_unicode():
 
 
 def test_names_of_bytes_are_the_librarys():
-    names = byte_names()
+    names = byte_letters()
     assert sorted(names) == sorted(pre_tokenizers.ByteLevel.alphabet())
     for text in ("é北\x00\x7f\xad ~", "\x80\xa0\xff"):
         spelled = "".join(word for word, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str(text))
