@@ -18,13 +18,13 @@ from torch import Tensor
 from ..data import Tokenizer
 from ..data.framing import padded, special_token_ids
 from ..data.packing import Segments
+from ..data.words import word_ids
 from ..errors import ConfigError
 from ..ops.cross_entropy import IGNORE_INDEX, cross_entropy
 from .base import Batch, Evaluation, Objective
 from .common.setup import Setup
 from .common.task import Task
 from .common.text import PreparedText
-from .common.words import word_ids
 from .registry import Settings, objective
 
 DRAWS = 0x6D61736B  # of this objective, apart from those of the loader

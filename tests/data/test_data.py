@@ -719,6 +719,6 @@ def test_killed_while_its_files_move_the_same_call_goes_on(tmp_path, moves):
 def test_a_folder_without_a_manifest_that_no_run_left_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.bin").write_bytes(b"mine")
-    with pytest.raises(DataError, match="already holds train.bin"):
+    with pytest.raises(DataError, match=r"already holds train\.bin"):
         make(tmp_path, [prose(2, 300)])
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"mine"

@@ -11,10 +11,10 @@ from fastlm.cli import main
 from fastlm.data import Tokenizer
 from fastlm.data.framing import special_token_ids
 from fastlm.data.packing import Segments
+from fastlm.data.words import word_ids
 from fastlm.errors import CheckpointError, ConfigError, DataError
 from fastlm.formats.hf.bert import BERT_FOLDER
 from fastlm.models import BERT, BERTConfig
-from fastlm.objectives.common.words import word_ids
 from fastlm.objectives.masked import Masked, MaskedSettings
 from hf import check_gradients, perturbed, reload_as_theirs, transformers
 from runs import StopAfter, losses, prepared, run, same_bits, tensors
