@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fastlm.data import END_OF_TEXT, Tokenizer
 from fastlm.errors import ConfigError, DataError
@@ -241,3 +241,14 @@ def test_stream_emits_each_character_as_soon_as_it_is_whole():
     assert [stream.push(token) for token in ids] == ["a", "", "é", "", "", "", "🙂"]
     assert stream.push(ids[1]) == ""
     assert stream.flush() == "\ufffd"
+
+
+def test_wordpiece_learns_words_with_letters_that_begin_none():
+    text = "ab cab abc " * 40 + "cabs " * 30  # b and s go on words alone
+    theirs = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    theirs.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[UNK]"], show_progress=False)
+    theirs.train_from_iterator([text], trainer)
+    ours = Tokenizer.train_wordpiece([text], 60)
+    for word in set(text.split()):
+        assert len(ours.encode(word)) == len(theirs.encode(word).ids) == 1

@@ -46,13 +46,22 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int, s
 
 
 def _characters(words: Counter[str], most: int) -> list[str]:
-    """The most frequent characters, as words begin with them and, with ##, as they go on."""
+    """The most frequent characters, as words begin with them and, with ##, as they go on.
+
+    Each of the latter comes with the former, without which the library leaves it out of every word that it learns from.
+    """
     counts: Counter[str] = Counter()
     for word, count in words.items():
         counts[word[0]] += count
         for character in word[1:]:
             counts["##" + character] += count
-    return sorted(sorted(counts, key=lambda character: (-counts[character], character))[: max(1, most)])
+    found: set[str] = set()
+    for character in sorted(counts, key=lambda character: (-counts[character], character)):
+        more = found | {character, character.removeprefix("##")}
+        if found and len(more) > most:
+            break
+        found = more
+    return sorted(found)
 
 
 def _repeated(words: Counter[str], known: set[str]) -> Iterator[str]:
