@@ -423,7 +423,7 @@ def _quick(
         request = _PLAIN_REQUESTS[kind] = _request(q, k, v, mask, Options(is_causal, 1.0), False)
     backend = choose(_NAME, request)
     if backend == "torch":
-        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+        return _torch_attention(q, k, v, mask, is_causal, scale)
     if backend != "cpu" or not (q.stride(3) == k.stride(3) == v.stride(3) == 1):
         return None
     scale = D**-0.5 if scale is None else scale
@@ -431,6 +431,16 @@ def _quick(
         right = 0 if is_causal else -1
         return _kernels.attention_fwd(q, k, v, mask, is_causal, scale, window_right=right, lse=False)[0]
     return _kernels.attention_plain_fwd(q, k, v, is_causal, scale)
+
+
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """PyTorch's operator, which up to 2.10 ends the process where there are no heads: that is left to the reference."""
+    if q.shape[1] == 0:
+        return attention_ref(q, k, v, mask, *Options(is_causal, q.shape[3] ** -0.5 if scale is None else scale))[0]
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
 
 
 def _spans(mask: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -456,8 +466,7 @@ def _attend(
     traced = must_trace(q, k, v, mask)
     backend = "reference" if traced else choose(_NAME, _request(q, k, v, mask, options, return_lse))
     if backend == "torch":
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=gqa), None
+        return _torch_attention(q, k, v, mask, is_causal, scale), None
     if dropout_p > 0:
         options = options._replace(seed=_dropout.draw_seed(q.device))
     if backend == "reference":

@@ -112,7 +112,14 @@ def _packed_attention(t: Tensors) -> Tensor:
 
 def _packed_stock(t: Tensors) -> Tensor:
     q, k, v = (t[name].transpose(0, 1)[None] for name in ("query", "key", "value"))
-    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+    return _sdpa(q, k, v)[0].transpose(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's; without heads, where its 2.10 ends the process, an empty result that depends on its inputs."""
+    if q.shape[1] == 0:
+        return q @ k.mT @ v + (0 if mask is None else mask.sum() * 0)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def _attention(t: Tensors) -> Tensor:
@@ -120,7 +127,7 @@ def _attention(t: Tensors) -> Tensor:
 
 
 def _attention_stock(t: Tensors) -> Tensor:
-    return F.scaled_dot_product_attention(t["query"], t["key"], t["value"], t.get("mask"))
+    return _sdpa(t["query"], t["key"], t["value"], t.get("mask"))
 
 
 QKV = {"query": "BHTD", "key": "BHSD", "value": "BHSE"}
