@@ -20,7 +20,7 @@ DATACLASSES = [
     if dataclasses.is_dataclass(kind) and kind.__module__ == f"fastlm.cli.{verb}"
 ]
 REQUIRED = {"inputs": ["a.txt"], "out": ["--out", "o"], "model": ["m"], "before": ["a"], "after": ["b"],
-            "readme": ["r"], "results": ["x"]}  # fmt: skip
+            "readme": ["r"], "results": ["x"], "text": ["--text", "t"]}  # fmt: skip
 
 
 def plain(hint):
@@ -81,8 +81,13 @@ def test_the_flags_that_are_looked_at_are_those_there_are():
     ids=" ".join,
 )
 def test_values_of_a_repeated_flag_add_up(kind, name, flag, args):
+    number = get_args(plain(get_type_hints(kind, include_extras=True)[name]))[0] is int
+    values = {"a": "1", "b": "2", "c": "3"} if number else {}
     given = [text.replace("F", flag, 1) if text[0] == "F" else text for text in args]
-    assert list(getattr(parsed(kind, *given), name)) == ["a", "b", "c"]
+    given = [
+        values.get(text, text) if "=" not in text else f"{flag}={values.get(text[-1], text[-1])}" for text in given
+    ]
+    assert list(getattr(parsed(kind, *given), name)) == ([1, 2, 3] if number else ["a", "b", "c"])
 
 
 @pytest.mark.parametrize(("kind", "name", "flag"), COMMAS, ids=ids(COMMAS))
