@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .._core.files import remove_leftovers, staging, try_lock
+from .._core.files import remove_leftovers, staging, still_at, try_lock
 from ..errors import DataError
 from .config import PrepareConfig
 from .manifest import Manifest
@@ -127,25 +127,59 @@ def _step_report(spec: StepSpec, counts: dict[str, Any]) -> StepReport:
 
 
 @contextmanager
-def working_folder(folder: Path, keep: bool) -> Iterator[Path]:
-    """The folder of shards, which no other process may use meanwhile; gone afterwards, unless a failure ends it."""
-    remove_leftovers(folder.parent, folder.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, against every other `prepare`; one that was made is gone after a failure.
+
+    The lock is the system's, on the folder itself: a killed process leaves none. Where the file system knows no locks
+    there is none.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    descriptor, lock, created = _open_folder(folder)
     try:
-        if try_lock(descriptor) is False:
+        if lock is False:
             raise DataError(f"{folder}: another process prepares documents there")
         try:
-            yield folder
+            yield
         except BaseException:
-            with suppress(OSError):  # something to go on from is in it
-                folder.rmdir()
+            if created:
+                with suppress(OSError):  # something to go on from is in it
+                    folder.rmdir()
             raise
-        if not keep:
-            with staging(folder) as temporary:  # gone at once: one that is killed here leaves nothing to go on from
-                os.replace(folder, temporary / folder.name)
     finally:
         os.close(descriptor)
+
+
+def _open_folder(folder: Path) -> tuple[int, bool | None, bool]:
+    """A folder's descriptor, what `try_lock` says of it, and whether the folder was made."""
+    while True:
+        created = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process made it, failed, and has just removed it
+            continue
+        lock = try_lock(descriptor)
+        if lock is False or still_at(descriptor, folder):
+            return descriptor, lock, created
+        os.close(descriptor)
+
+
+@contextmanager
+def working_folder(folder: Path, keep: bool) -> Iterator[Path]:
+    """The folder of shards; gone afterwards, unless a failure ends it."""
+    remove_leftovers(folder.parent, folder.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # something to go on from is in it
+            folder.rmdir()
+        raise
+    if not keep:
+        with staging(folder) as temporary:  # gone at once: one that is killed here leaves nothing to go on from
+            os.replace(folder, temporary / folder.name)
 
 
 def _executor(config: PrepareConfig) -> Executor:

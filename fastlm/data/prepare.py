@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from .._core.files import naming, staging, sync, was_interrupted
 from ..errors import DataError
 from .config import TRAINED_KINDS, PrepareConfig
-from .documents import Documents, make_documents, working_folder
+from .documents import Documents, held_folder, make_documents, working_folder
 from .losses import Losses, Piece
 from .manifest import SPLITS, Manifest
 from .pieces import PieceCutter
@@ -61,8 +61,8 @@ def prepare(
     Raises:
         ConfigError: an option is out of range.
         DataError: nothing to read, undecodable text (with file and byte offset), a tokenizer that does not give the
-            text back (with the first character lost and its place), a split without text, or a prepared folder in
-            the way.
+            text back (with the first character lost and its place), a split without text, a prepared folder in
+            the way, or another process that prepares there.
         OSError: a file cannot be read or written.
     """
     config.check()
@@ -74,18 +74,13 @@ def prepare(
         existing.special_ids(config.special)  # before all the reading
     files = find(config.inputs, config.glob, config.format)
     recipe = config.steps()
-    created = not config.out.exists()
-    try:
+    with held_folder(config.out):
+        _check_out(config)  # again: another may have finished there meanwhile
         if recipe.steps or recipe.duplicates != NO_DUPLICATES or not all(file.is_text for file in files):
             with working_folder(config.out / "documents", config.keep_documents) as folder:
                 documents = make_documents(config, recipe, files, folder, progress)
                 return _prepare(config, documents.inputs, existing, documents, progress)
         return _prepare(config, [TextInput(file.path, config) for file in files], existing, None, progress)
-    except BaseException:
-        if created:
-            with suppress(OSError):  # not there, or not ours alone any more
-                config.out.rmdir()
-        raise
 
 
 def _prepare(
@@ -97,7 +92,6 @@ def _prepare(
 ) -> Manifest:
     with closing(Corpus(config, inputs, progress)) as corpus:
         corpus.scan()
-        config.out.mkdir(parents=True, exist_ok=True)
         with staging(config.out / "prepare") as temporary:
             tokenizer = existing or corpus.make_tokenizer()
             if config.special != "auto":

@@ -722,3 +722,41 @@ def test_a_folder_without_a_manifest_that_no_run_left_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"already holds train\.bin"):
         make(tmp_path, [prose(2, 300)])
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("recipe", ["", "books"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_prepared_by_one_at_a_time(recipe, overwrite, tmp_path):
+    (tmp_path / "a.txt").write_text("one two three four five\n" * 50)
+    options = {"tokenizer": "characters", "overwrite": overwrite, "workers": 1}
+    config = PrepareConfig(tmp_path / "a.txt", tmp_path / "out", **options)
+    refused = []
+
+    def another(*_):
+        if not refused:
+            with pytest.raises(
+                DataError, match=rf"^{tmp_path / 'out'}: another process prepares documents there$"
+            ) as e:
+                prepare(PrepareConfig(tmp_path / "a.txt", tmp_path / "out", recipe=recipe, seed=1, **options))
+            refused.append(True)
+
+    manifest = prepare(config, another)
+    assert refused
+    assert load_manifest(tmp_path / "out", verify=True).to_json() == manifest.to_json()
+    assert manifest.preparation["seed"] == 0
+
+
+def test_one_that_finished_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one two three four five\n" * 50)
+    config = PrepareConfig(tmp_path / "a.txt", tmp_path / "out", tokenizer="characters")
+    prepare_module = importlib.import_module("fastlm.data.prepare")
+    find = prepare_module.find
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(prepare_module, "find", find)
+        prepare(config)
+        return find(*arguments)
+
+    monkeypatch.setattr(prepare_module, "find", meanwhile)
+    with pytest.raises(DataError, match=r"already holds train\.bin"):
+        prepare(config)
