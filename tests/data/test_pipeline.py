@@ -126,6 +126,7 @@ def test_documents_pass_all_steps_in_order_whatever_the_workers(workers, steps, 
     assert [document.text for shard in shards for document in read_shard(shard.path)] == want
     assert len(shards) > 10
     first, second = counts["steps"]
+    assert (first["name"], second["name"]) == (f"{steps}:longer", f"{steps}:shout")
     read = counts["documents_read"]
     assert read == first["documents"] == second["documents"] + first["dropped"]["short"]
     assert (second["changed"], counts["documents_kept"], counts["empty"]) == (len(want), len(want), 0)

@@ -138,7 +138,7 @@ def _add(total: dict[str, Any], report: dict[str, Any]) -> None:
             _add(total[name], value)
         elif isinstance(value, list):
             total[name] = _together(total[name], value)
-        else:
+        elif not isinstance(value, str):  # the name of a step is the same in all
             total[name] += value
 
 
