@@ -734,9 +734,7 @@ def test_a_folder_is_prepared_by_one_at_a_time(recipe, overwrite, tmp_path):
 
     def another(*_):
         if not refused:
-            with pytest.raises(
-                DataError, match=rf"^{tmp_path / 'out'}: another process prepares documents there$"
-            ) as e:
+            with pytest.raises(DataError, match=rf"^{tmp_path / 'out'}: another process prepares documents there$"):
                 prepare(PrepareConfig(tmp_path / "a.txt", tmp_path / "out", recipe=recipe, seed=1, **options))
             refused.append(True)
 

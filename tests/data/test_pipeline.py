@@ -41,6 +41,16 @@ def fail_at(row):
         return document
     return step
 
+def exit_at(row):
+    def step(document):
+        if document.row == row:
+            raise SystemExit(0)
+        return document
+    return step
+
+def gives(what):
+    return lambda document: document._replace(text=5) if what == "text" else {"int": 5, "none": None}[what]
+
 def die_at(row, once=""):
     def step(document):
         if document.row == row and not (once and os.path.exists(once)):
@@ -186,6 +196,28 @@ def test_a_step_that_fails_is_named_with_its_document(workers, steps, corpus, tm
     message = rf"a/part.jsonl: row 4: step {steps}:fail_at failed: KeyError: 'no such thing'"
     with pytest.raises(DataError, match=message):
         make(tmp_path / "corpus", tmp_path / "out", [StepSpec(f"{steps}:fail_at", {"row": 4})], workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_that_ends_its_process_is_named_as_any_that_fails(workers, steps, corpus, tmp_path):
+    with pytest.raises(DataError, match=rf"a/part.jsonl: row 4: step {steps}:exit_at failed: SystemExit: 0; give"):
+        make(tmp_path / "corpus", tmp_path / "out", [StepSpec(f"{steps}:exit_at", {"row": 4})], workers)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("int", "int, expected Document or Dropped"),
+        ("none", "NoneType, expected Document or Dropped"),
+        ("text", "a Document whose text is int, expected str"),
+    ],
+)
+def test_a_step_that_returns_something_else_ends_the_run(what, message, skip, steps, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    job = Job((StepSpec(f"{steps}:gives", {"what": what}),), SourceOptions(), tmp_path / "out", skip)
+    with pytest.raises(DataError, match=rf"^{tmp_path / 'a.jsonl'}: row 1: step {steps}:gives returned {message}$"):
+        make_shards(job, find([tmp_path / "a.jsonl"], []), LocalExecutor(1), lambda *_: None)
 
 
 def test_a_worker_that_is_killed_is_replaced_once(steps, corpus, small_units, tmp_path):

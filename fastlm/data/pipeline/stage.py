@@ -51,7 +51,8 @@ def run_unit(job: Job, unit: Unit) -> dict[str, Any]:
     """Make a unit's shard; returns what was counted.
 
     Raises:
-        DataError: a row that cannot be read, unless those are skipped; or a step that fails.
+        DataError: a row that cannot be read, unless those are skipped, as those where a step fails; or a step that
+            returns neither a document nor `Dropped`.
         OSError: a file cannot be read or written, with its name.
     """
     steps = _made(json.dumps(job.steps, sort_keys=True, default=str), job)
@@ -112,18 +113,26 @@ def _cleaned(steps: Sequence[Step], found: Document, tally: Tally) -> Document |
             result = step(found)
         except DataError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"step {counts.name} failed: {type(error).__name__}: {' '.join(str(error).split())}"
             return Bad(found.source, found.row, "step failed", reason)
         if isinstance(result, Dropped):
             counts.add_dropped(found, result.reason)
             return None
+        if not isinstance(result, Document) or not isinstance(result.text, str):  # wrong for all, so never skipped
+            raise DataError(f"{found.source}: row {found.row}: step {counts.name} returned {_kind(result)}")
         counts.add(found, result)
         found = result
     if not found.text or found.text.isspace():
         tally.empty += 1
         return None
     return found
+
+
+def _kind(result: object) -> str:
+    if isinstance(result, Document):
+        return f"a Document whose text is {type(result.text).__name__}, expected str"
+    return f"{type(result).__name__}, expected Document or Dropped"
 
 
 Executor = Callable[[Job, "Iterator[Unit]", "Callable[[Unit, dict[str, Any]], None]"], None]
