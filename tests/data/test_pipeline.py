@@ -354,6 +354,45 @@ def test_recipes_say_what_is_wrong(steps, tmp_path):
     assert load_recipe(str(path)).without(["a"]).steps == ()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_module_beside_the_recipe_is_found_first(workers, small_units, tmp_path, monkeypatch):
+    name = f"beside_{os.getpid()}_{workers}"
+    for folder, mark in (("recipes", "!"), ("elsewhere", "?")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.py").write_text(STEPS.replace('mark="!"', f"mark={mark!r}"))
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    path = list(sys.path)
+    (tmp_path / "recipes" / "r.toml").write_text(f"[[step]]\nname = '{name}:shout'\n")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
+    monkeypatch.chdir(tmp_path)
+    config = PrepareConfig(
+        "a.jsonl", "out", recipe="recipes/r.toml", workers=workers, keep_documents=True, tokenizer="characters"
+    )
+    prepare(config)
+    made = [found.text for file in sorted((tmp_path / "out" / "documents").glob("*.zst")) for found in read_shard(file)]
+    assert made
+    assert all(text.endswith("!") for text in made)
+    assert sys.path == path
+
+
+def test_a_module_that_cannot_be_had_is_said_with_where_it_was_looked_for(tmp_path):
+    recipe = tmp_path / "r.toml"
+    (tmp_path / f"broken_{os.getpid()}.py").write_text("def f(:")
+    (tmp_path / f"leaving_{os.getpid()}.py").write_text("raise SystemExit(3)")
+    (tmp_path / "json.py").write_text("")
+    for name, reason in [
+        ("no_such_module", "No module named 'no_such_module'"),
+        (f"broken_{os.getpid()}", "SyntaxError: invalid syntax"),
+        (f"leaving_{os.getpid()}", "SystemExit: 3"),
+        ("json", "json.py has the name of a module that is loaded already, "),
+    ]:
+        recipe.write_text(f"[[step]]\nname = '{name}:loads'\n")
+        with pytest.raises(
+            ConfigFileError, match=rf"name is '{name}:loads', .*{reason}.*; looked in {tmp_path}, then on"
+        ):
+            PrepareConfig(tmp_path, tmp_path / "out", recipe=str(recipe)).steps()
+
+
 def test_prepare_on_documents_gives_the_bytes_of_plain_text(corpus, tmp_path):
     # The same texts as a file of their own each, in the same order.
     plain = tmp_path / "plain"

@@ -9,7 +9,7 @@
 
     [[step]]
     name = "my_steps:shout"   # a function of the user's own: module:function, called with the options, gives a step
-    enabled = false
+    enabled = false           # (the module is looked for beside the recipe first, then on Python's path)
 
 Tables `[exact]`, `[near]` and `[lines]` ask for duplicates to be dropped; their keys are the attributes of
 `fastlm.data.dedup.ExactOptions`, `NearOptions` and `LineOptions`. The step `contamination` drops documents that share
@@ -19,9 +19,12 @@ text with evaluation sets: `files`, read as the sources are, and the attributes 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +47,11 @@ DUPLICATES: dict[str, Any] = {"exact": ExactOptions, "near": NearOptions, "lines
 
 
 class StepSpec(NamedTuple):
-    """A step by name, with its options."""
+    """A step by name, with its options. `folder` is where the module of one of the user's own is looked for first."""
 
     name: str
     options: dict[str, Any]
+    folder: str = ""
 
     def make(self) -> Step:
         """The step.
@@ -56,7 +60,7 @@ class StepSpec(NamedTuple):
             ConfigError: no step of this name, or an option that it does not take.
         """
         if ":" in self.name:
-            return _own(self.name, self.options)
+            return _own(*self)
         if self.name == CONTAMINATION:
             return _contamination(**self.options)
         return make_step(self.name, **self.options)
@@ -116,7 +120,7 @@ def load_recipe(name: str) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise ConfigFileError(f"{name}: not valid TOML: {error}") from None
     kinds = {kind: _options(name, kind, values.pop(kind)) for kind in DUPLICATES if kind in values}
-    return Recipe(name, tuple(_steps(name, values)), Duplicates(**kinds))
+    return Recipe(name, tuple(_steps(name, values, str(path.parent.absolute()))), Duplicates(**kinds))
 
 
 def _options(name: str, kind: str, table: Any) -> Any:
@@ -133,7 +137,7 @@ def _options(name: str, kind: str, table: Any) -> Any:
         raise ConfigFileError(f"{name}: [{kind}]: {error}") from None
 
 
-def _steps(name: str, values: dict[str, Any]) -> Iterable[StepSpec]:
+def _steps(name: str, values: dict[str, Any], folder: str) -> Iterable[StepSpec]:
     for key in values:
         if key not in ("step", "description"):
             raise ConfigFileError(
@@ -150,7 +154,7 @@ def _steps(name: str, values: dict[str, Any]) -> Iterable[StepSpec]:
         if not isinstance(enabled, bool):
             raise ConfigFileError(f"{name}: step {number}: enabled is {shown(enabled)}, expected true or false")
         if enabled:
-            yield StepSpec(step, options)
+            yield StepSpec(step, options, folder if ":" in step else "")
 
 
 def _contamination(
@@ -168,16 +172,47 @@ def _contamination(
         raise ConfigError(f"step {CONTAMINATION}: {error}") from None
 
 
-def _own(name: str, options: dict[str, Any]) -> Step:
+def _own(name: str, options: dict[str, Any], folder: str) -> Step:
     module, _, function = name.partition(":")
+    with _searched_first(folder):
+        try:
+            make = getattr(importlib.import_module(module), function)
+            _check_origin(module.partition(".")[0], folder)
+        except (Exception, SystemExit) as error:
+            looked = f"; looked in {folder}, then on Python's path" if folder else ""
+            raise ConfigError(f"name is {name!r}, expected module:function ({_reason(error)}{looked})") from None
+        try:
+            return make(**options)
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"{name}: {_reason(error)}") from None
+
+
+@contextmanager
+def _searched_first(folder: str) -> Iterator[None]:
+    before = list(sys.path)
+    if folder:
+        sys.path.insert(0, folder)
+        importlib.invalidate_caches()  # a module may be newer than what was seen of the folder
     try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"name is {name!r}, expected module:function ({error})") from None
-    try:
-        return make(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from None
+        yield
+    finally:
+        if folder:
+            sys.path[:] = before
+
+
+def _check_origin(module: str, folder: str) -> None:
+    """Raise ImportError where an equally named module from elsewhere had been loaded before that of the folder."""
+    wanted = PathFinder.find_spec(module, [folder]) if folder else None
+    loaded = getattr(sys.modules[module], "__file__", None)
+    if wanted and wanted.origin and not (loaded and os.path.samefile(loaded, wanted.origin)):
+        raise ImportError(f"{wanted.origin} has the name of a module that is loaded already, {loaded or 'built in'}")
+
+
+def _reason(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    if isinstance(error, (ImportError, AttributeError, TypeError, ValueError)):
+        return said
+    return f"{type(error).__name__}: {said}"
 
 
 def _list(steps: Sequence[StepSpec]) -> str:

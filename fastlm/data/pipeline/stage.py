@@ -43,7 +43,8 @@ class Job:
     def key(self, unit: Unit) -> str:
         """Equal where the unit's shard would be equal."""
         source = asdict(self.source) | {"chunk_bytes": 0}
-        about = (VERSION, self.steps, source, self.skip, self.duplicates.key(), self.balance, unit.identity)
+        steps = [(step.name, step.options) for step in self.steps]
+        about = (VERSION, steps, source, self.skip, self.duplicates.key(), self.balance, unit.identity)
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
