@@ -110,10 +110,13 @@ def open_bytes(
         buffer: how many are read at once.
 
     Raises:
-        EOFError: from a read, where an archive ends before its content does; `damages()` lists what else it raises.
+        EOFError: for an archive without a byte, and from a read, where one ends before its content does; `damages()`
+            lists what else it raises.
     """
     raw = Watched(path, on_bytes, start, stop)
     with raw, io.BufferedReader(raw, buffer) as file:
+        if compression(path) and not file.peek(1):  # to most of the libraries an archive of nothing
+            raise EOFError("it has no bytes")
         kind = compression(path) if decompress else ""
         if not kind:
             yield file

@@ -354,7 +354,7 @@ def test_recipes_say_what_is_wrong(steps, tmp_path):
     assert load_recipe(str(path)).without(["a"]).steps == ()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_module_beside_the_recipe_is_found_first(workers, small_units, tmp_path, monkeypatch):
     name = f"beside_{os.getpid()}_{workers}"
     for folder, mark in (("recipes", "!"), ("elsewhere", "?")):
