@@ -34,7 +34,7 @@ class Arguments(TrainConfig):
     data: Annotated[str, tyro.conf.Positional] = ""  # folder that `fastlm prepare` wrote, or a table
     config: str = ""  # TOML file with settings
     resume: bool = False  # continue the run in --out from its last checkpoint
-    overwrite: bool = False  # start afresh in a run folder that holds a checkpoint
+    overwrite: bool = False  # start afresh in a run folder that holds a checkpoint, and replace an earlier export
     options: Annotated[Any, tyro.conf.Suppress] = None  # which are flags of their own
 
     def __post_init__(self) -> None:

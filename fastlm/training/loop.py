@@ -28,12 +28,12 @@ from . import rng
 from .config import TrainConfig
 from .derived import from_anywhere, with_lengths
 from .evaluation import evaluate
-from .export import export
+from .export import check_export, export
 from .lock import run_lock
 from .metrics import MetricsLog, finite_or_none, plot_losses
 from .optimizer import build_optimizer, set_learning_rate
 from .progress import Reporter, StepReport
-from .resume import describe_changes, learning_rate
+from .resume import describe_changes, learning_rate, recorded
 from .state import State, TrainResult
 
 
@@ -59,14 +59,15 @@ def train(
         config: every setting; `config.data` is a folder that `fastlm prepare` wrote.
         resume: continue from the run folder's `last.safetensors`, or, if that is damaged, from its
             `previous.safetensors`. The data must be the same, wherever they lie now.
-        overwrite: start afresh in a run folder that holds a checkpoint.
+        overwrite: start afresh in a run folder that holds a checkpoint, and replace a model in `config.export`.
         reporter: told what happens; silent by default.
         task: makes what is trained, on what and for what; by default what the settings name. It is called
             with the seed set, so that what it draws from torch's generator is always the same.
 
     Raises:
         ConfigError: if settings contradict each other or need more memory than there is, if the run folder holds
-            another run or one that is under way, and in one of several processes of a launcher.
+            another run or one that is under way, if `config.export` holds another model, and in one of several
+            processes of a launcher.
         DataError: if the prepared data are missing, damaged or too short.
         CheckpointError: if the checkpoint cannot be resumed from or cannot be written.
         DivergenceError: if the loss is not finite for `max_bad_steps` steps in a row, in the last step, or on the
@@ -80,6 +81,10 @@ def train(
         raise DataError(f"{name}: no such folder; if the run's data moved, give their new place with --resume")
     if resume and not Path(config.out).is_dir():
         raise CheckpointError(f"{Path(config.out) / ckpt.LAST}: no such checkpoint")
+    before = recorded(Path(config.out)) if resume else None
+    if config.export:
+        own = before is not None and os.path.abspath(before.export) == os.path.abspath(config.export)
+        check_export(Path(config.export), own, overwrite)
     trainer = Trainer(config, reporter, task, resume)
     with run_lock(trainer.out) as warning:
         trainer.open_folder(resume, overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, shown
@@ -24,6 +25,14 @@ def learning_rate(config: TrainConfig, state: State) -> float:
     return config.learning_rate * SCHEDULES[config.schedule](
         position, config.warmup_steps, decay_steps, config.min_lr_ratio
     )
+
+
+def recorded(run: Path) -> TrainConfig | None:
+    """The settings that a run folder says it was made with; None where it says nothing that is understood."""
+    try:
+        return TrainConfig.load(run / "config.toml")
+    except ConfigError:  # not there, or of a version with other rules
+        return None
 
 
 def describe_changes(before: dict[str, Any], now: TrainConfig, state: State) -> list[str]:

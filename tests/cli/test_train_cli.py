@@ -65,6 +65,40 @@ def test_trains_refuses_a_used_folder_and_resumes(data, tmp_path, capsys):
     assert load_checkpoint(out).step == 3
 
 
+def test_an_export_in_the_way_is_refused_before_training(data, tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    for name, message in (("hf", "which holds config.json: give another folder"), ("file", "a file, expected")):
+        folder = tmp_path / name
+        assert main(["train", data, "--out", str(tmp_path / "new"), *FLAGS, "--export", str(folder)]) == 1
+        assert f"fastlm train: --export is '{folder}', {message}" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_an_earlier_export_is_replaced_only_when_asked(data, tmp_path, capsys):
+    out, folder = str(tmp_path / "run"), tmp_path / "hf"
+    command = ["train", data, *FLAGS, "--max-steps=2", "--out"]
+    assert main([*command, out, "--export", str(folder)]) == 0
+    first = (folder / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    for extra in ([], ["--resume"]):
+        if extra:
+            assert main([*command, str(tmp_path / "other")]) == 0
+        capsys.readouterr()
+        assert main([*command, str(tmp_path / "other"), "--seed=2", "--export", str(folder), *extra]) == 1
+        shown = capsys.readouterr()
+        assert f"fastlm train: --export is '{folder}', which holds config.json: give another folder" in shown.err
+        assert shown.out == ""
+        assert (folder / "model.safetensors").read_bytes() == first
+    # A run that goes on replaces its own.
+    assert main(["train", "--out", out, "--resume", "--max-steps=3"]) == 0
+    assert (second := (folder / "model.safetensors").read_bytes()) != first
+    assert main([*command, out, "--seed=2", "--overwrite", "--export", str(folder)]) == 0
+    assert (folder / "model.safetensors").read_bytes() not in (first, second)
+
+
 def test_flags_win_over_the_file(data, tmp_path, capsys):
     file = tmp_path / "small.toml"
     file.write_text("n_layer = 1\nn_head = 1\nn_embd = 8\nmax_steps = 9\nlearning_rate = 0.5\n", encoding="utf-8")
