@@ -150,7 +150,7 @@ def test_a_truncated_archive_gives_its_rows_and_then_says_so(compressed, kind, t
         *good, last = read(path, options)
         assert isinstance(last, Bad), last
         assert last.kind == "truncated"
-        assert "cut short" in str(last)
+        assert str(last).endswith(f"cut short; everything from row {last.row} on is lost")
         assert [row.text for row in good] == [row["text"] for row in rows[: len(good)]]
 
 
@@ -190,6 +190,32 @@ def test_a_truncated_table_is_said_to_be_damaged(keep, kind, tmp_path):
     data = MAKE[kind](ROWS * 50)
     path.write_bytes(data[: int(len(data) * keep)])
     assert any(isinstance(row, Bad) for row in read(path))
+
+
+@pytest.mark.parametrize("size", [10**6, 1])
+def test_damage_within_a_table_says_how_many_rows_it_costs(size, tmp_path):
+    path = tmp_path / "t.parquet"
+    rows = [{"text": f"row {index}", "lang": "en", "n": 1.0, "id": index} for index in range(60)]
+    path.write_bytes(as_parquet(rows, row_group_size=20, compression="zstd", use_dictionary=False))
+    column = parquet.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = (
+        b"\xff" * column.total_compressed_size
+    )
+    path.write_bytes(data)
+    (file,) = find([path], ["*"])
+    found = [row for unit in cut([file], OPTIONS, size) for span in unit.spans for row in read_file(*_part(span))]
+    (bad,) = [row for row in found if isinstance(row, Bad)]
+    assert (bad.row, bad.kind) == (21, "damaged")
+    last = 60 if size > 1 else 40  # a part of a file that is read on its own loses its own rows alone
+    assert str(bad).endswith(f"; everything from row 21 to row {last} is lost, {last - 20} rows")
+    assert [row.text for row in found if isinstance(row, Document)] == [
+        row["text"] for row in rows if not 20 <= row["id"] < last
+    ]
+
+
+def _part(span):
+    return span.file, OPTIONS, None, span.start, span.stop, span.first_row
 
 
 BAD_LINES = [

@@ -71,6 +71,19 @@ def row_groups(path: Path, size: int) -> Iterator[tuple[range, int, int]]:
             begun, first, held = group + 1, rows, 0
 
 
+def last_row(path: Path, stop: int | None) -> int | None:
+    """The number of the last row of the row groups before `stop`; None where the file does not say."""
+    if compression(path):
+        return None
+    from pyarrow import parquet
+
+    try:
+        meta = parquet.read_metadata(path)
+        return sum(meta.row_group(group).num_rows for group in range(meta.num_row_groups if stop is None else stop))
+    except damages() + (OSError,):
+        return None
+
+
 def read_arrow(file: BinaryIO, path: Path, options: SourceOptions) -> Rows:
     """One document a row of an Arrow file (Feather, version 2) or stream, which `datasets` writes."""
     arrow = pyarrow()

@@ -40,11 +40,21 @@ def read_file(
                 row = found.row
                 yield found
     except EOFError:
-        yield Bad(str(file.path), row + 1, "truncated", "the file ends in the middle: it was cut short")
+        reason = f"the file ends in the middle: it was cut short; {_lost(file, row + 1, stop)}"
+        yield Bad(str(file.path), row + 1, "truncated", reason)
     except Exception as error:
         if not _is_damage(error):
             raise
-        yield Bad(str(file.path), row + 1, "damaged", f"not a sound {file.format} file ({compression.one_line(error)})")
+        reason = f"not a sound {file.format} file ({compression.one_line(error)}); {_lost(file, row + 1, stop)}"
+        yield Bad(str(file.path), row + 1, "damaged", reason)
+
+
+def _lost(file: File, row: int, stop: int | None) -> str:
+    """How much damage costs that is met before a row is read."""
+    last = arrow.last_row(file.path, stop) if file.format == "parquet" else None
+    if last is None or last < row:
+        return f"everything from row {row} on is lost"
+    return f"everything from row {row} to row {last} is lost, {last - row + 1:,} rows"
 
 
 def _reader(
