@@ -162,6 +162,36 @@ def test_prepare_answers_mistakes_about_tables_in_one_line(table, tmp_path, caps
     assert not (tmp_path / "out" / "train.bin").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "end"),
+    [
+        (["--text-column", "body"], "; name what is there with --text-column, or give --on-error skip to leave"),
+        (["--meta-columns", "n", "tag"], "; name what is there with --meta-columns, or give --on-error skip to leave"),
+        (["--id-column", "tag"], "; name what is there with --id-column, or give --on-error skip to leave"),
+        (
+            ["--id-column", "a", "--meta-columns", "a"],
+            " with --meta-columns or --id-column, or give --on-error skip to",
+        ),
+    ],
+)
+def test_a_column_of_a_whole_file_is_named_by_its_flag(flags, end, tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text("text,n\none,1\n")
+    assert run(path, "--out", tmp_path / "out", "--workers", 1, *flags) == 1
+    error = capsys.readouterr().err
+    assert "a.csv: has no column " in error
+    assert end in error
+    assert error.endswith("to leave such files out\n")
+
+
+def test_a_damaged_file_is_said_to_be_lost_in_part(tmp_path, capsys):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b"")
+    assert run(path, "--out", tmp_path / "out", "--workers", 1) == 1
+    end = "everything from row 1 on is lost; give --on-error skip to leave what is lost of such files out\n"
+    assert capsys.readouterr().err.endswith(end)
+
+
 def test_prepare_says_what_became_of_documents(table, tmp_path, capsys):
     (tmp_path / "r.toml").write_text('[[step]]\nname = "length"\nmin_words = 10\n[exact]\n')
     flags = ["--text-column", "body", "--on-error", "skip", "--recipe", tmp_path / "r.toml", "--workers", 1]

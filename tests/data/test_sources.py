@@ -337,6 +337,16 @@ def test_a_truncated_crawl_says_so(compressed, crawl, tmp_path):
         assert not [row for row in rows if isinstance(row, Document)]
 
 
+@pytest.mark.parametrize("compressed", ["", ".gz"])
+def test_a_page_that_is_cut_anywhere_has_the_number_that_it_has_whole(compressed, tmp_path):
+    path = tmp_path / f"a.warc{compressed}"
+    one, two, three = (COMPRESS[compressed](warc_record("response", http(PAGE.encode()))) for _ in range(3))
+    for keep in range(12, len(three) - len(PAGE.encode()), 7):
+        path.write_bytes(one + two + three[:keep])
+        *good, bad = read(path, SourceOptions())
+        assert ([row.row for row in good], bad.row, bad.kind) == ([1, 2], 3, "truncated"), keep
+
+
 def test_pages_are_read_in_the_encoding_that_they_declare(tmp_path):
     head = '<html><head><meta charset="{}"></head>北京\uff0c</html>'
     for name, codec in [("gb2312", "gb18030"), ("big5", "big5"), ("utf-8", "utf-8"), ("utf-8", "utf-8-sig")]:

@@ -14,6 +14,7 @@ from ...errors import DataError
 from ..document import Document, Dropped, Step
 from ..files import sha256_file
 from ..sources import Bad, File, SourceOptions, Unit, cut, read_file
+from ..sources.base import is_missing
 from .duplicates import NO_DUPLICATES, Duplicates
 from .recipe import StepSpec
 from .shards import Shard, shards
@@ -59,7 +60,7 @@ def run_unit(job: Job, unit: Unit) -> dict[str, Any]:
     steps = _made(json.dumps(job.steps, sort_keys=True, default=str), job)
     tally = Tally([step.name for step in job.steps], job.balance)
     shard = Shard(Path(job.folder), unit.number)
-    kept = _through(steps, _rows(unit, job), tally, job.skip)
+    kept = _through(steps, _rows(unit, job), tally, job)
     ends = [
         {"path": str(file.path), "bytes": file.path.stat().st_size, "sha256": sha256_file(file.path)}
         for file in unit.ends
@@ -83,10 +84,27 @@ def _made(key: str, job: Job) -> list[Step]:
 
 
 _CURES = {
-    "no column": "name what is there with --text-column or --id-column, or ",
     "too long": "raise --max-document-bytes, or ",
     "undecodable": "give the file's --encoding or --errors replace, or ",
 }
+
+
+def _cures(found: Bad, options: SourceOptions) -> str:
+    """What to do about a row that cannot be read, in the flags of the command."""
+    cure, left_out = _CURES.get(found.kind, ""), "such rows"
+    if found.kind == "no column":
+        columns = {
+            "--text-column": (options.text_column,),
+            "--meta-columns": options.meta_columns,
+            "--id-column": (options.id_column,),
+        }
+        flags = [flag for flag, names in columns.items() if any(is_missing(found, name) for name in names)]
+        cure = f"name what is there with {' or '.join(flags)}, or "
+    if found.row == 0:
+        left_out = "such files"
+    elif found.kind in ("truncated", "damaged"):
+        left_out = "what is lost of such files"
+    return f"{cure}give --on-error skip to leave {left_out} out"
 
 
 def _rows(unit: Unit, job: Job) -> Iterator[Document | Bad]:
@@ -95,12 +113,12 @@ def _rows(unit: Unit, job: Job) -> Iterator[Document | Bad]:
         yield from read_file(span.file, job.source, None, span.start, span.stop, span.first_row)
 
 
-def _through(steps: Sequence[Step], rows: Iterable[Document | Bad], tally: Tally, skip: bool) -> Iterator[Document]:
+def _through(steps: Sequence[Step], rows: Iterable[Document | Bad], tally: Tally, job: Job) -> Iterator[Document]:
     for row in rows:
         found = row if isinstance(row, Bad) else _cleaned(steps, row, tally)
         if isinstance(found, Bad):
-            if not skip:
-                raise DataError(f"{found}; {_CURES.get(found.kind, '')}give --on-error skip to leave such rows out")
+            if not job.skip:
+                raise DataError(f"{found}; {_cures(found, job.source)}")
             tally.add_bad(found)
         elif found is not None:
             tally.add_kept(found)

@@ -80,7 +80,7 @@ def last_row(path: Path, stop: int | None) -> int | None:
     try:
         meta = parquet.read_metadata(path)
         return sum(meta.row_group(group).num_rows for group in range(meta.num_row_groups if stop is None else stop))
-    except damages() + (OSError,):
+    except (*damages(), OSError):
         return None
 
 

@@ -133,6 +133,11 @@ def missing_column(column: str, there: Sequence[str]) -> str:
     return f"has no column {column!r}, but {listed or 'none'}"
 
 
+def is_missing(found: Bad, column: str) -> bool:
+    """Whether the column that `found` says is missing is that one."""
+    return found.kind == "no column" and found.message.startswith(f"has no column {column!r}, but ")
+
+
 def plain(value: Any) -> Any:
     """A value as JSON can hold it: of other types, their text."""
     if isinstance(value, float):

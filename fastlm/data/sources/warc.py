@@ -37,9 +37,9 @@ def read_warc(file: BinaryIO, path: Path, options: SourceOptions) -> Rows:
     warc = fastwarc()
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.resource | warc.WarcRecordType.conversion
     zipped = compression(path) == ".gz"
-    row = last = 0
+    row = last = size = 0
     for row, record in enumerate(warc.ArchiveIterator(file, kinds, parse_http=False, stream_detect=zipped), start=1):
-        last = record.stream_pos
+        last, size = record.stream_pos, record.content_length
         most = min(record.content_length, options.max_bytes + MOST_HEADERS)
         block = record.reader.read(most)
         if len(block) < most:
@@ -47,7 +47,8 @@ def read_warc(file: BinaryIO, path: Path, options: SourceOptions) -> Rows:
         if found := _from_record(record, block, path, row, options):
             yield found
     if not _ends_whole(path, last):
-        yield Bad(str(path), row + 1, "truncated", "ends in the middle of a record: it was cut short")
+        cut = row + bool(size or not row)  # of one that is cut in its header the library makes a record without content
+        yield Bad(str(path), cut, "truncated", "ends in the middle of a record: it was cut short")
 
 
 def _from_record(record: Any, block: bytes, path: Path, row: int, options: SourceOptions) -> Document | Bad | None:
