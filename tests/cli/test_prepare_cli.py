@@ -170,7 +170,7 @@ def test_prepare_answers_mistakes_about_tables_in_one_line(table, tmp_path, caps
         (["--id-column", "tag"], "; name what is there with --id-column, or give --on-error skip to leave"),
         (
             ["--id-column", "a", "--meta-columns", "a"],
-            " with --meta-columns or --id-column, or give --on-error skip to",
+            " with --meta-columns or --id-column, or give --on-error",
         ),
     ],
 )

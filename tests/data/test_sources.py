@@ -344,7 +344,8 @@ def test_a_page_that_is_cut_anywhere_has_the_number_that_it_has_whole(compressed
     for keep in range(12, len(three) - len(PAGE.encode()), 7):
         path.write_bytes(one + two + three[:keep])
         *good, bad = read(path, SourceOptions())
-        assert ([row.row for row in good], bad.row, bad.kind) == ([1, 2], 3, "truncated"), keep
+        assert ([row.row for row in good], bad.row) == ([1, 2], 3), keep
+        assert bad.kind in ("truncated", "damaged")  # where half a word of the header is left
 
 
 def test_pages_are_read_in_the_encoding_that_they_declare(tmp_path):

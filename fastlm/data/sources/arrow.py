@@ -75,12 +75,12 @@ def last_row(path: Path, stop: int | None) -> int | None:
     """The number of the last row of the row groups before `stop`; None where the file does not say."""
     if compression(path):
         return None
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         meta = parquet.read_metadata(path)
         return sum(meta.row_group(group).num_rows for group in range(meta.num_row_groups if stop is None else stop))
-    except (*damages(), OSError):
+    except (ArrowException, OSError):
         return None
 
 
