@@ -25,6 +25,17 @@ def parse(kind: type[T], prog: str, argv: Sequence[str], **options: Any) -> T:
         return tyro.cli(kind, prog=prog, args=gather(argv, repeatable(kind)), **options)
 
 
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """What is given for a flag, before the rest is parsed, in either spelling; the last one, as to tyro."""
+    value = None
+    for i, text in enumerate(argv):
+        if text.startswith(flag + "="):
+            value = text[len(flag) + 1 :]
+        elif text == flag:
+            value = "".join(argv[i + 1 : i + 2])
+    return value
+
+
 def repeatable(kind: type) -> dict[str, str]:
     """The flags of a dataclass that take several values, and what stands between these: a blank or a comma."""
     hints = get_type_hints(kind, include_extras=True)

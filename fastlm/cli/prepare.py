@@ -25,9 +25,9 @@ from ..data import Manifest, PrepareConfig, prepare
 from ..data.clean import steps
 from ..data.pipeline import recipes
 from ..data.scan import Progress as Report
-from ..errors import shown
+from ..errors import ConfigError, shown
 from ..formats.tokenizer import tokenizer_of
-from .flags import parse
+from .flags import parse, value_of
 
 _STAGES = {"documents": "cleaning", "scan": "reading", "tokenizer": "training the tokenizer", "tokens": "encoding"}
 
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int | None:
     """Run `fastlm prepare` with these arguments and print what was made."""
     if "--list-steps" in argv:  # alone: what is otherwise required is not
         return _list_steps()
+    if value_of(argv, "--out") == "":  # as a path it would be the current folder
+        raise ConfigError("out names no folder; give one to write to")
     config = parse(Arguments, "fastlm prepare", argv, config=(tyro.conf.FlagCreatePairsOff,))
     path = Path(config.tokenizer)
     existing = tokenizer_of(path) if path.suffix == ".gguf" and path.is_file() else None

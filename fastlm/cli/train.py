@@ -91,10 +91,10 @@ def run(argv: list[str], verb: str, kind: type[Arguments], defaults: TrainConfig
 
 def parse(argv: list[str], verb: str, kind: type[Arguments], defaults: TrainConfig) -> Arguments:
     """Defaults, then the TOML file, then flags."""
-    if path := _flag_value(argv, "--config"):
+    if path := flags.value_of(argv, "--config"):
         defaults = TrainConfig.load(path, defaults)
     if "--resume" in argv and not path:
-        out = _flag_value(argv, "--out") or defaults.out
+        out = flags.value_of(argv, "--out") or defaults.out
         if not (Path(out) / "config.toml").is_file():
             raise CheckpointError(f"{out}: no run to resume, config.toml is missing")
         # Its folder may have been moved or is named from another one.
@@ -126,14 +126,3 @@ def describe(result: TrainResult) -> str:
 
 def resume_command(config: TrainConfig) -> str:
     return shlex.join(["fastlm", "train", "--out", config.out, "--resume"])
-
-
-def _flag_value(argv: list[str], flag: str) -> str:
-    """Value of a flag that must be known before the rest is parsed, in either spelling; the last one, as to tyro."""
-    value = ""
-    for i, text in enumerate(argv):
-        if text.startswith(flag + "="):
-            value = text[len(flag) + 1 :]
-        elif text == flag:
-            value = "".join(argv[i + 1 : i + 2])
-    return value

@@ -89,14 +89,17 @@ class PrepareConfig:
     deduplicate: Literal["none", "exact", "near"] = "none"
     """exact drops documents equal to an earlier one; near also those nearly equal, as the recipe's [near] says."""
     duplicate_pairs: Path | None = None
-    """File for a line of JSON about each document that is dropped for another, where near ones are looked for."""
+    """File for a line of JSON about each document dropped for another, as [exact] or [near] of the recipe says."""
     overwrite: bool = False
     """Replace an earlier prepared folder."""
     chunk_bytes: int = 1 << 20
     """How much of a file is read at once; the result does not depend on it."""
 
     def __post_init__(self) -> None:
+        """Raises ConfigError where `out` is an empty string."""
         self.inputs = tuple(map(Path, [self.inputs] if isinstance(self.inputs, (str, Path)) else self.inputs))
+        if self.out == "":  # which would be the current folder
+            raise ConfigError("out names no folder; give one to write to")
         self.out = Path(self.out)
         for name in ("glob", "meta_columns", "without"):
             value = getattr(self, name)
@@ -154,6 +157,10 @@ class PrepareConfig:
         if self.deduplicate == "near" and not recipe.duplicates.near:
             found = replace(recipe.duplicates, exact=recipe.duplicates.exact or ExactOptions(), near=NearOptions())
             recipe = replace(recipe, duplicates=found)
+        found = recipe.duplicates
+        if self.duplicate_pairs is not None and not (found.exact or found.near):
+            wanted = "a recipe with [exact] or [near], or deduplicate = near, whose pairs it is for"
+            raise ConfigError(f"duplicate_pairs is '{self.duplicate_pairs}', expected {wanted}")
         recipe.check()
         return recipe
 

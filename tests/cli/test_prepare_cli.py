@@ -3,7 +3,8 @@
 import pytest
 
 from fastlm.cli import main
-from fastlm.data import Tokenizer, load_manifest, load_tokens
+from fastlm.data import PrepareConfig, Tokenizer, load_manifest, load_tokens
+from fastlm.errors import ConfigError
 
 LINE = "The quick brown fox jumps over the lazy dög.\n"
 
@@ -112,6 +113,16 @@ def test_prepare_wrong_usage_exits_with_2(source, tmp_path, arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--out", ""], ["--out="], ["--out", "x", "--out="]])
+def test_an_out_without_a_name_is_refused(flags, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", str(source), *flags]) == 1
+    assert capsys.readouterr().err == "fastlm prepare: out names no folder; give one to write to\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    with pytest.raises(ConfigError, match="out names no folder"):
+        PrepareConfig(source, "")
+
+
 def test_prepare_help_names_every_option(capsys):
     with pytest.raises(SystemExit) as caught:
         run("--help")
@@ -146,6 +157,11 @@ def table(tmp_path):
             "--without is 'html', expected steps of the recipe: fix",
         ),
         (["{table}", "--without", "html"], "--without is 'html', expected a recipe"),
+        (["{table}", "--duplicate-pairs", "p.jsonl"], "--duplicate-pairs is 'p.jsonl', expected a recipe with [exact]"),
+        (
+            ["{table}", "--deduplicate", "exact", "--duplicate-pairs", "p.jsonl"],
+            "--duplicate-pairs is 'p.jsonl', expected a recipe with [exact] or [near], or --deduplicate = near",
+        ),
         (["{table}", "--workers", "-1"], "--workers=-1, expected 0 to"),
         (["{table}", "--delimiter", "ab"], "--delimiter='ab', expected one character"),
         (["{table}", "--max-document-bytes", "0"], "--max-document-bytes=0, expected 1 to"),
@@ -203,6 +219,7 @@ def test_prepare_says_what_became_of_documents(table, tmp_path, capsys):
         f"could not read 1 malformed; first {table}: row 21: is not JSON",
     ):
         assert line in out
+    assert "near duplicate" not in out + (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "report.html").is_file()
     assert not (tmp_path / "out" / "documents").exists()
     assert run(table, "--out", tmp_path / "kept", "--vocab-size", 300, *flags, "--keep-documents") == 0

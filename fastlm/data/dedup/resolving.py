@@ -23,7 +23,7 @@ class Resolution(NamedTuple):
 
     Attributes:
         reasons: for each document the number of its reason in `REASONS`, uint8; 0 stays.
-        counts: how many documents were dropped for each reason.
+        counts: how many documents were dropped for each reason that was looked for.
     """
 
     reasons: np.ndarray
@@ -91,7 +91,8 @@ def resolve(
             reasons[found.dropped] = reason
             if pairs is not None:
                 _write(pairs, REASONS[reason], found)
-    counts = {name: int((reasons == reason).sum()) for reason, name in enumerate(REASONS) if reason}
+    asked = (False, exact is not None, near is not None)
+    counts = {name: int((reasons == reason).sum()) for reason, name in enumerate(REASONS) if asked[reason]}
     return Resolution(reasons, counts)
 
 
