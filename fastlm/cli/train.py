@@ -18,6 +18,7 @@ from ..runtime import keep_freed_memory
 from ..training.config import TrainConfig, field_types
 from ..training.loop import train
 from ..training.progress import ConsoleReporter, clock
+from ..training.resume import check_objective
 from ..training.state import TrainResult
 from . import flags
 
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> int:
 def run(argv: list[str], verb: str, kind: type[Arguments], defaults: TrainConfig | None = None) -> int:
     """Train by a command line, of which what is not given is as in `defaults`."""
     arguments = parse(argv, verb, kind, defaults or TrainConfig())
+    if arguments.resume:  # before the settings of the run's own objective are found not to fit another
+        check_objective(Path(arguments.out), arguments.objective)
     config = config_of(arguments)
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume continues a run and --overwrite discards it: give one of them")

@@ -33,7 +33,7 @@ from .lock import run_lock
 from .metrics import MetricsLog, finite_or_none, plot_losses
 from .optimizer import build_optimizer, set_learning_rate
 from .progress import Reporter, StepReport
-from .resume import describe_changes, learning_rate, recorded
+from .resume import check_objective, describe_changes, learning_rate, recorded
 from .state import State, TrainResult
 
 
@@ -81,8 +81,10 @@ def train(
         raise DataError(f"{name}: no such folder; if the run's data moved, give their new place with --resume")
     if resume and not Path(config.out).is_dir():
         raise CheckpointError(f"{Path(config.out) / ckpt.LAST}: no such checkpoint")
-    before = recorded(Path(config.out)) if resume else None
+    if resume:
+        check_objective(Path(config.out), config.objective)
     if config.export:
+        before = recorded(Path(config.out)) if resume else None
         own = before is not None and os.path.abspath(before.export) == os.path.abspath(config.export)
         check_export(Path(config.export), own, overwrite)
     trainer = Trainer(config, reporter, task, resume)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, shown
+from ..errors import CheckpointError, ConfigError, shown
 from .config import TrainConfig
 from .schedules import SCHEDULES
 from .state import State
@@ -33,6 +33,13 @@ def recorded(run: Path) -> TrainConfig | None:
         return TrainConfig.load(run / "config.toml")
     except ConfigError:  # not there, or of a version with other rules
         return None
+
+
+def check_objective(run: Path, objective: str) -> None:
+    """Raise CheckpointError where a run folder was trained for another objective, whatever that one's data are."""
+    before = recorded(run)
+    if before is not None and before.objective != objective:
+        raise CheckpointError(f"{run}: trained for {before.objective}, but objective is {objective!r}")
 
 
 def describe_changes(before: dict[str, Any], now: TrainConfig, state: State) -> list[str]:

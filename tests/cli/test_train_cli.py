@@ -16,9 +16,11 @@ from fastlm.cli import demo, main
 from fastlm.cli.spelling import spelled
 from fastlm.cli.train import Arguments
 from fastlm.data import PrepareConfig, load_tokens, prepare
-from fastlm.errors import ConfigError
+from fastlm.errors import CheckpointError, ConfigError
 from fastlm.formats.checkpoint import load_checkpoint
-from fastlm.training import TrainConfig
+from fastlm.training import TrainConfig, train
+from fastlm.training.resume import describe_changes
+from fastlm.training.state import State
 
 FLAGS = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=16", "--batch-size=2"]
 FLAGS += ["--warmup-steps=2", "--eval-interval=50", "--log-interval=2"]
@@ -141,6 +143,25 @@ def test_a_run_is_resumed_from_the_last_out_that_is_given(data, tmp_path, capsys
     assert main(["train", f"--out={one}", "--out", two, "--resume", "--max-steps", "2"]) == 0
     assert TrainConfig.load(f"{two}/config.toml").n_embd == 16
     assert TrainConfig.load(f"{one}/config.toml").max_steps == 1
+
+
+@pytest.mark.parametrize(("before", "now"), [("classification", "masked"), ("masked", "causal")])
+def test_a_run_is_not_resumed_for_another_objective(before, now, tmp_path, capsys):
+    (tmp_path / "table.csv").write_text("text,label\none,a\n")
+    TrainConfig(objective=before, data=str(tmp_path / "table.csv"), out=str(tmp_path)).save(tmp_path / "config.toml")
+    assert main(["train", "--out", str(tmp_path), "--resume", "--objective", now]) == 1
+    wanted = f"fastlm train: {tmp_path}: trained for {before}, but --objective is '{now}'\n"
+    assert capsys.readouterr().err == wanted
+    with pytest.raises(CheckpointError, match=f"trained for {before}, but objective is '{now}'"):
+        train(TrainConfig(objective=now, data=str(tmp_path / "table.csv"), out=str(tmp_path)), resume=True)
+
+
+def test_changed_settings_of_the_objective_are_said(tmp_path):
+    before = TrainConfig(objective="masked", out=str(tmp_path), data=str(tmp_path))
+    now = TrainConfig(objective="masked", out=str(tmp_path), data=str(tmp_path), options={"probability": 0.5})
+    (line,) = describe_changes(before.to_dict(), now, State(data={}))
+    assert line == "changed since the checkpoint: masked.probability 0.15 -> 0.5"
+    assert describe_changes(before.to_dict(), before, State(data={})) == []
 
 
 def test_settings_of_many_dots_are_refused_in_little_time(tmp_path):
