@@ -89,6 +89,7 @@ def _run(argv: list[str]) -> int:
         module = importlib.import_module(f".{verb}", __name__)
         return module.main(rest) or 0
     except KeyboardInterrupt:
+        print(f"fastlm {verb}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         raise

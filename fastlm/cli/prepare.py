@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ..data import Manifest, PrepareConfig, prepare
 from ..data.clean import steps
+from ..data.documents import WORKING
 from ..data.pipeline import recipes
 from ..data.scan import Progress as Report
 from ..errors import ConfigError, shown
@@ -48,7 +49,7 @@ class Arguments(PrepareConfig):
 
 
 def main(argv: list[str]) -> int | None:
-    """Run `fastlm prepare` with these arguments and print what was made."""
+    """Run `fastlm prepare` with these arguments and print what was made. Returns 0, or 130 after Ctrl-C."""
     if "--list-steps" in argv:  # alone: what is otherwise required is not
         return _list_steps()
     if value_of(argv, "--out") == "":  # as a path it would be the current folder
@@ -56,8 +57,14 @@ def main(argv: list[str]) -> int | None:
     config = parse(Arguments, "fastlm prepare", argv, config=(tyro.conf.FlagCreatePairsOff,))
     path = Path(config.tokenizer)
     existing = tokenizer_of(path) if path.suffix == ".gguf" and path.is_file() else None
-    with _progress() as report:
-        manifest = prepare(config, report, existing)
+    try:
+        with _progress() as report:
+            manifest = prepare(config, report, existing)
+    except KeyboardInterrupt:
+        if not (config.out / WORKING).is_dir():
+            raise
+        print("fastlm prepare: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
     _summarise(manifest, config.out)
     return 0
 

@@ -26,6 +26,7 @@ from .sources import File
 # Of the counts, what is for the report and not for the manifest.
 REPORTED = ("kept_examples", "balance_read", "balance_kept")
 SOURCES_LISTED = 1000
+WORKING = "documents"  # the folder of shards, in the output folder
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from .._core.files import naming, staging, sync, was_interrupted
 from ..errors import DataError
 from .config import TRAINED_KINDS, PrepareConfig
-from .documents import Documents, held_folder, make_documents, working_folder
+from .documents import WORKING, Documents, held_folder, make_documents, working_folder
 from .losses import Losses, Piece
 from .manifest import SPLITS, Manifest
 from .pieces import PieceCutter
@@ -77,7 +77,7 @@ def prepare(
     with held_folder(config.out):
         _check_out(config)  # again: another may have finished there meanwhile
         if recipe.steps or recipe.duplicates != NO_DUPLICATES or not all(file.is_text for file in files):
-            with working_folder(config.out / "documents", config.keep_documents) as folder:
+            with working_folder(config.out / WORKING, config.keep_documents) as folder:
                 documents = make_documents(config, recipe, files, folder, progress)
                 return _prepare(config, documents.inputs, existing, documents, progress)
         return _prepare(config, [TextInput(file.path, config) for file in files], existing, None, progress)

@@ -1,5 +1,7 @@
 """`fastlm prepare` as a user meets it: flags, summary, exit status, one-line errors."""
 
+import signal
+
 import pytest
 
 from fastlm.cli import main
@@ -224,6 +226,23 @@ def test_prepare_says_what_became_of_documents(table, tmp_path, capsys):
     assert not (tmp_path / "out" / "documents").exists()
     assert run(table, "--out", tmp_path / "kept", "--vocab-size", 300, *flags, "--keep-documents") == 0
     assert (tmp_path / "kept" / "documents" / "documents-00000.jsonl.zst").is_file()
+
+
+@pytest.mark.parametrize("step", ["whitespace", ""])
+def test_ctrl_c_says_what_the_same_command_does(step, source, tmp_path, monkeypatch, capsys):
+    # The signal comes while the tokenizer is trained: what was cleaned stays.
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'[[step]]\nname = "{step}"\n')
+    flags = ["--out", tmp_path / "out", "--vocab-size", 300, *(["--recipe", recipe, "--workers", 1] if step else [])]
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "train_bpe", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert run(source, *flags) == 130
+    assert (tmp_path / "out" / "documents").is_dir() == bool(step)
+    shown = capsys.readouterr()
+    goes_on = "; the same command goes on from there" if step else ""
+    assert (shown.out, shown.err) == ("", f"fastlm prepare: interrupted{goes_on}\n")
+    assert run(source, *flags) == 0
+    assert not (tmp_path / "out" / "documents").exists()
 
 
 def test_prepare_lists_its_steps(capsys):
