@@ -20,7 +20,8 @@ from .recipe import StepSpec
 from .shards import Shard, shards
 from .tally import Tally, merged
 
-VERSION = 1  # of what shards hold
+VERSION = 2  # of what shards hold
+PERSONAL = "personal_data"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def run_unit(job: Job, unit: Unit) -> dict[str, Any]:
         OSError: a file cannot be read or written, with its name.
     """
     steps = _made(json.dumps(job.steps, sort_keys=True, default=str), job)
-    tally = Tally([step.name for step in job.steps], job.balance)
+    tally = Tally([step.name for step in job.steps], job.balance, _mask(job, steps))
     shard = Shard(Path(job.folder), unit.number)
     kept = _through(steps, _rows(unit, job), tally, job)
     ends = [
@@ -81,6 +82,21 @@ def _made(key: str, job: Job) -> list[Step]:
         _steps.clear()
         _steps[key] = [step.make() for step in job.steps]
     return _steps[key]
+
+
+def _mask(job: Job, steps: Sequence[Step]) -> Callable[[str], str] | None:
+    """What takes out of an example, of any step, the personal data that the recipe takes out of documents."""
+    masks = [step for spec, step in zip(job.steps, steps, strict=True) if spec.name == PERSONAL]
+    if not masks:
+        return None
+
+    def mask(text: str) -> str:
+        for step in masks:
+            found = step(Document(text, "", 0))
+            text = "" if isinstance(found, Dropped) else found.text
+        return text
+
+    return mask
 
 
 _CURES = {

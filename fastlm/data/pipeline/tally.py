@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..clean.balance import Balance
@@ -21,11 +21,19 @@ class Tally:
 
     Of all documents that meet the same fate, those whose names have the smallest hashes are the examples: so they come
     from everywhere, and are the same however the work is divided.
+
+    Args:
+        steps: their names.
+        keys: what documents are counted by, see `Balance`.
+        mask: takes personal data out of the text of an example, where a step takes it out of the documents.
     """
 
-    def __init__(self, steps: Sequence[str], keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self, steps: Sequence[str], keys: Sequence[str] = (), mask: Callable[[str], str] | None = None
+    ) -> None:
         self.read = self.read_bytes = self.empty = self.kept = self.kept_bytes = self.kept_chars = 0
-        self.steps = [_StepTally(name) for name in steps]
+        self._mask = mask
+        self.steps = [_StepTally(name, mask) for name in steps]
         self.masked: Counter[str] = Counter()
         self.balance_read, self.balance_kept = Balance(keys), Balance(keys)
         self.bad: Counter[str] = Counter()
@@ -57,7 +65,7 @@ class Tally:
         masked = found.meta.get("masked")
         if isinstance(masked, dict):  # what the step personal_data counts
             self.masked.update(masked)
-        _note(self.kept_examples, found, None)
+        _note(self.kept_examples, found, None, self._mask)
 
     def report(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -80,8 +88,9 @@ class Tally:
 
 
 class _StepTally:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, mask: Callable[[str], str] | None) -> None:
         self.name = name
+        self._mask = mask
         self.seen = self.changed = self.bytes_in = self.bytes_out = 0
         self.dropped: Counter[str] = Counter()
         self.dropped_examples: dict[str, list[list[Any]]] = {}
@@ -96,13 +105,13 @@ class _StepTally:
         else:
             self.bytes_out += size_of(after.text)
             self.changed += 1
-            _note(self.changed_examples, before, after)
+            _note(self.changed_examples, before, after, self._mask)
 
     def add_dropped(self, before: Document, reason: str) -> None:
         self.seen += 1
         self.bytes_in += size_of(before.text)
         self.dropped[reason] += 1
-        _note(self.dropped_examples.setdefault(reason, []), before, None)
+        _note(self.dropped_examples.setdefault(reason, []), before, None, self._mask)
 
     def report(self) -> dict[str, Any]:
         return {
@@ -162,11 +171,15 @@ def _rank(example: Sequence[Any]) -> str:
     return example[0]
 
 
-def _note(examples: list[list[Any]], before: Document, after: Document | None) -> None:
+def _note(
+    examples: list[list[Any]], before: Document, after: Document | None, mask: Callable[[str], str] | None
+) -> None:
     digest = hashlib.blake2b(f"{before.source}\0{before.row}".encode("utf-8", "replace"), digest_size=8).hexdigest()
     if len(examples) == EXAMPLES and digest >= examples[-1][0]:
         return
-    texts = [before.text[:EXAMPLE_CHARS], None if after is None else after.text[:EXAMPLE_CHARS]]
-    examples.append([digest, before.source, before.row, *texts])
+    texts = [before.text, None if after is None else after.text]
+    if mask is not None:  # the whole text: what is cut in two is not found
+        texts = [text and mask(text) for text in texts]
+    examples.append([digest, before.source, before.row, *(text and text[:EXAMPLE_CHARS] for text in texts)])
     examples.sort(key=_rank)
     del examples[EXAMPLES:]
