@@ -47,3 +47,18 @@ def test_no_example_of_any_step_shows_what_was_masked(make, tmp_path):
         for secret in secrets:
             for part in (secret, secret.split("@")[0], secret[-8:]):
                 assert part not in page, (name, part)
+
+
+def test_an_example_shows_the_place_that_a_step_changed(make):
+    pytest.importorskip("phonenumbers")
+    head = FILLER * 40
+    steps = '[[step]]\nname = "whitespace"\n[[step]]\nname = "personal_data"\n'
+    texts = [f"{head}\nTo be   \ncontinued. {FILLER}", f"{head}\nAsk winston@a.example.org of it. {FILLER}"]
+    _, report = make([*texts, "To be  \n."], steps)
+    blanks, masked = ({example["row"]: example for example in step["examples"]} for step in report["steps"])
+    assert "To be   \ncontinued" in blanks[1]["before"]
+    assert "To be\ncontinued" in blanks[1]["after"]
+    assert blanks[1]["before"].startswith("\u2026")
+    assert (blanks[3]["before"], blanks[3]["after"]) == ("To be  \n.", "To be\n.")
+    assert "thirteen.\nAsk [EMAIL] of it. It was" in masked[2]["after"]
+    assert all(len(example[key]) <= 401 for example in (*blanks.values(), masked[2]) for key in ("before", "after"))

@@ -13,6 +13,8 @@ from ..sources import Bad
 
 EXAMPLES = 3  # a step and reason
 EXAMPLE_CHARS = 400
+BEFORE_CHARS, AROUND_CHARS = 100, 200  # of an example, ahead of the first change and from it on
+ELLIPSIS = "\u2026"
 BAD_LISTED = 20
 
 
@@ -177,9 +179,30 @@ def _note(
     digest = hashlib.blake2b(f"{before.source}\0{before.row}".encode("utf-8", "replace"), digest_size=8).hexdigest()
     if len(examples) == EXAMPLES and digest >= examples[-1][0]:
         return
-    texts = [before.text, None if after is None else after.text]
-    if mask is not None:  # the whole text: what is cut in two is not found
-        texts = [text and mask(text) for text in texts]
-    examples.append([digest, before.source, before.row, *(text and text[:EXAMPLE_CHARS] for text in texts)])
+    texts = before.text, before.text if after is None else after.text
+    # The whole texts are masked: what is cut in two is not found.
+    shown = texts if mask is None else (mask(texts[0]), mask(texts[1]))
+    first = _first_difference(*(texts if shown[0] == shown[1] else shown))
+    one, other = (_excerpt(text, first) for text in shown)
+    examples.append([digest, before.source, before.row, one, None if after is None else other])
     examples.sort(key=_rank)
     del examples[EXAMPLES:]
+
+
+def _first_difference(one: str, other: str) -> int:
+    """Index of the first character in which two texts differ; 0 where they are equal."""
+    if one == other:
+        return 0
+    equal, length = 0, min(len(one), len(other))
+    while equal < length:  # by parts: a character at a time takes a second for a long document
+        part = slice(equal, equal + EXAMPLE_CHARS)
+        if one[part] != other[part]:
+            return next((i for i in range(equal, length) if one[i] != other[i]), length)
+        equal += EXAMPLE_CHARS
+    return length
+
+
+def _excerpt(text: str, place: int) -> str:
+    """What is shown of a text: its start, or what is around a place further on."""
+    start = place - BEFORE_CHARS if place + AROUND_CHARS > EXAMPLE_CHARS else 0
+    return ELLIPSIS * (start > 0) + text[max(start, 0) : max(start, 0) + EXAMPLE_CHARS]
