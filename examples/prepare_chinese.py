@@ -58,7 +58,7 @@ def main() -> None:
             split="documents",
         )
         counts = prepare(config).preparation["documents"]
-        print(f"{counts['documents_kept']} of {counts['documents_read']} sentences kept")
+        print(f"{counts['documents_cleaned']} of {counts['documents_read']} sentences kept")
         tokenizer = Tokenizer.load(config.out)
         ids = np.asarray(load_tokens(config.out, "train")[:64])
         numbers = word_ids(tokenizer, ids, segmenter="jieba")

@@ -60,7 +60,7 @@ def main() -> None:
         )
         manifest = prepare(config)
         counts = manifest.preparation["documents"]
-        print(f"{counts['documents_read']} pages, {counts['documents_kept']} kept by the steps")
+        print(f"{counts['documents_read']} pages, {counts['documents_cleaned']} kept by the steps")
         for step in counts["steps"]:
             print(f"  {step['name']}: changed {step['changed']}, dropped {step['dropped']}")
         print(f"duplicates: {counts['duplicates']}")

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from ..data import Manifest, PrepareConfig, prepare
 from ..data.clean import steps
-from ..data.documents import WORKING
+from ..data.documents import WORKING, totals
 from ..data.pipeline import recipes
 from ..data.scan import Progress as Report
 from ..errors import ConfigError, shown
@@ -115,13 +115,11 @@ def _summarise(manifest: Manifest, out: Path) -> None:
 
 def _remarks(done: dict) -> Iterator[str]:
     if "documents" in done:
-        yield from _cleaned(done["documents"])
+        yield from _cleaned(done["documents"], totals(done))
     yield f"validation: {'whole documents' if done['split'] == 'documents' else 'a span of each document'}"
     if done["files_skipped"]:
         skipped = done["files_skipped"]
         yield f"skipped {len(skipped)} files that do not decode, first {skipped[0]}"
-    if done["duplicates_dropped"]:
-        yield f"dropped {done['duplicates_dropped']} duplicate documents"
     if done["unknown_tokens"] or done["characters_lost"]:
         unknown, lost = done["unknown_tokens"], done["characters_lost"]
         yield f"{unknown} unknown tokens, {lost} characters that do not come back, first {done['first_lost']}"
@@ -129,8 +127,12 @@ def _remarks(done: dict) -> Iterator[str]:
         yield f"{done['forced_cuts']} cuts where tokens may differ from encoding the whole text"
 
 
-def _cleaned(counts: dict) -> Iterator[str]:
-    yield f"documents: {counts['documents_read']:,} read, {counts['documents_kept']:,} kept"
+def _cleaned(counts: dict, total: dict[str, int]) -> Iterator[str]:
+    emptied = f", {total['emptied']:,} of repeated lines alone" if total["emptied"] else ""
+    yield (
+        f"documents: {total['read']:,} read, {total['dropped']:,} dropped by steps,"
+        f" {total['duplicates']:,} dropped as duplicates{emptied}, {total['left']:,} left"
+    )
     for step in counts["steps"]:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(step["dropped"].items()))
         if dropped or step["changed"]:

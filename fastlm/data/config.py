@@ -86,10 +86,11 @@ class PrepareConfig:
     """lf turns CR LF and CR into LF."""
     allow_lossy: bool = False
     """Take a tokenizer that does not give the text back, and count what is lost."""
-    deduplicate: Literal["none", "exact", "near"] = "none"
-    """exact drops documents equal to an earlier one; near also those nearly equal, as the recipe's [near] says."""
+    deduplicate: Literal["recipe", "none", "exact", "near"] = "recipe"
+    """Documents to drop for an earlier one: as the recipe says, if there is one; none of them; exact: equal ones alone;
+    near: nearly equal ones too. With the options of the recipe's [exact] and [near]; it says alone of [lines]."""
     duplicate_pairs: Path | None = None
-    """File for a line of JSON about each document dropped for another, as [exact] or [near] of the recipe says."""
+    """File for a line of JSON about each document that is dropped for another."""
     overwrite: bool = False
     """Replace an earlier prepared folder."""
     chunk_bytes: int = 1 << 20
@@ -154,12 +155,14 @@ class PrepareConfig:
         """The recipe, checked; one without steps where none is given."""
         recipe = load_recipe(self.recipe) if self.recipe else Recipe()
         recipe = recipe.without(self.without)
-        if self.deduplicate == "near" and not recipe.duplicates.near:
-            found = replace(recipe.duplicates, exact=recipe.duplicates.exact or ExactOptions(), near=NearOptions())
-            recipe = replace(recipe, duplicates=found)
+        if self.deduplicate != "recipe":
+            found = recipe.duplicates
+            exact = (found.exact or ExactOptions()) if self.deduplicate != "none" else None
+            near = (found.near or NearOptions()) if self.deduplicate == "near" else None
+            recipe = replace(recipe, duplicates=replace(found, exact=exact, near=near))
         found = recipe.duplicates
         if self.duplicate_pairs is not None and not (found.exact or found.near):
-            wanted = "a recipe with [exact] or [near], or deduplicate = near, whose pairs it is for"
+            wanted = "a recipe with [exact] or [near], or deduplicate = exact or near, whose pairs it is for"
             raise ConfigError(f"duplicate_pairs is '{self.duplicate_pairs}', expected {wanted}")
         recipe.check()
         return recipe
@@ -171,7 +174,7 @@ _CHOICES = {
     "errors": ("strict", "replace", "skip-file"),
     "normalize": ("none", "nfc", "nfkc"),
     "line_endings": ("keep", "lf"),
-    "deduplicate": ("none", "exact", "near"),
+    "deduplicate": ("recipe", "none", "exact", "near"),
     "format": ("auto", *FORMATS),
     "quoting": ("auto", "minimal", "none"),
     "on_error": ("stop", "skip"),

@@ -24,7 +24,7 @@ from .scan import Progress, ShardInput
 from .sources import File
 
 # Of the counts, what is for the report and not for the manifest.
-REPORTED = ("kept_examples", "balance_read", "balance_kept")
+REPORTED = ("kept_examples", "balance_read", "balance_cleaned")
 SOURCES_LISTED = 1000
 WORKING = "documents"  # the folder of shards, in the output folder
 
@@ -74,6 +74,7 @@ class Documents:
                 "documents": counts["documents_read"],
                 "bytes": counts["bytes_read"],
             },
+            "totals": totals(manifest.preparation),
             "problem_count": sum(counts["bad"].values()),
             "problems": [{"message": line} for line in counts["bad_listed"]],
             "steps": [_step_report(spec, step) for spec, step in zip(self.recipe.steps, counts["steps"], strict=True)],
@@ -84,7 +85,7 @@ class Documents:
                 for name, split in manifest.splits.items()
             },
             "read": counts["balance_read"],
-            "kept": counts["balance_kept"],
+            "cleaned": counts["balance_cleaned"],
             "notes": [
                 f"recipe: {self.recipe.name or 'none'}",
                 f"tokenizer: {self.config.tokenizer}, {manifest.vocab_size} ids",
@@ -106,11 +107,24 @@ def make_documents(
     shards, counts, sources, documents = make_shards(
         job, files, _executor(config), lambda done, total: progress("documents", done, total)
     )
-    if not counts["documents_kept"]:
+    if not counts["documents_cleaned"]:
         bad = f", {sum(counts['bad'].values())} rows could not be read" if counts["bad"] else ""
         raise DataError(f"no text in {len(files)} files: {counts['documents_read']} documents read, none kept{bad}")
     kept = find_duplicates(recipe.duplicates, shards, documents, config.duplicate_pairs)
     return Documents(config, recipe, shards, counts, sources, documents, kept)
+
+
+def totals(preparation: dict[str, Any]) -> dict[str, int]:
+    """Where the documents went, of a manifest's preparation: "read" is the sum of all others.
+
+    "dropped" are those that steps dropped or left empty, "duplicates" those dropped for another, "emptied" those of
+    repeated lines alone, and "left" those with tokens.
+    """
+    counts, left = preparation["documents"], preparation["documents_left"]
+    read, cleaned = counts["documents_read"], counts["documents_cleaned"]
+    duplicates = preparation["duplicates_dropped"]
+    emptied = cleaned - duplicates - left
+    return {"read": read, "dropped": read - cleaned, "duplicates": duplicates, "emptied": emptied, "left": left}
 
 
 def _step_report(spec: StepSpec, counts: dict[str, Any]) -> StepReport:

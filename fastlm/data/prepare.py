@@ -181,7 +181,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, documents: Docume
         eot_id=tokenizer.eot_id,
         splits=splits,
         sources=documents.sources if documents else corpus.sources,
-        preparation=_preparation(corpus, cutter) | losses.report() | (documents.to_json() if documents else {}),
+        preparation=_preparation(corpus, cutter, documents) | losses.report(),
     )
     tokenizer.save(folder / "tokenizer.json")
     with naming(folder / "manifest.json"), open(folder / "manifest.json", "w", encoding="utf-8") as file:
@@ -228,16 +228,18 @@ def _check_splits(splits: dict[str, dict], corpus: Corpus) -> None:
             )
 
 
-def _preparation(corpus: Corpus, cutter: PieceCutter) -> dict:
+def _preparation(corpus: Corpus, cutter: PieceCutter, documents: Documents | None) -> dict:
     config = corpus.config
     return {name: getattr(config, name) for name in OPTIONS} | {
         "glob": list(config.glob),
         "split": corpus.plan.rule,
         "documents_read": corpus.plan.documents,
-        "duplicates_dropped": corpus.plan.duplicates,
+        "documents_left": corpus.plan.kept,
+        "duplicates_dropped": documents.kept.dropped if documents else 0,
         "empty_dropped": corpus.empty,
         "files_skipped": corpus.skipped,
         "forced_cuts": cutter.forced,
+        **(documents.to_json() if documents else {}),
     }
 
 

@@ -72,18 +72,21 @@ class Report(TypedDict, total=False):
     Attributes:
         title: the folder's name, say.
         inputs: {"files", "documents", "bytes"} read.
+        totals: of the documents "read", those that steps "dropped", dropped as "duplicates" and "left".
         problems: rows that were skipped, the first of them; `problem_count` has them all.
         steps: in the order in which they ran.
         masked: personal data masked, by kind: sums of meta["masked"].
         duplicates: by kind, in the order in which they were looked for.
         splits: by name.
         read: `Balance.to_dict()` of the documents as read.
-        kept: the same of those kept. Its "by" are the tables of sources, languages and labels.
+        cleaned: the same of those that all steps let through, before duplicates are dropped. Its
+            "by" are the tables of sources, languages and labels.
         notes: lines on how it was made, such as the tokenizer.
     """
 
     title: str
     inputs: dict[str, int]
+    totals: dict[str, int]
     problems: list[Problem]
     problem_count: int
     steps: list[StepReport]
@@ -91,7 +94,7 @@ class Report(TypedDict, total=False):
     duplicates: list[Duplicates]
     splits: dict[str, SplitReport]
     read: dict[str, Any]
-    kept: dict[str, Any]
+    cleaned: dict[str, Any]
     notes: list[str]
 
 
@@ -131,17 +134,24 @@ def render(report: Report) -> str:
     )
 
 
+_TOTALS = {
+    "dropped": "dropped by steps", "duplicates": "dropped as duplicates", "emptied": "of repeated lines alone",
+    "left": "documents left",
+}  # fmt: skip
+
+
 def _tiles(report: Report) -> str:
     inputs, tiles = report.get("inputs") or {}, []
     for key, label in (("files", "files"), ("documents", "documents read"), ("bytes", "text read")):
         if key in inputs:
             tiles.append((_bytes(inputs[key]) if key == "bytes" else _number(inputs[key]), label))
     splits = report.get("splits") or {}
-    kept = sum(report["kept"]["lengths"].values()) if report.get("kept") else None
-    if kept is not None:
-        tiles.append((_number(kept), "documents kept"))
-        if inputs.get("documents"):
-            tiles.append((_percent(kept / inputs["documents"]), "of documents kept"))
+    totals = report.get("totals") or {}
+    for key, label in _TOTALS.items():
+        if totals.get(key) or (key in totals and key != "emptied"):
+            tiles.append((_number(totals[key]), label))
+    if totals.get("read"):
+        tiles.append((_percent(totals.get("left", 0) / totals["read"]), "of documents left"))
     if splits:
         tokens = sum(split.get("tokens", 0) for split in splits.values())
         size = sum(split.get("bytes", 0) for split in splits.values())
@@ -166,7 +176,7 @@ def _steps(report: Report) -> str:
             f'<a href="#step-{number}">{number}. {_text(step["name"])}</a>', _number(documents),
             _number(documents - dropped), _number(dropped), _bar(share), _number(step.get("changed", 0)), removed,
         ])  # fmt: skip
-    header = ["step", "documents", "kept", "dropped", "share dropped", "changed", "bytes removed"]
+    header = ["step", "documents", "passed", "dropped", "share dropped", "changed", "bytes removed"]
     details = "\n".join(_step_details(number, step) for number, step in enumerate(steps, 1))
     return _section("Steps", _table(header, rows, left=(0, 4)) + details)
 
@@ -196,30 +206,32 @@ def _example(example: Example) -> str:
     where = _text(example.get("source", ""))
     if "row" in example:
         where += f", document {_number(example['row'])}"
-    kept = "reason" not in example
-    verdict = "kept" if kept else f"dropped: {_text(example['reason'])}"
+    changed = "reason" not in example
+    verdict = "changed" if changed else f"dropped: {_text(example['reason'])}"
     texts = {"before": example.get("before", ""), "after": example.get("after", example.get("before", ""))}
     if texts["before"] == texts["after"]:
         blocks = f"<div><pre>{_text(_cut(texts['before']))}</pre></div>"
     else:
         blocks = "".join(f"<div><span>{k}</span><pre>{_text(_cut(text))}</pre></div>" for k, text in texts.items())
-    kind = "kept" if kept else "dropped"
+    kind = "changed" if changed else "dropped"
     caption = f'<figcaption><b class="{kind}">{verdict}</b> {where}</figcaption>'
     return f'<figure>{caption}<div class="pair">{blocks}</div></figure>'
 
 
 def _lengths(report: Report) -> str:
     series: dict[str, dict[int, int]] = {}
-    for name in ("read", "kept"):
+    for name in ("read", "cleaned"):
         counts = (report.get(name) or {}).get("lengths", {})  # type: ignore[attr-defined]
         if any(counts.values()):
             series[name] = {int(bits): count for bits, count in counts.items()}
     if not series:
         return ""
     every = [bits for counts in series.values() for bits in counts]
-    return _section(
-        "Length of documents", _histogram(series, range(min(every), max(every) + 1)) + _legend(list(series))
-    )
+    bars = _histogram(series, range(min(every), max(every) + 1)) + _legend(list(series))
+    return _section("Length of documents", bars + (_CLEANED if "cleaned" in series else ""))
+
+
+_CLEANED = '<p class="quiet">cleaned: what all steps let through, before duplicates are dropped</p>'
 
 
 def _histogram(series: Mapping[str, Mapping[int, int]], bins: range) -> str:
@@ -296,9 +308,10 @@ def _masked(report: Report) -> str:
 
 
 def _balance(report: Report) -> str:
-    tables = (report.get("kept") or report.get("read") or {}).get("by", {})
-    read = (report.get("read") or {}).get("by", {}) if report.get("kept") else {}
-    return "".join(_balance_table(key, table, read.get(key, {})) for key, table in tables.items() if table)
+    tables = (report.get("cleaned") or report.get("read") or {}).get("by", {})
+    read = (report.get("read") or {}).get("by", {}) if report.get("cleaned") else {}
+    found = "".join(_balance_table(key, table, read.get(key, {})) for key, table in tables.items() if table)
+    return found + (_CLEANED if found and report.get("cleaned") else "")
 
 
 def _balance_table(key: str, table: Mapping[str, Mapping[str, int]], read: Mapping[str, Mapping[str, int]]) -> str:
@@ -418,16 +431,16 @@ _PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --quiet: #5f6871; --line: #dfe3e8; --page: #ffffff; --card: #f5f7f9;
-  --read: #b6c4d4; --kept: #2f6fb5; --dropped: #b3382c; }
+  --read: #b6c4d4; --passed: #2f6fb5; --dropped: #b3382c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --quiet: #9aa5b1; --line: #343b43; --page: #15181b;
-  --card: #1d2227; --read: #4d5c6d; --kept: #6aa8ea; --dropped: #ef8377; } }
+  --card: #1d2227; --read: #4d5c6d; --passed: #6aa8ea; --dropped: #ef8377; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 16px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 40px 0 10px; }
-a { color: var(--kept); }
+a { color: var(--passed); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 10px; }
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; }
 .tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -440,24 +453,24 @@ th { color: var(--quiet); font-weight: 500; font-size: .85rem; white-space: nowr
 td:not(.n) { overflow-wrap: anywhere; } td:not(.n):not(:last-child) { min-width: 7em; }
 .n { text-align: right; white-space: nowrap; }
 .bar { display: inline-block; width: 90px; height: 9px; background: var(--line); border-radius: 5px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--kept); }
+.bar i { display: block; height: 100%; background: var(--passed); }
 .of { margin-left: 8px; } .share, td a { white-space: nowrap; }
 details { border: 1px solid var(--line); border-radius: 8px; margin: 10px 0; padding: 8px 14px; }
 summary { cursor: pointer; font-weight: 500; }
 figure { margin: 12px 0; }
 figcaption { font-size: .85rem; color: var(--quiet); overflow-wrap: anywhere; }
-figcaption b { color: var(--kept); } figcaption b.dropped { color: var(--dropped); }
+figcaption b { color: var(--passed); } figcaption b.dropped { color: var(--dropped); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 10px; }
 .pair div { min-width: 0; } .pair span { font-size: .8rem; color: var(--quiet); }
 pre { margin: 4px 0 0; padding: 10px 12px; background: var(--card); border-radius: 6px; white-space: pre-wrap;
   overflow-wrap: anywhere; max-height: 260px; overflow-y: auto; unicode-bidi: isolate;
   font: 13px/1.5 ui-monospace, "Cascadia Mono", Menlo, "Noto Sans Mono CJK SC", monospace; }
-svg { display: block; } rect.read { fill: var(--read); } rect.kept { fill: var(--kept); }
+svg { display: block; } rect.read { fill: var(--read); } rect.cleaned { fill: var(--passed); }
 .grid { stroke: var(--line); } .axis { stroke: var(--quiet); } .tick { fill: var(--quiet); font-size: 11px; }
 .middle { text-anchor: middle; }
 .legend span { margin-right: 16px; font-size: .85rem; color: var(--quiet); }
 .legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
-  margin-right: 6px; background: var(--kept); } .legend .read::before { background: var(--read); }
+  margin-right: 6px; background: var(--passed); } .legend .read::before { background: var(--read); }
 @media (max-width: 600px) { main { padding: 16px 14px 48px; } .bar { width: 60px; } }
 @media print { details { break-inside: avoid; } pre { max-height: none; } }
 """

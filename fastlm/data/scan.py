@@ -116,8 +116,6 @@ class Corpus:
         for found in self.inputs:
             self._scan_file(found)
         self.empty = self.plan.documents - self.plan.kept
-        if self.config.deduplicate == "exact":
-            self.plan.drop_duplicates()
         self.plan.resolve()
         if not self.plan.kept:
             raise DataError(f"no text in {len(paths)} files ({len(self.skipped)} skipped): nothing to prepare")

@@ -17,7 +17,6 @@ MIN_DOCUMENTS = 10
 _LINE_SLACK = 1000
 _ROW = struct.Struct("<16sQ?")
 IN_MEMORY = 1 << 25  # bytes: 1.3 million documents
-DIGESTS = 1 << 20  # about 150 MB
 
 
 class Row(NamedTuple):
@@ -44,7 +43,7 @@ class Plan:
 
     def __init__(self, fraction: float, seed: int, rule: str = "auto", folder: Path | None = None) -> None:
         self.fraction, self.seed, self.rule = fraction, seed, rule
-        self.documents = self.chars = self.kept = self.duplicates = 0
+        self.documents = self.chars = self.kept = 0
         self._folder = folder
         self._file = self._new_file()
 
@@ -63,29 +62,6 @@ class Plan:
             self._count(row.chars, row.kept, -1)
         self._file.seek(count * _ROW.size)
         self._file.truncate()
-
-    def drop_duplicates(self) -> None:
-        """Keep of equal documents the first alone.
-
-        At most `DIGESTS` of them are held; while there are more, the rows are gone through again.
-        """
-        undecided = 0  # number of the first row whose digest was not looked for yet
-        while undecided < self.documents:
-            seen: set[bytes] = set()
-            first, undecided = undecided, self.documents
-            file = self._new_file()
-            for number, row in enumerate(self.rows()):
-                twin = row.kept and row.digest in seen
-                if row.kept and not twin and number >= first:
-                    if len(seen) < DIGESTS:
-                        seen.add(row.digest)
-                    else:
-                        undecided = min(undecided, number)
-                self.kept -= twin
-                self.duplicates += twin
-                file.write(_ROW.pack(row.digest, row.chars, row.kept and not twin))
-            self._file.close()
-            self._file = file
 
     def resolve(self) -> None:
         """Choose the rule, once all documents are known."""

@@ -57,7 +57,7 @@ def test_prepare_takes_its_options(source, tmp_path, capsys):
     manifest = load_manifest(tmp_path / "out")
     assert len(manifest.sources) == 3
     assert manifest.splits["train"]["documents"] == 2  # LINE and "# " + LINE
-    assert "dropped 89 duplicate documents" in capsys.readouterr().out
+    assert "89 dropped as duplicates, 2 left" in capsys.readouterr().out
     existing = ["--tokenizer", tmp_path / "out", "--document-separator", r"\n", "--val-fraction", "0"]
     assert run(source / "a.txt", "--out", tmp_path / "again", *existing) == 0
     tokenizer = Tokenizer.load(tmp_path / "again")
@@ -216,7 +216,7 @@ def test_prepare_says_what_became_of_documents(table, tmp_path, capsys):
     assert run(table, "--out", tmp_path / "out", "--vocab-size", 300, *flags) == 0
     out = capsys.readouterr().out
     for line in (
-        "documents: 40 read, 40 kept",
+        "documents: 40 read, 0 dropped by steps, 0 dropped as duplicates, 40 left",
         "  exact duplicate: 0",
         f"could not read 1 malformed; first {table}: row 21: is not JSON",
     ):

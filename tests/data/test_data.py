@@ -422,7 +422,7 @@ def test_cleaning_options(tmp_path):
     )
     assert segments(tmp_path / "out", "train") == ["\u00e9 one\n", "two\n"]
     assert manifest.preparation["duplicates_dropped"] == 2
-    assert manifest.preparation["empty_dropped"] == 2
+    assert manifest.preparation["documents"]["empty"] == 2
     assert manifest.splits["train"]["bytes"] == len("\u00e9 one\ntwo\n".encode())
     make(tmp_path, texts, out="plain", val_fraction=0, tokenizer="characters")
     assert segments(tmp_path / "plain", "train") == [text for text in texts if text.strip()]
@@ -453,13 +453,11 @@ def test_undecodable_files_are_named_replaced_or_skipped(tmp_path):
     prepare(PrepareConfig(out=tmp_path / "replace", errors="replace", **config))
     want = ["one", "one\n\ntwo\n\nfour \ufffd\n", "two\n\nthree\n"]
     assert segments(tmp_path / "replace", "train") == want
-    # what the skipped file held before its bad byte is forgotten: its "one" no longer counts as a duplicate,
-    # and the third file's "two" is none
-    config |= {"document_separator": "blank-line", "deduplicate": "exact"}
+    # what the skipped file held before its bad byte is forgotten
+    config |= {"document_separator": "blank-line"}
     manifest = prepare(PrepareConfig(out=tmp_path / "skip", errors="skip-file", **config))
     assert segments(tmp_path / "skip", "train") == ["one", "two", "three\n"]
     assert manifest.preparation["files_skipped"] == [str(source / "001.txt")]
-    assert manifest.preparation["duplicates_dropped"] == 0
     assert [source["path"][-7:] for source in manifest.sources] == ["000.txt", "002.txt"]
 
 

@@ -139,7 +139,7 @@ def test_documents_pass_all_steps_in_order_whatever_the_workers(workers, steps, 
     assert (first["name"], second["name"]) == (f"{steps}:longer", f"{steps}:shout")
     read = counts["documents_read"]
     assert read == first["documents"] == second["documents"] + first["dropped"]["short"]
-    assert (second["changed"], counts["documents_kept"], counts["empty"]) == (len(want), len(want), 0)
+    assert (second["changed"], counts["documents_cleaned"], counts["empty"]) == (len(want), len(want), 0)
     assert counts["bytes_kept"] == sum(len(text.encode()) for text in want)
     assert [(Path(entry["path"]).name, entry["sha256"]) for entry in sources] == [
         (file.path.name, hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files_of(tmp_path / "corpus")
@@ -394,14 +394,14 @@ def test_a_module_that_cannot_be_had_is_said_with_where_it_was_looked_for(tmp_pa
 
 
 def test_prepare_on_documents_gives_the_bytes_of_plain_text(corpus, tmp_path):
-    # The same texts as a file of their own each, in the same order.
+    # The same texts, each once, as a file of their own each, in the same order.
     plain = tmp_path / "plain"
     plain.mkdir()
-    for index, text in enumerate(corpus):
+    for index, text in enumerate(dict.fromkeys(corpus)):
         (plain / f"{index:04}.txt").write_bytes(text.encode())
-    options = {"vocab_size": 400, "split": "documents", "val_fraction": 0.1, "deduplicate": "exact"}
+    options = {"vocab_size": 400, "split": "documents", "val_fraction": 0.1}
     prepare(PrepareConfig(plain, tmp_path / "one", **options))
-    options |= {"glob": GLOBS, "document_separator": r"\n"}
+    options |= {"deduplicate": "exact", "glob": GLOBS, "document_separator": r"\n"}
     manifest = prepare(PrepareConfig(tmp_path / "corpus", tmp_path / "two", **options))
     for name in ("train.bin", "val.bin", "tokenizer.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -415,7 +415,7 @@ def test_prepare_on_documents_gives_the_bytes_of_plain_text(corpus, tmp_path):
         "part.jsonl.gz",
         "d.txt",
     ]
-    assert manifest.preparation["documents"]["documents_kept"] == len(corpus)
+    assert manifest.preparation["documents"]["documents_cleaned"] == len(corpus)
 
 
 FULL = """
@@ -490,7 +490,7 @@ def test_documents_with_text_of_an_evaluation_set_are_dropped(tmp_path):
     job = Job((step,), SourceOptions(), tmp_path / "out")
     _, counts, *_ = make_shards(job, find([tmp_path / "a.jsonl"], []), LocalExecutor(1), lambda *_: None)
     assert counts["steps"][0]["dropped"] == {"contaminated": 1}
-    assert counts["documents_kept"] == 1
+    assert counts["documents_cleaned"] == 1
 
 
 @pytest.mark.slow
@@ -534,5 +534,5 @@ def test_twenty_thousand_small_files(tmp_path):
     recipe.write_text('[[step]]\nname = "whitespace"\n')
     config = PrepareConfig(tmp_path / "files", tmp_path / "out", recipe=str(recipe), vocab_size=300, workers=2)
     manifest = prepare(config)
-    assert len(manifest.sources) == manifest.preparation["documents"]["documents_kept"] == 20_000
+    assert len(manifest.sources) == manifest.preparation["documents"]["documents_cleaned"] == 20_000
     assert len({entry["path"] for entry in manifest.sources}) == 20_000

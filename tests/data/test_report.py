@@ -23,7 +23,7 @@ def documents(count):
 
 def report(**more):
     read = Balance().add_all(documents(600))
-    kept = Balance().add_all(document for document in documents(600) if len(document.text) > 50)
+    cleaned = Balance().add_all(document for document in documents(600) if len(document.text) > 50)
     examples = [
         {"source": "pages/<b>one</b>.html", "row": 3, "before": ATTACK, "reason": "few_words"},
         {"source": "pages/two.html", "row": 12, "before": "“Itâ€™s”  " * 90, "after": "“It’s” " * 90},
@@ -49,7 +49,8 @@ def report(**more):
         "splits": {"train": {"documents": 400, "tokens": 210_000, "bytes": 800_000, "chars": 700_000},
                    "val": {"documents": 14, "tokens": 11_000, "bytes": 43_000, "chars": 40_000}},
         "read": read.to_dict(),
-        "kept": kept.to_dict(),
+        "cleaned": cleaned.to_dict(),
+        "totals": {"read": 600, "dropped": 143, "duplicates": 43, "emptied": 0, "left": 414},
         "notes": ["tokenizer: bpe of 8,192 tokens"],
         **more,
     }  # fmt: skip
@@ -73,9 +74,10 @@ class Page(html.parser.HTMLParser):
 
 def test_the_page_says_what_the_report_holds():
     page = Page(render(report()))
-    kept = sum(len(document.text) > 50 for document in documents(600))
-    for text in (f"{kept} documents kept", f"{kept / 6:.1f} %"):
+    for text in ("143 dropped by steps", "43 dropped as duplicates", "414 documents left 69.0 % of documents left"):
         assert text in page.text, text
+    assert "repeated lines" not in page.text
+    assert "read cleaned cleaned: what all steps let through, before duplicates are dropped" in page.text
     for text in ("600 documents read", "221,000 tokens", "3.81 bytes a token", "few_words 130", "1.23 MB"):
         assert text in page.text, text
     for text in (ATTACK, CHINESE, "email 31", "near 31", "9 in all", "By language", "By label"):
@@ -117,7 +119,7 @@ def test_written_whole_and_the_same_each_time(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     read = json.loads(first[1])
     assert read["steps"][1]["dropped"] == report()["steps"][1]["dropped"]
-    assert read["kept"] == report()["kept"]
+    assert read["cleaned"] == report()["cleaned"]
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_report(report(inputs={"bytes": float("nan")}), tmp_path)
     assert first == (page.read_bytes(), data.read_bytes())
@@ -125,16 +127,16 @@ def test_written_whole_and_the_same_each_time(tmp_path):
 
 def test_a_table_of_many_sources_shows_the_largest_and_counts_all():
     many = Balance().add_all(Document("x" * i, f"file-{i:05d}.txt", 1) for i in range(1, 1001))
-    page = Page(render({"kept": many.to_dict()}))
+    page = Page(render({"cleaned": many.to_dict()}))
     assert "1,000 in all" in page.text
     assert page.text.count(".txt") == SHOWN_ROWS
     assert "file-01000.txt" in page.text
 
 
 def test_what_was_not_counted_is_no_column():
-    kept = Balance().add_all(Document("words", "a.txt", i, {"language": "en"}) for i in range(3))
+    cleaned = Balance().add_all(Document("words", "a.txt", i, {"language": "en"}) for i in range(3))
     read = Balance().add_all(Document("words", "a.txt", i) for i in range(9))  # the language is found by a step
-    page = Page(render({"read": read.to_dict(), "kept": kept.to_dict()})).text
+    page = Page(render({"read": read.to_dict(), "cleaned": cleaned.to_dict()})).text
     language = page[page.index("By language") :]
     assert "(none)" not in language
     assert "of those read" not in language
@@ -161,7 +163,7 @@ def test_a_browser_shows_it_without_network_errors_or_overflow(tmp_path):
             assert CHINESE in text
             assert "<script>" in text
             boxes = page.evaluate(
-                "[...document.querySelectorAll('rect.kept')].map(bar => bar.getBoundingClientRect())"
+                "[...document.querySelectorAll('rect.cleaned')].map(bar => bar.getBoundingClientRect())"
                 ".map(box => [box.width, box.height])"
             )
             assert len(boxes) > 3

@@ -66,6 +66,11 @@ class Kept:
     lines: LineFilter | None
     counts: dict[str, int]
 
+    @property
+    def dropped(self) -> int:
+        """How many documents do not stay."""
+        return 0 if self.reasons is None else int(np.count_nonzero(self.reasons))
+
     def text(self, number: int, text: str) -> str | None:
         """What stays of a document, known by its number in the corpus; None for nothing."""
         if self.reasons is not None and self.reasons[number]:

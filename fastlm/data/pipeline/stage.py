@@ -215,7 +215,7 @@ def make_shards(
     sources = [source for record in ordered for source in record["sources"]]
     counted = merged(record["tally"] for record in ordered)
     _check_meta(counted, job.source)
-    counts = [record["tally"]["documents_kept"] for record in ordered]
+    counts = [record["tally"]["documents_cleaned"] for record in ordered]
     return [Shard(job.folder, number) for number in sorted(records)], counted, sources, counts
 
 

@@ -37,7 +37,7 @@ class Tally:
         self._mask = mask
         self.steps = [_StepTally(name, mask) for name in steps]
         self.masked: Counter[str] = Counter()
-        self.balance_read, self.balance_kept = Balance(keys), Balance(keys)
+        self.balance_read, self.balance_cleaned = Balance(keys), Balance(keys)
         self.bad: Counter[str] = Counter()
         self.bad_listed: list[str] = []
         self.missing: Counter[str] = Counter()
@@ -63,7 +63,7 @@ class Tally:
         self.kept += 1
         self.kept_chars += len(found.text)
         self.kept_bytes += size_of(found.text)
-        self.balance_kept.add(found)
+        self.balance_cleaned.add(found)
         masked = found.meta.get("masked")
         if isinstance(masked, dict):  # what the step personal_data counts
             self.masked.update(masked)
@@ -75,9 +75,9 @@ class Tally:
             "documents_read": self.read,
             "bytes_read": self.read_bytes,
             "empty": self.empty,
-            "documents_kept": self.kept,
-            "bytes_kept": self.kept_bytes,
-            "chars_kept": self.kept_chars,
+            "documents_cleaned": self.kept,
+            "bytes_cleaned": self.kept_bytes,
+            "chars_cleaned": self.kept_chars,
             "bad": dict(self.bad),
             "bad_listed": self.bad_listed,
             "missing_meta": dict(self.missing),
@@ -85,7 +85,7 @@ class Tally:
             "kept_examples": self.kept_examples,
             "masked": dict(self.masked),
             "balance_read": self.balance_read.to_dict(),
-            "balance_kept": self.balance_kept.to_dict(),
+            "balance_cleaned": self.balance_cleaned.to_dict(),
         }
 
 
