@@ -152,6 +152,15 @@ def load_manifest(folder: str | os.PathLike[str], verify: bool | Literal["change
     return manifest
 
 
+def manifest_beside(path: Path) -> Manifest | None:
+    """The manifest of a prepared folder, or of the one that a file lies in; None where there is none to be read."""
+    found = (path if path.is_dir() else path.parent) / "manifest.json"
+    try:
+        return Manifest.from_json(found.read_text(encoding="utf-8"), str(found))
+    except (OSError, UnicodeDecodeError, DataError):
+        return None
+
+
 def _later(file: Path, other: Path) -> bool:
     """Whether a file was written after another, or anything was done to it that left an older time of writing."""
     one, two = file.stat(), other.stat()

@@ -25,6 +25,7 @@ from .library import (
     special_names,
     unknown_id,
 )
+from .manifest import manifest_beside
 from .tokenizers.bert import UNKNOWN
 from .tokenizers.files import BYTE_LEVEL, byte_level, read_definition
 from .tokenizers.special import END_NAMES, END_OF_TEXT, TRAINED, special_ids
@@ -168,12 +169,17 @@ class Tokenizer:
         """Read a tokenizer.json, or what other libraries keep, or a folder that holds one of these.
 
         That is BERT's vocab.txt, GPT-2's pair of vocabulary and merges, SentencePiece's .model (Unigram or BPE), and
-        tiktoken's files. The ids are those of their own libraries.
+        tiktoken's files. The ids are those of their own libraries. Of a prepared folder, the end-of-text token is the
+        one that its documents end with.
 
         Raises:
             DataError: nothing there, or not a tokenizer.
         """
-        return cls(*read_definition(Path(path)))
+        tokenizer = cls(*read_definition(Path(path)))
+        manifest = manifest_beside(Path(path))
+        if manifest is not None and manifest.tokenizer_fingerprint == tokenizer.fingerprint:
+            tokenizer.eot_id = manifest.eot_id
+        return tokenizer
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer.json, byte for byte the one that `fingerprint` is of."""

@@ -469,6 +469,19 @@ def test_latin1_counts_the_text_not_the_file(tmp_path):
     assert manifest.sources[0]["bytes"] == 300
 
 
+@pytest.mark.parametrize("where", ["out", "out/tokenizer.json"])
+def test_the_tokenizer_of_a_prepared_folder_ends_documents_as_that_folder_does(where, tmp_path):
+    texts = ["one two\n" * 30, "two three\n" * 30]
+    first = make(tmp_path, texts, special="masked", tokenizer="wordpiece", vocab_size=100, val_fraction=0)
+    again = make(tmp_path, texts, out="again", tokenizer=str(tmp_path / where), val_fraction=0)
+    vocabulary = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert first.eot_id == again.eot_id == vocabulary["[SEP]"]
+    assert np.count_nonzero(load_tokens(tmp_path / "again", "train") == again.eot_id) == 2
+    assert again.hashes() == first.hashes()
+    (tmp_path / "out" / "manifest.json").write_text("{")  # of whatever else: then the names decide
+    assert Tokenizer.load(tmp_path / where).eot_id is None
+
+
 def test_existing_tokenizer_and_unknown_characters(tmp_path):
     first = make(tmp_path, ["abc abc\n" * 30], tokenizer="characters")
     again = make(tmp_path, ["cab cab\n" * 30], out="again", tokenizer=str(tmp_path / "out"))
