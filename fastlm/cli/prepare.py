@@ -121,10 +121,18 @@ def _remarks(done: dict) -> Iterator[str]:
         skipped = done["files_skipped"]
         yield f"skipped {len(skipped)} files that do not decode, first {skipped[0]}"
     if done["unknown_tokens"] or done["characters_lost"]:
-        unknown, lost = done["unknown_tokens"], done["characters_lost"]
-        yield f"{unknown} unknown tokens, {lost} characters that do not come back, first {done['first_lost']}"
+        yield _losses(done)
     if done["forced_cuts"]:
         yield f"{done['forced_cuts']} cuts where tokens may differ from encoding the whole text"
+
+
+def _losses(done: dict) -> str:
+    lost = f"{done['unknown_tokens']} unknown tokens, {done['characters_lost']} characters that do not come back"
+    if done["only_case_and_blanks"]:
+        return f"{lost}: only case and blanks differ"
+    if done["first_unknown"]:
+        return f"{lost}; the first unknown is {done['first_unknown']}"
+    return f"{lost}, first {done['first_lost']}"
 
 
 def _cleaned(counts: dict, total: dict[str, int]) -> Iterator[str]:

@@ -104,6 +104,21 @@ def _escaped(text: str) -> str:
     return re.sub(r"([^\w\s])", r"\\\1", text)
 
 
+def first_unknown(backend: tokenizers.Tokenizer, text: str) -> int | None:
+    """Index of the first character of a text that the unknown token stands for; None where it stands for none.
+
+    Of a word that is unknown as a whole, the first character that is so by itself, else its first.
+    """
+    unknown = unknown_id(backend)
+    with library_errors("the tokenizer cannot encode the text"):
+        encoding = backend.encode(text, add_special_tokens=False)
+        if unknown is None or unknown not in encoding.ids:
+            return None
+        start, end = encoding.offsets[encoding.ids.index(unknown)]
+        alone = (i for i in range(start, end) if unknown in backend.encode(text[i], add_special_tokens=False).ids)
+        return next(alone, start)
+
+
 def unknown_id(backend: tokenizers.Tokenizer) -> int | None:
     """The token that stands for what a vocabulary lacks, where there is one."""
     model = backend.model

@@ -30,13 +30,16 @@ class Piece(NamedTuple):
 class Losses:
     """Encodes the pieces of a corpus and keeps count of what does not come back of them.
 
-    `unknown` is the number of unknown tokens, `lost` that of characters of the text that decoding does not give.
+    `unknown` is the number of unknown tokens, `lost` that of characters of the text that decoding does not give;
+    `first` and `first_unknown` are the places of the first of these.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: PrepareConfig) -> None:
         self.tokenizer = tokenizer
         self.unknown = self.lost = 0
         self.first: str | None = None
+        self.first_unknown: str | None = None
+        self._worse = False  # whether anything but case and blanks was lost
         self._allowed = config.allow_lossy or tokenizer.unknown_id is not None
         self._known: dict[str, bool] = {}
         self._single = config.document_separator == "none"
@@ -61,8 +64,14 @@ class Losses:
         return encoded
 
     def report(self) -> dict[str, Any]:
-        """For the manifest: the counts, and the place of the first character lost."""
-        return {"unknown_tokens": self.unknown, "characters_lost": self.lost, "first_lost": self.first}
+        """For the manifest: the counts, the places of the first, and whether there is more to it than case."""
+        return {
+            "unknown_tokens": self.unknown,
+            "characters_lost": self.lost,
+            "first_lost": self.first,
+            "first_unknown": self.first_unknown,
+            "only_case_and_blanks": self.first is not None and not self._worse,
+        }
 
     def _encode_known(self, piece: Piece, error: DataError) -> list[int]:
         """Token ids of a piece, of which, where it is allowed, the characters that the library refuses are left out."""
@@ -86,9 +95,13 @@ class Losses:
     def _note(self, piece: Piece, unknown: int, other: str) -> None:
         if self.first is None:
             self.first = self._place(piece, self.tokenizer.find_unknown(piece.text))
+        if unknown and self.first_unknown is None:  # what the normalizer changes is not unknown
+            self.first_unknown = self._place(piece, self.tokenizer.first_unknown(piece.text))
+        self._worse = self._worse or bool(unknown) or _letters(piece.text) != _letters(other)
         if not self._allowed:
+            why = ", which has no unknown token for it" if self._worse else " (only case and blanks differ)"
             raise DataError(
-                f"{self.first} does not come back from the tokenizer, which has no unknown token for it;"
+                f"{self.first} does not come back from the tokenizer{why};"
                 " take another, or give --allow-lossy to lose it"
             )
         self.unknown += unknown
@@ -99,3 +112,8 @@ class Losses:
         document = "the document" if self._single else f"document {number}"
         index = index or 0
         return f"{path}: {describe(piece.text[index])} at character {piece.start + index} of {document}"
+
+
+def _letters(text: str) -> str:
+    """Equal for texts that differ in case and blanks alone."""
+    return same_form("".join(text.split()).casefold())

@@ -19,6 +19,7 @@ from ..errors import ConfigError, DataError, shown
 from .library import (
     check_vocabulary,
     encodes_all_bytes,
+    first_unknown,
     hide_special_tokens,
     library_errors,
     quiet_panics,
@@ -285,6 +286,10 @@ class Tokenizer:
             end = (good + bad) // 2
             good, bad = (end, bad) if self._returns(text[:end], normalized) else (good, end)
         return None if good == len(text) else good
+
+    def first_unknown(self, text: str) -> int | None:
+        """Index of the first character that the unknown token stands for, itself or with the others of its word."""
+        return first_unknown(self._backend, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD.

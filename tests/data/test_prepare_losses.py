@@ -132,9 +132,15 @@ def test_unknown_tokens_are_counted(kind, tmp_path, capsys):
     assert manifest.preparation["unknown_tokens"] == unknown > 0
     assert manifest.preparation["characters_lost"] == (Counter(TEXT) - Counter(backend.decode(ids, False))).total()
     assert f"character {TEXT.index(chr(10))} of" in manifest.preparation["first_lost"]
+    # BERT's rules lower the case and make a blank of the line's end, which is not unknown for that; "The" is.
+    first = f"character {TEXT.index('The' if kind == 'wordpiece' else chr(10))} of"
+    assert first in manifest.preparation["first_unknown"]
     files = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "cli"), "--tokenizer", str(tmp_path / "tokenizer.json")]
     assert main(["prepare", *files, "--val-fraction", "0"]) == 0
-    assert f"{unknown} unknown tokens, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{unknown} unknown tokens, " in out
+    assert "; the first unknown is " in out
+    assert first in out
 
 
 @pytest.mark.parametrize("kind", FAITHFUL)
@@ -173,6 +179,26 @@ def test_encode_lets_a_normalizer_change_the_text(kind):
     want = backend.normalizer.normalize_str(TEXT)
     tokenizer = Tokenizer(backend.to_str())
     assert tokenizer.decode(tokenizer.encode(TEXT)) == want
+
+
+def test_case_and_blanks_alone_are_called_so(tmp_path, capsys):
+    backend = bert()
+    manifest = run(tmp_path, backend, "He sat\n\nO HE")
+    assert manifest.preparation["only_case_and_blanks"]
+    assert manifest.preparation["first_unknown"] is None
+    files = [str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "tokenizer.json"), "--val-fraction", "0"]
+    assert main(["prepare", *files, "--out", str(tmp_path / "cli")]) == 0
+    out = capsys.readouterr().out
+    lost = manifest.preparation["characters_lost"]
+    assert f"0 unknown tokens, {lost} characters that do not come back: only case and blanks differ" in out
+    with pytest.raises(DataError, match=r"'H' .* from the tokenizer \(only case and blanks differ\); take another"):
+        run(tmp_path, REFUSED["lower case"][0](), "He sat")
+    assert not run(tmp_path, backend, "He sat!").preparation["only_case_and_blanks"]
+
+
+def test_of_an_unknown_word_the_character_that_is_unknown_is_named(tmp_path):
+    found = run(tmp_path, bert(), "He\nSAT heЖe sat").preparation["first_unknown"]
+    assert "'Ж' (U+0416) at character 9 of the document" in found
 
 
 def test_the_command_refuses_in_one_line_and_takes_the_flag(tmp_path):
