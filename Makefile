@@ -38,8 +38,8 @@ test-gpu-code: $(VENV)/.test
 	$(PYTEST) -m gpu_code
 
 # The package as a user builds it, ten times as many damaged inputs to every reader, and what takes long otherwise; Ray,
-# of 260 MB, for a cluster of two nodes.
-test-slow: $(VENV)/.test $(VENV)/.with-ray
+# of 260 MB, for a cluster of two nodes, and datasets, of 94 MB, for folders that it saved.
+test-slow: $(VENV)/.test $(VENV)/.with-ray $(VENV)/.with-datasets
 	$(PYTEST) -m slow
 	$(PYTEST) tests/data/test_data_fuzz.py tests/formats/test_fuzz_models.py tests/training/test_run_folder_fuzz.py
 

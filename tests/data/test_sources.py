@@ -362,6 +362,7 @@ def test_pages_are_read_in_the_encoding_that_they_declare(tmp_path):
     assert read(tmp_path / "a.html", SourceOptions(errors="replace"))[0].text == "<p>caf\ufffd"
 
 
+@pytest.mark.slow
 def test_folders_of_the_datasets_library_are_read_as_it_reads_them(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = ROWS * 9
