@@ -227,7 +227,9 @@ def classification(setup: Setup) -> Task:
     """On tables with a column of labels."""
     settings: ClassificationSettings = setup.settings
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("objective classification needs scikit-learn: pip install 'fastlm[evaluate]'")
+        raise ConfigError(
+            "objective classification needs scikit-learn: pip install '.[evaluate]'  in the folder of fastlm's source"
+        )
     table = TableData(setup)
     labels = _label_names(settings, table)
     targets = [[_target(row, settings, labels, setup) for row in rows] for rows in (table.train, table.held_out)]

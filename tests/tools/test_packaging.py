@@ -1,6 +1,7 @@
 """What a user installs: a source distribution, a wheel built from it, imported outside the checkout."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -118,3 +119,9 @@ print(cpu.missing_reason, cuda.missing_reason, sep="\\n")
     of_cpu, of_cuda = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "lib")).splitlines()
     assert of_cpu == "the CPU extension is not there: it was installed with FASTLM_CPU=0"
     assert of_cuda.startswith(f"the CUDA extension is not there: {reason}")
+
+
+def test_nothing_tells_to_take_the_package_from_an_index_that_has_it_not():
+    places = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.py")]
+    for path in [*places, *(ROOT / "fastlm").rglob("*.py")]:
+        assert not re.search(r"pip install '?fastlm\b", path.read_text(encoding="utf-8")), path
