@@ -32,6 +32,8 @@ def html_page(
 ) -> Document | Dropped:
     """Turn a whole page into its text, without navigation, headers and footers unless `main_content` is false.
 
+    Bulleted lists near the top of the page's tree are taken for navigation too, even within <main>: where they matter,
+    as in recipes of dishes, set `main_content` to false and let boilerplate take the menus out.
     Text without a tag or an entity stays as it is. By resiliparse: against the sources of 89 pages of Python's
     documentation its words had a precision of 0.96 and a recall of 0.86, at 6.2 MB/s, and no page kept its navigation;
     trafilatura's had 0.94 and 0.87, at 0.4 MB/s, and 5 pages did.

@@ -32,6 +32,13 @@ def test_a_page_gives_its_article_and_not_what_is_around_it():
     assert "Home" in run("html_page", WHOLE, main_content=False)
 
 
+def test_bulleted_lists_are_kept_where_all_of_the_page_is():
+    items = "<ul><li>500 g of flour</li><li>10 g of salt</li></ul>"
+    page = f"<html><body><main><h1>Bread</h1><p>Take these.</p>{items}<p>Bake.</p></main></body></html>"
+    text = run("html_page", page, main_content=False)
+    assert text.index("Take these.") < text.index("500 g of flour") < text.index("10 g of salt") < text.index("Bake.")
+
+
 @pytest.mark.parametrize("name", ["html_page", "html_fragment"])
 def test_pages_without_text_are_dropped_and_plain_text_stays(name):
     for text in ("<html></html>", "<script>alert(1)</script>", "<p> </p>", "<!-- only a comment -->"):
