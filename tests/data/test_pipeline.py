@@ -140,7 +140,7 @@ def test_documents_pass_all_steps_in_order_whatever_the_workers(workers, steps, 
     read = counts["documents_read"]
     assert read == first["documents"] == second["documents"] + first["dropped"]["short"]
     assert (second["changed"], counts["documents_cleaned"], counts["empty"]) == (len(want), len(want), 0)
-    assert counts["bytes_kept"] == sum(len(text.encode()) for text in want)
+    assert counts["bytes_cleaned"] == sum(len(text.encode()) for text in want)
     assert [(Path(entry["path"]).name, entry["sha256"]) for entry in sources] == [
         (file.path.name, hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files_of(tmp_path / "corpus")
     ]
