@@ -703,11 +703,12 @@ from fastlm.data import PrepareConfig, prepare
 
 moved, replace = [], os.replace
 
-def until(*paths):
-    if len(moved) == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    moved.append(paths)
-    replace(*paths)
+def until(source, target):
+    if Path(target).parent == Path(sys.argv[2]):  # into its place
+        if len(moved) == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        moved.append(target)
+    replace(source, target)
 
 os.replace = until
 prepare(PrepareConfig(inputs=(Path(sys.argv[1]),), out=Path(sys.argv[2]), vocab_size=300))
